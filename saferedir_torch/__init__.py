@@ -1,0 +1,1 @@
+"""SafeRedir in PyTorch: the method, its training and evaluation, and the embedded world."""

@@ -1,0 +1,70 @@
+"""A scene (one or two objects, a style, a background) and its 64x64 picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from saferedir_torch.world.icons import load_sprites
+from saferedir_torch.world.vocabulary import load_vocabulary
+
+PICTURE_SIZE = 64
+SINGLE_SIZES = range(48, 57)
+PAIR_SIZES = range(28, 32)
+PAIR_SHARE = 0.4
+JITTER = 3
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows. Of two objects the first stands on the left."""
+
+    objects: tuple[str, ...]
+    style: str
+    background: str
+
+
+def random_scene(rng: np.random.Generator, pair_share: float = PAIR_SHARE) -> Scene:
+    """A scene drawn uniformly over objects, styles and backgrounds; the two objects of a pair differ."""
+    vocabulary = load_vocabulary()
+    count = 2 if rng.random() < pair_share else 1
+    keys = vocabulary.object_keys
+    objects = tuple(keys[i] for i in rng.choice(len(keys), size=count, replace=False))
+    styles, backgrounds = vocabulary.style_keys, vocabulary.background_keys
+    return Scene(objects, styles[rng.integers(len(styles))], backgrounds[rng.integers(len(backgrounds))])
+
+
+def draw(scene: Scene, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """The picture of `scene`, [64, 64, 3] uint8, sizes and places jittered by `rng`."""
+    colour = load_vocabulary().backgrounds[scene.background]
+    canvas = np.empty((PICTURE_SIZE, PICTURE_SIZE, 3), np.float32)
+    canvas[:] = colour
+    if len(scene.objects) == 1:
+        centres = [PICTURE_SIZE // 2]
+        sizes = SINGLE_SIZES
+        jitter = JITTER
+    else:
+        centres = [PICTURE_SIZE // 4, 3 * PICTURE_SIZE // 4]
+        sizes = PAIR_SIZES
+        jitter = 1
+    for key, centre in zip(scene.objects, centres, strict=True):
+        size = int(rng.integers(sizes.start, sizes.stop))
+        dx = int(rng.integers(-jitter, jitter + 1))
+        dy = int(rng.integers(-JITTER, JITTER + 1))
+        left = int(np.clip(centre - size // 2 + dx, 0, PICTURE_SIZE - size))
+        top = int(np.clip(PICTURE_SIZE // 2 - size // 2 + dy, 0, PICTURE_SIZE - size))
+        colours, alpha = _scaled_sprite(key, scene.style, size)
+        patch = canvas[top : top + size, left : left + size]
+        patch += alpha * (colours - patch)
+    return canvas.round().astype(np.uint8)
+
+
+@cache
+def _scaled_sprite(key: str, style: str, size: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    sprite = load_sprites()[key, style].resize((size, size), Image.Resampling.LANCZOS)
+    rgba = np.asarray(sprite, np.float32)
+    return rgba[..., :3].copy(), rgba[..., 3:] / 255
