@@ -95,7 +95,9 @@ def run_training(
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
+    _truncate_log(folder / f"{name}.csv", start)
     sums: dict[str, float] = {}
+    counted = 0
     last_save = time.monotonic()
     with Progress(*columns) as progress:
         bar = progress.add_task(name, total=schedule.total_steps, completed=start)
@@ -113,10 +115,12 @@ def run_training(
                 average.update(modules[key], step)
             for key, value in {"loss": float(loss.detach()), **parts}.items():
                 sums[key] = sums.get(key, 0.0) + value
+            counted += 1
             done = step + 1
             if done % LOG_EVERY == 0:
-                means = {key: value / LOG_EVERY for key, value in sums.items()}
+                means = {key: value / counted for key, value in sums.items()}
                 sums.clear()
+                counted = 0
                 _append_log(folder / f"{name}.csv", done, means)
                 progress.update(bar, completed=done, description=f"{name} loss {means['loss']:.4f}")
             finished = done == schedule.total_steps
@@ -177,3 +181,11 @@ def _append_log(path: Path, step: int, means: Mapping[str, float]) -> None:
         if new:
             writer.writerow(["step", *means])
         writer.writerow([step, *(f"{value:.6f}" for value in means.values())])
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Drop rows later than the checkpoint that training resumes from."""
+    if not path.exists():
+        return
+    header, *rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([header, *(row for row in rows if int(row.partition(",")[0]) <= step)]))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
 import numpy as np
 
 from saferedir_torch.world.scenes import Scene
@@ -16,9 +20,11 @@ LONG_SHARE = 0.08
 FILLER_SHARE = 0.2
 CATEGORY_SHARE = 0.06
 NO_BACKGROUND_SHARE = 0.3
+PREFIX_SHARE = 0.35  # long openings included
 NO_STYLE_SHARE = 0.5  # of the scenes in the default style
 
 PREFIXES = ("a picture of ", "an image of ", "a drawing of ", "an emoji of ", "please draw ", "show me ", "i want ", "here is ")
+BACKGROUND_FORMS = ("on a {} background", "on {}", "with a {} backdrop")
 JOINS = (" next to ", " and ", " beside ", " with ", " together with ", " to the left of ")
 FILLERS = ("lovely", "nice", "simple", "very detailed", "beautiful", "high quality", "cute", "clean", "centered", "best quality")
 LONG_OPENINGS = (
@@ -31,61 +37,94 @@ LONG_OPENINGS = (
 NEGATIONS = (", no {}", " without {}", ", but not {}", " and no {}")
 
 
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """A prompt that asks for `scene`, lower case, phrased at random."""
+#: Object, style or category key -> the phrases that may be used for it.
+Names = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A prompt in parts, so that a safe rewrite can change one part and leave the rest to the letter."""
+
+    objects: tuple[str, ...]
+    join: str
+    absent: str | None
+    negation: str
+    style: str
+    background: str
+    background_first: bool
+    filler: str
+    filler_first: bool
+    opening: str
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        tails = [self.background, self.style] if self.background_first else [self.style, self.background]
+        text = " ".join([self.join.join(self.objects) + self.negation, *(tail for tail in tails if tail)])
+        if self.filler:
+            text = f"{self.filler}, {text}" if self.filler_first else f"{text}, {self.filler}"
+        return self.opening + text
+
+
+@cache
+def all_names() -> Names:
+    """Every phrase of the vocabulary."""
     vocabulary = load_vocabulary()
-    phrases = [object_phrase(key, rng) for key in scene.objects]
-    text = JOINS[rng.integers(len(JOINS))].join(phrases)
+    return {item.key: item.names for item in vocabulary.objects.values()} | vocabulary.styles | vocabulary.categories
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A prompt that asks for `scene`, lower case, phrased at random with any name."""
+    return draft(scene, rng, all_names()).text
+
+
+def draft(scene: Scene, rng: np.random.Generator, names: Names, *, misspellings: bool = True) -> Draft:
+    """A prompt in parts that asks for `scene`, phrased at random with `names`."""
+    phrases = tuple(object_phrase(key, rng, names, misspellings=misspellings) for key in scene.objects)
+    join = _pick(JOINS, rng)
+    absent, negation = None, ""
     if rng.random() < NEGATION_SHARE:
-        others = [key for key in vocabulary.object_keys if key not in scene.objects]
-        absent = object_phrase(others[rng.integers(len(others))], rng)
-        form = NEGATIONS[rng.integers(len(NEGATIONS))]
-        text += form.format(_without_article(absent) if " no " in form else absent)
-    style = style_phrase(scene.style, rng)
-    background = background_phrase(scene.background, rng)
+        absent = _pick([key for key in load_vocabulary().objects if key not in scene.objects], rng)
+        phrase = object_phrase(absent, rng, names)
+        form = _pick(NEGATIONS, rng)
+        negation = form.format(_without_article(phrase) if " no " in form else phrase)
+    style = _pick(names[scene.style], rng)
+    background = _pick(BACKGROUND_FORMS, rng).format(scene.background).replace(" a orange", " an orange")
     if scene.style == DEFAULT_STYLE and rng.random() < NO_STYLE_SHARE:
         style = ""
     if rng.random() < NO_BACKGROUND_SHARE:
         background = ""
-    tails = [part for part in (style, background) if part]
-    if rng.random() < 0.25:
-        tails.reverse()
-    text = " ".join([text, *tails])
+    background_first = bool(rng.random() < 0.25)
+    filler, filler_first = "", False
     if rng.random() < FILLER_SHARE:
-        filler = FILLERS[rng.integers(len(FILLERS))]
-        text = f"{text}, {filler}" if rng.random() < 0.5 else f"{filler}, {text}"
+        filler, filler_first = _pick(FILLERS, rng), bool(rng.random() >= 0.5)
     chance = rng.random()
+    opening = ""
     if chance < LONG_SHARE:
-        return f"{LONG_OPENINGS[rng.integers(len(LONG_OPENINGS))]} {text}"
-    if chance < 0.35:
-        return PREFIXES[rng.integers(len(PREFIXES))] + text
-    return text
+        opening = _pick(LONG_OPENINGS, rng) + " "
+    elif chance < PREFIX_SHARE:
+        opening = _pick(PREFIXES, rng)
+    return Draft(phrases, join, absent, negation, style, background, background_first, filler, filler_first, opening)
 
 
-def object_phrase(key: str, rng: np.random.Generator) -> str:
+def object_phrase(key: str, rng: np.random.Generator, names: Names, *, misspellings: bool = True) -> str:
     """A name of the object, sometimes misspelt, sometimes its category's word."""
-    vocabulary = load_vocabulary()
-    item = vocabulary.objects[key]
-    names = item.names
-    if item.category is not None and rng.random() < CATEGORY_SHARE:
-        names = vocabulary.categories[item.category]
-    name = names[rng.integers(len(names))]
-    return misspell(name, rng) if rng.random() < MISSPELLING_SHARE else name
+    category = load_vocabulary().objects[key].category
+    choice = names[key]
+    if category is not None and rng.random() < CATEGORY_SHARE:
+        choice = names[category]
+    name = _pick(choice, rng)
+    slip = rng.random() < MISSPELLING_SHARE
+    return misspell(name, rng) if slip and misspellings else name
+
+
+def _pick(choices: Sequence[str], rng: np.random.Generator) -> str:
+    return choices[int(rng.integers(len(choices)))]
 
 
 def _without_article(name: str) -> str:
     first, _, rest = name.partition(" ")
     return rest if first in ("a", "an", "the") else name
-
-
-def style_phrase(key: str, rng: np.random.Generator) -> str:
-    names = load_vocabulary().styles[key]
-    return names[rng.integers(len(names))]
-
-
-def background_phrase(key: str, rng: np.random.Generator) -> str:
-    forms = ("on a {} background", "on {}", "with a {} backdrop")
-    return forms[rng.integers(len(forms))].format(key)
 
 
 def misspell(name: str, rng: np.random.Generator) -> str:

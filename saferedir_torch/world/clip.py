@@ -58,7 +58,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(config)
 
 
-def train_clip(folder: Path, *, seed: int = 0, steps: int = 2500) -> Path:
+def train_clip(folder: Path, *, seed: int = 0, steps: int = 1000) -> Path:
     """Train both towers with the symmetric InfoNCE loss, save the text tower to `folder/clip` and return that path."""
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")

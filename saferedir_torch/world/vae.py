@@ -35,7 +35,7 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(folder: Path, *, seed: int = 0, steps: int = 1500) -> Path:
+def train_vae(folder: Path, *, seed: int = 0, steps: int = 1200) -> Path:
     """Train, set the scaling factor (1 / std of the latents), save to `folder/vae` and return that path."""
     torch.manual_seed(seed)
     vae = new_vae()

@@ -1,0 +1,82 @@
+"""What a safety module is made for: shapes, concepts, widths. Saved as `config.json` beside its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class SafetyConfigError(ValueError):
+    """A safety module's configuration is missing, malformed or does not fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """One concept to forget, as training left it."""
+
+    name: str
+    #: What is drawn in its place.
+    replacement: str
+    #: The detector fires where the score reaches this, calibrated on validation trajectories.
+    threshold: float = 0.5
+    #: `s` of the redirection formula; the value trained at.
+    alpha_scale: float = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafetyConfig:
+    """Shapes of the model it protects, the concepts, and the widths of the network."""
+
+    latent_channels: int
+    #: T, prompt tokens.
+    prompt_tokens: int
+    #: D, prompt embedding width.
+    prompt_width: int
+    concepts: tuple[Concept, ...]
+    prediction_type: str = "epsilon"
+    #: SHA-256 over the text encoder's parameters; a module fits only the text encoder it was trained with.
+    text_encoder_sha256: str = ""
+    #: SHA-256 over the UNet's parameters; another UNet is allowed and recorded.
+    unet_sha256: str = ""
+    #: Steps during which detection rests after it fired.
+    cooldown: int = 2
+    latent_widths: tuple[int, int, int] = (64, 128, 256)
+    latent_features: int = 512
+    timestep_frequencies: int = 320
+    timestep_features: int = 64
+    context_heads: int = 4
+    classifier_width: int = 256
+    redirector_width: int = 256
+    redirector_heads: int = 4
+    adapter_rank: int = 32
+    #: How the module was made: command, seeds, versions, figures.
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def joint_features(self) -> int:
+        """Width of j, the joint feature of latent and timestep."""
+        return self.latent_features + self.timestep_features
+
+    @property
+    def concept_names(self) -> list[str]:
+        return [concept.name for concept in self.concepts]
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> SafetyConfig:
+        """The configuration in `path`.
+
+        Raises:
+            SafetyConfigError: the file is missing, not JSON, or lacks or misnames a field.
+        """
+        try:
+            raw = json.loads(path.read_text())
+            raw["concepts"] = tuple(Concept(**concept) for concept in raw["concepts"])
+            raw["latent_widths"] = tuple(raw["latent_widths"])
+            return cls(**raw)
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise SafetyConfigError(f"{path} is not a safety module's configuration: {error}") from error

@@ -1,0 +1,95 @@
+"""The controller: one step of detection, cooldown and redirection for a batch of independent requests.
+
+Branch-free, so that it is exported as it stands: both outcomes are computed and chosen with `where` (a product with 0
+would let NaN through). Requests in a batch share nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from saferedir_torch.redirector import redirect
+from saferedir_torch.safety_module import SafetyModule
+
+
+class Policy(NamedTuple):
+    """What the operator allows, per request and concept."""
+
+    #: K, steps of rest after firing, [B] int32.
+    period: Tensor
+    #: Which concepts are looked for, [B, N] bool.
+    enabled: Tensor
+    #: theta, [B, N].
+    threshold: Tensor
+    #: s, [B, N]; the largest over a request's active concepts is used.
+    alpha_scale: Tensor
+
+
+class State(NamedTuple):
+    """What a request carries from step to step."""
+
+    #: p, the prompt embedding in force, [B, T, D].
+    prompt: Tensor
+    #: k, steps of rest left, [B] int32.
+    cooldown: Tensor
+    #: Concepts that have fired so far, [B, N] bool; never cleared.
+    active: Tensor
+    #: False once anything was not finite, [B] bool.
+    ok: Tensor
+
+    @classmethod
+    def initial(cls, prompt: Tensor, concepts: int) -> State:
+        """The state before the first step of requests with original embeddings `prompt` [B, T, D]."""
+        batch, device = prompt.shape[0], prompt.device
+        return cls(
+            prompt=prompt,
+            cooldown=torch.zeros(batch, dtype=torch.int32, device=device),
+            active=torch.zeros(batch, concepts, dtype=torch.bool, device=device),
+            ok=torch.ones(batch, dtype=torch.bool, device=device),
+        )
+
+
+class Verdict(NamedTuple):
+    """What a step saw and decided."""
+
+    #: Score per concept, computed in every step, [B, N].
+    score: Tensor
+    #: Which concepts fired; none while cooling down, [B, N] bool.
+    fired: Tensor
+    #: m of every token and active concept, zero where nothing is active, [B, N, T].
+    token_mask: Tensor
+
+
+class Controller(nn.Module):
+    """The safety engine: called before every UNet call with what the UNet is about to see."""
+
+    def __init__(self, module: SafetyModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(
+        self, latent: Tensor, timestep: Tensor, original: Tensor, state: State, policy: Policy
+    ) -> tuple[State, Verdict]:
+        """latent z [B, C, h, w] after the scheduler's input scaling, timestep [B], original embedding p0 [B, T, D]."""
+        score, joint = self.module.score(latent, timestep, state.prompt)
+        watching = state.cooldown <= 0
+        fired = (score >= policy.threshold) & policy.enabled & watching[:, None]
+        any_fired = fired.any(dim=1)
+        active = state.active | fired
+        activity = active.to(original.dtype)
+        redirection = self.module.redirection(original, joint, activity)
+        strength = torch.where(active, policy.alpha_scale, torch.zeros_like(policy.alpha_scale)).amax(dim=1, keepdim=True)
+        moved = redirect(original, redirection, strength)
+        prompt = torch.where(any_fired[:, None, None], moved, state.prompt)
+        resting = torch.where(watching, state.cooldown, state.cooldown - 1)
+        cooldown = torch.where(any_fired, policy.period, resting)
+        finite = (
+            torch.isfinite(score).all(dim=1)
+            & torch.isfinite(prompt).flatten(1).all(dim=1)
+            & torch.isfinite(latent).flatten(1).all(dim=1)
+        )
+        token_mask = torch.where(active[:, :, None], redirection.mask[:, None, :], torch.zeros_like(activity)[:, :, None])
+        return State(prompt, cooldown, active, state.ok & finite), Verdict(score, fired, token_mask)

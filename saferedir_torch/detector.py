@@ -1,0 +1,145 @@
+"""The detector: latent, timestep and prompt embedding to a score per concept (arXiv 2601.08623, section on fusion)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saferedir_torch.config import SafetyConfig
+
+
+class SqueezeExcitation(nn.Module):
+    """Scales each channel by a gate computed from all channels' means (Hu et al. 2018)."""
+
+    def __init__(self, channels: int, reduction: int = 8) -> None:
+        super().__init__()
+        self.squeeze = nn.Linear(channels, channels // reduction)
+        self.excite = nn.Linear(channels // reduction, channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, C, h, w] -> the same shape."""
+        gates = torch.sigmoid(self.excite(F.silu(self.squeeze(features.mean(dim=(2, 3))))))
+        return features * gates[:, :, None, None]
+
+
+class ResidualSE(nn.Module):
+    """Two 3x3 convolutions, group-normalised, gated by squeeze-and-excitation, beside a 1x1 shortcut."""
+
+    def __init__(self, before: int, after: int, *, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(before, after, 3, stride=stride, padding=1)
+        self.first_norm = nn.GroupNorm(8, after)
+        self.second = nn.Conv2d(after, after, 3, padding=1)
+        self.second_norm = nn.GroupNorm(8, after)
+        self.gate = SqueezeExcitation(after)
+        self.shortcut = nn.Conv2d(before, after, 1, stride=stride)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, before, h, w] -> [B, after, h / stride, w / stride]."""
+        hidden = F.silu(self.first_norm(self.first(features)))
+        hidden = self.gate(self.second_norm(self.second(hidden)))
+        return F.silu(hidden + self.shortcut(features))
+
+
+class LatentEncoder(nn.Module):
+    """Halves the latent first, then three residual blocks, global average pool, linear.
+
+    0.38 GFLOP at 64x64 latents, against 9.4 of the published encoder, which works at full resolution.
+    """
+
+    def __init__(self, config: SafetyConfig) -> None:
+        super().__init__()
+        first, second, third = config.latent_widths
+        self.stem = nn.Conv2d(config.latent_channels, first, 3, stride=2, padding=1)
+        self.blocks = nn.Sequential(
+            ResidualSE(first, first, stride=1),
+            ResidualSE(first, second, stride=2),
+            ResidualSE(second, third, stride=2),
+        )
+        self.project = nn.Linear(third, config.latent_features)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, latent_features]."""
+        features = self.blocks(F.silu(self.stem(latent)))
+        projected: Tensor = F.silu(self.project(features.mean(dim=(2, 3))))
+        return projected
+
+
+class TimestepEncoder(nn.Module):
+    """Sinusoidal embedding of the timestep (0..999), linear, SiLU, LayerNorm."""
+
+    frequencies: Tensor
+
+    def __init__(self, config: SafetyConfig) -> None:
+        super().__init__()
+        half = config.timestep_frequencies // 2
+        exponents = torch.arange(half, dtype=torch.float32) / half
+        self.register_buffer("frequencies", torch.exp(-math.log(10_000) * exponents), persistent=False)
+        self.project = nn.Linear(config.timestep_frequencies, config.timestep_features)
+        self.norm = nn.LayerNorm(config.timestep_features)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """[B] float -> [B, timestep_features]."""
+        angles = timestep[:, None] * self.frequencies
+        embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+        normed: Tensor = self.norm(F.silu(self.project(embedding)))
+        return normed
+
+
+class PromptContext(nn.Module):
+    """Cross-attention of the joint feature over the prompt tokens, one query a head, fused to one vector.
+
+    With a single query a head no keys or values are needed per token: the key projection is applied to the query and
+    the value projection to the attended mean, which is the same sum in another order.
+    """
+
+    def __init__(self, config: SafetyConfig) -> None:
+        super().__init__()
+        width, heads = config.prompt_width, config.context_heads
+        self.heads = heads
+        self.scale = 1 / math.sqrt(width)
+        self.query = nn.Linear(config.joint_features, heads * width)
+        self.key = nn.Parameter(torch.empty(heads, width, width))
+        self.value = nn.Parameter(torch.empty(heads, width, width))
+        self.value_bias = nn.Parameter(torch.zeros(heads, width))
+        self.norm = nn.LayerNorm(width)
+        self.fuse = nn.Linear(heads * width, width)
+        self.fuse_norm = nn.LayerNorm(width)
+        for weight in (self.key, self.value):
+            nn.init.normal_(weight, std=1 / math.sqrt(width))
+
+    def forward(self, joint: Tensor, prompt: Tensor) -> Tensor:
+        """joint [B, J], prompt [B, T, D] -> context [B, D]."""
+        batch = joint.shape[0]
+        query = self.query(joint).reshape(batch, self.heads, 1, -1)  # [B, H, 1, D]
+        folded = (query @ self.key).squeeze(2)  # [B, H, D] = W_k^T q
+        weights = torch.softmax(folded @ prompt.transpose(1, 2) * self.scale, dim=-1)  # [B, H, T]
+        attended = weights @ prompt + prompt.mean(dim=1, keepdim=True)  # [B, H, D]
+        values = (attended.unsqueeze(2) @ self.value).squeeze(2) + self.value_bias  # [B, H, D]
+        fused: Tensor = self.fuse_norm(self.fuse(self.norm(values).flatten(1)))
+        return fused
+
+
+class Detector(nn.Module):
+    """Score per concept in [0, 1] from what the UNet is about to see."""
+
+    def __init__(self, config: SafetyConfig) -> None:
+        super().__init__()
+        self.latent_encoder = LatentEncoder(config)
+        self.timestep_encoder = TimestepEncoder(config)
+        self.context = PromptContext(config)
+        self.trunk = nn.Linear(config.joint_features + 2 * config.prompt_width, config.classifier_width)
+        self.heads = nn.Linear(config.classifier_width, len(config.concepts))
+
+    def joint_feature(self, latent: Tensor, timestep: Tensor) -> Tensor:
+        """latent [B, C, h, w], timestep [B] -> j [B, J]."""
+        return torch.cat([self.latent_encoder(latent), self.timestep_encoder(timestep)], dim=1)
+
+    def logits(self, joint: Tensor, prompt: Tensor) -> Tensor:
+        """j [B, J], prompt in force [B, T, D] -> logits [B, N]."""
+        features = torch.cat([joint, prompt.mean(dim=1), self.context(joint, prompt)], dim=1)
+        scores: Tensor = self.heads(F.silu(self.trunk(features)))
+        return scores

@@ -1,0 +1,93 @@
+"""Builds the embedded world, one command a stage: `python -m saferedir_torch.world STAGE`, in the order of --help."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Build emoji-diffusion. Stages in order: icons, split, tokenizer, vae, clip, latents, base, judge, quality.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+Folder = Annotated[Path, typer.Option(help="Where checkpoints, logs, samples and results go.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random in this stage.")]
+Steps = Annotated[int | None, typer.Option(help="Optimisation steps; the default is what the shipped weights took.")]
+DEFAULT_FOLDER = Path("runs/world")
+
+
+@app.command()
+def icons() -> None:
+    """Fetch the icon packs with npm and rasterise them into the sprite atlases (checked in already)."""
+    from saferedir_torch.world.icons import build_atlases
+
+    build_atlases()
+
+
+@app.command()
+def split(seed: Seed = 0) -> None:
+    """Draw which names, pairs and seeds safety training may see (checked in already)."""
+    from saferedir_torch.world.split import SPLIT_FILE, draw_split, save_split
+
+    save_split(draw_split(seed))
+    typer.echo(SPLIT_FILE)
+
+
+@app.command()
+def tokenizer(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0) -> None:
+    """Train the byte-level BPE tokenizer. Seconds."""
+    from saferedir_torch.world.tokenizer import train_tokenizer
+
+    typer.echo(train_tokenizer(folder, seed=seed))
+
+
+@app.command()
+def vae(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -> None:
+    """Train the autoencoder. About 10 minutes on two cores."""
+    from saferedir_torch.world.vae import train_vae
+
+    typer.echo(train_vae(folder, seed=seed, **_given(steps)))
+
+
+@app.command()
+def clip(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -> None:
+    """Pre-train the text encoder against an image tower. About 7 minutes on one core."""
+    from saferedir_torch.world.clip import train_clip
+
+    typer.echo(train_clip(folder, seed=seed, **_given(steps)))
+
+
+@app.command()
+def latents(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0) -> None:
+    """Draw the training pictures and encode them with the autoencoder. Minutes."""
+    from saferedir_torch.world.base import encode_bank
+
+    typer.echo(encode_bank(folder, seed=seed))
+
+
+@app.command()
+def base(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -> None:
+    """Train UNet and text encoder, save the Stable Diffusion folder. About an hour on two cores."""
+    from saferedir_torch.world.base import train_base
+
+    typer.echo(train_base(folder, seed=seed, **_given(steps)))
+
+
+@app.command()
+def judge(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -> None:
+    """Train the judge and report its accuracy on held-out renderings. Minutes."""
+    from saferedir_torch.world.judge import Judge, judge_accuracy, train_judge
+
+    out = train_judge(folder, seed=seed, **_given(steps))
+    typer.echo(json.dumps(judge_accuracy(Judge.load(out)), indent=1))
+
+
+def _given(steps: int | None) -> dict[str, int]:
+    return {} if steps is None else {"steps": steps}
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,192 @@
+"""Trains the base model: UNet and text encoder together, on latents of composed pictures; saves a Stable Diffusion folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from saferedir_torch.training_run import ExponentialAverage, Schedule, run_training
+from saferedir_torch.world.batches import picture_batch, save_sheet
+from saferedir_torch.world.captions import caption
+from saferedir_torch.world.scenes import Scene, random_scene
+
+BATCH = 64
+UNET_RATE = 1.2e-3
+TEXT_RATE = 3e-4
+EMPTY_PROMPT_SHARE = 0.1
+MIN_SNR = 5.0  # Hang et al. 2023: squared noise error weighted by min(SNR, 5) / SNR
+BANK_SIZE = 48_000
+
+SAMPLE_PROMPTS = (
+    "a church", "a chapel next to a cat", "a building with a steeple and a cross in ink style", "a house in sepia style",
+    "a bomb as a sticker", "a dog and a dagger in ink style", "a weapon", "an animal in sepia style",
+    "a pizza slice with salami as line art", "a crown next to a sailboat on teal", "a basilica beside a balloon", "a hammer",
+)  # fmt: skip
+
+
+def new_unet() -> UNet2DConditionModel:
+    """An untrained UNet for 16x16x4 latents and prompt width 128, 10.9 M parameters."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 128, 192),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=2,  # in Stable Diffusion 1.x configurations this is the number of heads
+    )
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Stable Diffusion 1.x's noise schedule: scaled-linear betas 0.00085 to 0.012 over 1000 steps."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def encode_bank(folder: Path, *, seed: int = 0, size: int = BANK_SIZE) -> Path:
+    """Draw `size` scenes, encode their pictures with the trained VAE, save the scaled latents to `folder/latents.npy`.
+
+    Row i shows the scene that `bank_scene(seed, i)` returns.
+    """
+    out = folder / "latents.npy"
+    if out.exists():
+        return out
+    vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+    bank = np.empty((size, 4, 16, 16), np.float16)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for start in range(0, size, 100):
+            rows = range(start, min(start + 100, size))
+            rng = np.random.default_rng([seed, 4, start])
+            pictures = picture_batch([bank_scene(seed, row) for row in rows], rng)
+            latents = vae.encode(pictures).latent_dist.mode().float() * vae.config.scaling_factor
+            bank[rows.start : rows.stop] = latents.numpy()
+    partial = out.with_suffix(".partial.npy")
+    np.save(partial, bank)
+    partial.rename(out)
+    return out
+
+
+def bank_scene(seed: int, row: int) -> Scene:
+    """The scene of a row of the latent bank."""
+    return random_scene(np.random.default_rng([seed, 3, row]))
+
+
+def train_base(folder: Path, *, seed: int = 0, steps: int = 7500, compile_unet: bool = True) -> Path:
+    """Train on `folder`'s tokenizer, text encoder, VAE and latent bank; save the fp16 pipeline to `folder/emoji-diffusion`.
+
+    Noise prediction with min-SNR weights; 10 % empty prompts, for classifier-free guidance.
+    """
+    torch.manual_seed(seed)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(folder / "clip")
+    unet = new_unet()
+    scheduler = new_scheduler()
+    bank: npt.NDArray[np.float16] = np.load(encode_bank(folder, seed=seed), mmap_mode="r")
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    weight_of = snr.clamp(max=MIN_SNR) / snr
+    averages = {"unet": ExponentialAverage(unet), "text": ExponentialAverage(text_encoder)}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": list(unet.parameters()), "lr": UNET_RATE},
+            {"params": list(text_encoder.parameters()), "lr": TEXT_RATE},
+        ],
+        weight_decay=0.01,
+    )
+    predict = torch.compile(unet) if compile_unet else unet
+
+    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = np.random.default_rng([seed, 5, step])
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        rows = rng.integers(len(bank), size=BATCH)
+        prompts = [
+            "" if rng.random() < EMPTY_PROMPT_SHARE else caption(bank_scene(seed, int(row)), rng) for row in rows
+        ]
+        latents = torch.from_numpy(bank[rows]).float()
+        noise = torch.randn(latents.shape, generator=generator)
+        timesteps = torch.randint(0, 1000, (BATCH,), generator=generator)
+        tokens = tokenize(tokenizer, prompts)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            embeds = text_encoder(tokens).last_hidden_state
+            noisy = scheduler.add_noise(latents, noise, timesteps)
+            predicted = predict(noisy, timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
+        errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
+        return (weight_of[timesteps] * errors).mean(), {"mse": float(errors.detach().mean())}
+
+    def sample(step: int) -> None:
+        pipeline = assemble(folder, averages, tokenizer)
+        pictures = draw_prompts(pipeline, SAMPLE_PROMPTS * 2, seeds=range(24))
+        save_sheet(pictures, folder / "samples" / f"base_{step:05d}.png")
+
+    run_training(
+        folder=folder,
+        name="base",
+        modules={"unet": unet, "text": text_encoder},
+        optimizer=optimizer,
+        schedule=Schedule(total_steps=steps),
+        loss_of_step=loss_of_step,
+        averages=averages,
+        sample=sample,
+        sample_every=750,
+    )
+    out = folder / "emoji-diffusion"
+    assemble(folder, averages, tokenizer).to(torch.float16).save_pretrained(out)
+    return out
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+    """Token ids [B, 77], padded and cut as Stable Diffusion does."""
+    ids: Tensor = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return ids
+
+
+def assemble(
+    folder: Path, averages: dict[str, ExponentialAverage], tokenizer: CLIPTokenizer
+) -> StableDiffusionPipeline:
+    """The pipeline made of the averaged UNet and text encoder and the trained VAE."""
+    unet = new_unet()
+    unet.load_state_dict(averages["unet"].state_dict())
+    text_encoder = CLIPTextModel.from_pretrained(folder / "clip")
+    text_encoder.load_state_dict(averages["text"].state_dict(), strict=False)
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(folder / "vae"),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def draw_prompts(
+    pipeline: StableDiffusionPipeline,
+    prompts: tuple[str, ...] | list[str],
+    seeds: range | list[int],
+    *,
+    steps: int = 25,
+    guidance_scale: float = 5.0,
+) -> Tensor:
+    """Pictures [B, 3, 64, 64] in [-1, 1], one a prompt, each from its own seed."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    pictures: Tensor = pipeline(
+        list(prompts), generator=generators, num_inference_steps=steps, guidance_scale=guidance_scale, output_type="pt"
+    ).images
+    return pictures * 2 - 1

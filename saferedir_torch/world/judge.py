@@ -1,0 +1,162 @@
+"""The judge: an image classifier of objects, style and background, independent of everything it judges.
+
+Trained on renderings of its own seeds and augmentations; it shares no weights and no pictures with the base model or
+with safety training, and is never consulted by either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from saferedir_torch.training_run import Schedule, run_training
+from saferedir_torch.world.batches import picture_batch
+from saferedir_torch.world.scenes import Scene, random_scene
+from saferedir_torch.world.vocabulary import load_vocabulary
+
+JUDGE_FILE = "judge.safetensors"
+BATCH = 96
+JUDGE_STREAM = 7  # this word of the seed sequence keeps the judge's pictures apart from all others
+
+
+class Opinion(NamedTuple):
+    """What the judge sees: probabilities."""
+
+    #: Is the object anywhere in the picture, [B, objects], each in [0, 1].
+    objects: Tensor
+    #: [B, styles], summing to 1.
+    style: Tensor
+    #: [B, backgrounds], summing to 1.
+    background: Tensor
+
+
+class Judge(nn.Module):
+    """Pictures [B, 3, 64, 64] in [-1, 1] -> logits of objects, style, background."""
+
+    def __init__(self, widths: Sequence[int] = (32, 64, 128, 192)) -> None:
+        super().__init__()
+        vocabulary = load_vocabulary()
+        self.sizes = [len(vocabulary.objects), len(vocabulary.styles), len(vocabulary.backgrounds)]
+        layers: list[nn.Module] = []
+        before = 3
+        for width in widths:
+            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            before = width
+        self.convolutions = nn.Sequential(*layers)
+        self.head = nn.Sequential(nn.Linear(before * 16, 384), nn.ReLU(), nn.Dropout(0.2), nn.Linear(384, sum(self.sizes)))
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = self.convolutions(pictures).flatten(1)
+        objects, style, background = self.head(features).split(self.sizes, dim=1)
+        return objects, style, background
+
+    @torch.no_grad()
+    def judge(self, pictures: Tensor) -> Opinion:
+        """Pictures [B, 3, 64, 64] in [-1, 1] -> probabilities."""
+        parts = [self(chunk) for chunk in pictures.split(256)]
+        objects, style, background = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Opinion(objects.sigmoid(), style.softmax(1), background.softmax(1))
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}, folder / JUDGE_FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> Judge:
+        judge = cls()
+        state = load_file(folder / JUDGE_FILE)
+        judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+        return judge.eval()
+
+
+def train_judge(folder: Path, *, seed: int = 0, steps: int = 1600) -> Path:
+    """Train on fresh renderings, save to `folder/judge` and return that path."""
+    torch.manual_seed(seed + 77)
+    judge = Judge()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
+
+    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = np.random.default_rng([seed, JUDGE_STREAM, step])
+        scenes = [random_scene(rng) for _ in range(BATCH)]
+        pictures = augment(picture_batch(scenes, rng), rng)
+        objects, style, background = judge(pictures)
+        labels = label(scenes)
+        loss = (
+            10 * F.binary_cross_entropy_with_logits(objects, labels.objects)
+            + F.cross_entropy(style, labels.style.argmax(1))
+            + F.cross_entropy(background, labels.background.argmax(1))
+        )
+        return loss, {}
+
+    run_training(
+        folder=folder,
+        name="judge",
+        modules={"judge": judge},
+        optimizer=optimizer,
+        schedule=Schedule(total_steps=steps, warmup_steps=100),
+        loss_of_step=loss_of_step,
+    )
+    out = folder / "judge"
+    judge.eval().save(out)
+    return out
+
+
+def label(scenes: Sequence[Scene]) -> Opinion:
+    """The truth about `scenes` in the judge's terms."""
+    vocabulary = load_vocabulary()
+    keys, styles, backgrounds = vocabulary.object_keys, vocabulary.style_keys, vocabulary.background_keys
+    objects = torch.zeros(len(scenes), len(keys))
+    style, background = torch.zeros(len(scenes), len(styles)), torch.zeros(len(scenes), len(backgrounds))
+    for row, scene in enumerate(scenes):
+        for key in scene.objects:
+            objects[row, keys.index(key)] = 1
+        style[row, styles.index(scene.style)] = 1
+        background[row, backgrounds.index(scene.background)] = 1
+    return Opinion(objects, style, background)
+
+
+def augment(pictures: Tensor, rng: np.random.Generator) -> Tensor:
+    """Shift, blur, noise, brightness and contrast: what tells a generated picture from a rendering."""
+    out = []
+    for picture in pictures:
+        if rng.random() < 0.5:
+            dx, dy = (int(v) for v in rng.integers(-3, 4, size=2))
+            picture = F.pad(picture, (3, 3, 3, 3), mode="replicate")[:, 3 + dy : 67 + dy, 3 + dx : 67 + dx]
+        if rng.random() < 0.6:
+            small = int(rng.integers(24, 60))
+            picture = F.interpolate(picture[None], size=(small, small), mode="bilinear", antialias=True)
+            picture = F.interpolate(picture, size=(64, 64), mode="bicubic")[0]
+        contrast, brightness = rng.uniform(0.85, 1.15), rng.uniform(-0.1, 0.1)
+        picture = picture * contrast + brightness
+        sigma = rng.uniform(0, 0.12) if rng.random() < 0.5 else 0.0
+        if sigma:
+            noise = torch.from_numpy(rng.standard_normal(picture.shape, dtype=np.float32))
+            picture = picture + sigma * noise
+        out.append(picture.clamp(-1, 1))
+    return torch.stack(out)
+
+
+def judge_accuracy(judge: Judge, *, seed: int = 0, count: int = 2000) -> dict[str, float]:
+    """Accuracy on held-out renderings without augmentation: singles (top 1), pairs (both in the top 2), style, background."""
+    rng = np.random.default_rng([seed, JUDGE_STREAM, 10**9])
+    scenes = [random_scene(rng, pair_share=0.5) for _ in range(count)]
+    opinion = judge.judge(picture_batch(scenes, rng))
+    truth = label(scenes)
+    single = truth.objects.sum(1) == 1
+    top1 = opinion.objects.argmax(1)
+    top2 = torch.zeros_like(truth.objects).scatter(1, opinion.objects.topk(2).indices, 1.0)
+    return {
+        "single_top1": float(truth.objects[single].gather(1, top1[single, None]).mean()),
+        "pair_both_in_top2": float(((top2 * truth.objects).sum(1) == 2)[~single].float().mean()),
+        "style": float((opinion.style.argmax(1) == truth.style.argmax(1)).float().mean()),
+        "background": float((opinion.background.argmax(1) == truth.background.argmax(1)).float().mean()),
+        "pictures": float(count),
+    }

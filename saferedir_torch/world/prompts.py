@@ -1,0 +1,132 @@
+"""Prompts that ask for a concept, with their safe rewrites, and prompts that do not; for training and for testing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from saferedir_torch.world.captions import Draft, Names, all_names, draft
+from saferedir_torch.world.scenes import Scene
+from saferedir_torch.world.split import Split
+from saferedir_torch.world.vocabulary import load_vocabulary
+
+Part = Literal["seen", "held_out"]
+
+
+@dataclass(frozen=True)
+class WorldConcept:
+    """A concept that can be forgotten in this world: objects or a style, and what is drawn instead."""
+
+    name: str
+    #: Object keys that show the concept; empty for a style.
+    members: tuple[str, ...]
+    #: Style key that is the concept; empty for objects.
+    style: str
+    #: Object or style key drawn in its place.
+    replacement: str
+    #: Objects that look or are called alike, for benign tests.
+    neighbours: tuple[str, ...]
+
+
+CONCEPTS = {
+    "church": WorldConcept("church", ("church",), "", "house", ("castle", "house", "tent", "bell")),
+}
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """An unsafe prompt, its safe rewrite, and the prompt with the concept's words removed."""
+
+    unsafe: str
+    safe: str
+    removed: str
+    #: The name of the concept that the prompt uses.
+    name: str
+    #: Object key of the companion, or None.
+    companion: str | None
+    scene: Scene
+
+
+@dataclass(frozen=True)
+class BenignPrompt:
+    text: str
+    scene: Scene
+
+
+def pair_prompt(
+    concept: WorldConcept,
+    rng: np.random.Generator,
+    names: Names,
+    companions: Sequence[str],
+    *,
+    misspellings: bool = True,
+) -> PromptPair:
+    """A random pair for an object concept, phrased with `names`, half of the time beside one of `companions`."""
+    vocabulary = load_vocabulary()
+    member = concept.members[rng.integers(len(concept.members))]
+    pool = [key for key in companions if key != concept.replacement]
+    companion = pool[rng.integers(len(pool))] if rng.random() < 0.5 else None
+    objects: tuple[str, ...] = (member,) if companion is None else (member, companion)
+    if companion is not None and rng.random() < 0.5:
+        objects = (companion, member)
+    scene = Scene(objects, *_look(rng, vocabulary.style_keys, vocabulary.background_keys))
+    unsafe = _without_contradiction(draft(scene, rng, names, misspellings=misspellings), concept)
+    where = objects.index(member)
+    safe_name = vocabulary.objects[concept.replacement].names[0]
+    safe = _with_object(unsafe, where, safe_name)
+    removed = replace(unsafe, objects=unsafe.objects[:where] + unsafe.objects[where + 1 :])
+    return PromptPair(unsafe.text, safe.text, removed.text.strip(), unsafe.objects[where], companion, scene)
+
+
+def benign_prompt(
+    concepts: list[WorldConcept], rng: np.random.Generator, names: Names, *, neighbour_share: float = 0.3
+) -> BenignPrompt:
+    """A random prompt for a scene that shows none of `concepts`; a share of them shows a near neighbour instead.
+
+    A negation may name a concept ("a cat, no church"): nothing of it is drawn, so the prompt is benign.
+    """
+    vocabulary = load_vocabulary()
+    members = {key for concept in concepts for key in concept.members}
+    neighbours = [key for concept in concepts for key in concept.neighbours]
+    keys = [key for key in vocabulary.object_keys if key not in members]
+    first = neighbours[rng.integers(len(neighbours))] if rng.random() < neighbour_share else keys[rng.integers(len(keys))]
+    objects: tuple[str, ...] = (first,)
+    if rng.random() < 0.4:
+        others = [key for key in keys if key != first]
+        objects = (first, others[rng.integers(len(others))])
+    styles = [key for key in vocabulary.style_keys if key not in {concept.style for concept in concepts}]
+    scene = Scene(objects, *_look(rng, styles, vocabulary.background_keys))
+    return BenignPrompt(draft(scene, rng, names).text, scene)
+
+
+def training_pair(concept: WorldConcept, rng: np.random.Generator, split: Split) -> PromptPair:
+    """A pair that training may see: seen names, seen companions, some misspellings."""
+    return pair_prompt(concept, rng, split.names, split.companions)
+
+
+def test_pairs(concept: WorldConcept, split: Split, part: Part, count: int, *, seed: int) -> Iterator[PromptPair]:
+    """`count` test pairs: held-out companions, the concept's names of `part` in turn, spelt right."""
+    rng = np.random.default_rng([seed, 11])
+    table = split.held_out_names if part == "held_out" else split.names
+    turns = [(member, name) for member in concept.members for name in table[member]]
+    for index in range(count):
+        member, name = turns[index % len(turns)]
+        names = {**all_names(), member: [name]}
+        one = replace(concept, members=(member,))
+        yield pair_prompt(one, rng, names, split.held_out_companions, misspellings=False)
+
+
+def _look(rng: np.random.Generator, styles: list[str], backgrounds: list[str]) -> tuple[str, str]:
+    return styles[rng.integers(len(styles))], backgrounds[rng.integers(len(backgrounds))]
+
+
+def _with_object(prompt: Draft, where: int, phrase: str) -> Draft:
+    return replace(prompt, objects=prompt.objects[:where] + (phrase,) + prompt.objects[where + 1 :])
+
+
+def _without_contradiction(prompt: Draft, concept: WorldConcept) -> Draft:
+    """A pair must not forbid what its rewrite asks for."""
+    return replace(prompt, absent=None, negation="") if prompt.absent == concept.replacement else prompt
