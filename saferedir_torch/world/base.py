@@ -19,6 +19,7 @@ from saferedir_torch.world.scenes import Scene, random_scene
 BATCH = 64
 UNET_RATE = 1.2e-3
 TEXT_RATE = 3e-4
+TEXT_STEPS = 1500  # the text encoder, pre-trained already, is tuned for this long and then frozen
 EMPTY_PROMPT_SHARE = 0.1
 MIN_SNR = 5.0  # Hang et al. 2023: squared noise error weighted by min(SNR, 5) / SNR
 BANK_SIZE = 48_000
@@ -85,7 +86,7 @@ def bank_scene(seed: int, row: int) -> Scene:
     return random_scene(np.random.default_rng([seed, 3, row]))
 
 
-def train_base(folder: Path, *, seed: int = 0, steps: int = 7500, compile_unet: bool = True) -> Path:
+def train_base(folder: Path, *, seed: int = 0, steps: int = 4800, compile_unet: bool = True) -> Path:
     """Train on `folder`'s tokenizer, text encoder, VAE and latent bank; save the fp16 pipeline to `folder/emoji-diffusion`.
 
     Noise prediction with min-SNR weights; 10 % empty prompts, for classifier-free guidance.
@@ -98,14 +99,17 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 7500, compile_unet: 
     bank: npt.NDArray[np.float16] = np.load(encode_bank(folder, seed=seed), mmap_mode="r")
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     weight_of = snr.clamp(max=MIN_SNR) / snr
-    averages = {"unet": ExponentialAverage(unet), "text": ExponentialAverage(text_encoder)}
+    averages = {"unet": ExponentialAverage(unet)}
     optimizer = torch.optim.AdamW(
         [
             {"params": list(unet.parameters()), "lr": UNET_RATE},
             {"params": list(text_encoder.parameters()), "lr": TEXT_RATE},
         ],
         weight_decay=0.01,
+        fused=True,
     )
+    schedule = Schedule(total_steps=steps)
+    text_schedule = Schedule(total_steps=min(TEXT_STEPS, steps), final_share=0.0)
     predict = torch.compile(unet) if compile_unet else unet
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
@@ -120,14 +124,15 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 7500, compile_unet: 
         timesteps = torch.randint(0, 1000, (BATCH,), generator=generator)
         tokens = tokenize(tokenizer, prompts)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            embeds = text_encoder(tokens).last_hidden_state
+            with torch.set_grad_enabled(step < text_schedule.total_steps):
+                embeds = text_encoder(tokens).last_hidden_state
             noisy = scheduler.add_noise(latents, noise, timesteps)
             predicted = predict(noisy, timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
         errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
         return (weight_of[timesteps] * errors).mean(), {"mse": float(errors.detach().mean())}
 
     def sample(step: int) -> None:
-        pipeline = assemble(folder, averages, tokenizer)
+        pipeline = assemble(folder, averages["unet"], text_encoder, tokenizer)
         pictures = draw_prompts(pipeline, SAMPLE_PROMPTS * 2, seeds=range(24))
         save_sheet(pictures, folder / "samples" / f"base_{step:05d}.png")
 
@@ -136,14 +141,16 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 7500, compile_unet: 
         name="base",
         modules={"unet": unet, "text": text_encoder},
         optimizer=optimizer,
-        schedule=Schedule(total_steps=steps),
+        schedule=schedule,
+        group_schedules=[schedule, text_schedule],
         loss_of_step=loss_of_step,
         averages=averages,
         sample=sample,
-        sample_every=750,
+        sample_every=800,
+        checkpoint_every_s=240,
     )
     out = folder / "emoji-diffusion"
-    assemble(folder, averages, tokenizer).to(torch.float16).save_pretrained(out)
+    assemble(folder, averages["unet"], text_encoder, tokenizer).to(torch.float16).save_pretrained(out)
     return out
 
 
@@ -154,13 +161,11 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
 
 
 def assemble(
-    folder: Path, averages: dict[str, ExponentialAverage], tokenizer: CLIPTokenizer
+    folder: Path, average: ExponentialAverage, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
 ) -> StableDiffusionPipeline:
-    """The pipeline made of the averaged UNet and text encoder and the trained VAE."""
+    """The pipeline made of the averaged UNet, the text encoder and the trained VAE."""
     unet = new_unet()
-    unet.load_state_dict(averages["unet"].state_dict())
-    text_encoder = CLIPTextModel.from_pretrained(folder / "clip")
-    text_encoder.load_state_dict(averages["text"].state_dict(), strict=False)
+    unet.load_state_dict(average.state_dict())
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(folder / "vae"),
         text_encoder=text_encoder,

@@ -1,0 +1,106 @@
+"""Every error the product raises on purpose. The command line turns each into one line and its exit code.
+
+SafeRedirError
+├── BundleError                the bundle cannot be used                                  exit 3
+│   ├── BundleMissingFileError     a file it lists is not there
+│   ├── BundleAlteredError         a file's hash, or the manifest itself, is wrong
+│   └── BundleSchemaError          made by a newer version
+├── RequestError               the request cannot be drawn as asked                       exit 2
+├── BackendError               the execution backend cannot be had                        exit 4
+│   ├── MissingDependencyError     a package is missing; the message names the extra
+│   └── ProviderMismatchError      another provider than the one asked for
+├── SafetyError                safety failed closed: no picture leaves                    exit 5
+│   ├── SafetyMissingError         no safety engine
+│   ├── SafetyMismatchError        it was made for another model
+│   ├── SafetyEngineError          it raised
+│   └── NonFiniteError             NaN or infinity in latent, score, embedding or picture
+├── OutputError                the picture or record cannot be written                    exit 6
+├── VerificationError          an engine does not equal its reference                     exit 7
+└── CancelledError             the caller cancelled                                       exit 130
+"""
+
+from __future__ import annotations
+
+
+class SafeRedirError(Exception):
+    """Root of the tree."""
+
+    exit_code = 1
+
+
+class BundleError(SafeRedirError):
+    """The bundle cannot be used."""
+
+    exit_code = 3
+
+
+class BundleMissingFileError(BundleError):
+    """A file that the bundle needs is not there."""
+
+
+class BundleAlteredError(BundleError):
+    """A file is not the one that the manifest describes, or the manifest is malformed."""
+
+
+class BundleSchemaError(BundleError):
+    """The bundle's schema is newer than this version reads."""
+
+
+class RequestError(SafeRedirError):
+    """The request cannot be drawn as asked; the message names the field, the value and what is allowed."""
+
+    exit_code = 2
+
+
+class BackendError(SafeRedirError):
+    """The execution backend cannot be had."""
+
+    exit_code = 4
+
+
+class MissingDependencyError(BackendError):
+    """A package is missing; the message names the extra that brings it."""
+
+
+class ProviderMismatchError(BackendError):
+    """The session runs on another provider than the one asked for."""
+
+
+class SafetyError(SafeRedirError):
+    """Safety failed closed: no picture leaves."""
+
+    exit_code = 5
+
+
+class SafetyMissingError(SafetyError):
+    """There is no safety engine."""
+
+
+class SafetyMismatchError(SafetyError):
+    """The safety engine was made for another model."""
+
+
+class SafetyEngineError(SafetyError):
+    """The safety engine raised."""
+
+
+class NonFiniteError(SafetyError):
+    """NaN or infinity in a latent, score, embedding or picture."""
+
+
+class OutputError(SafeRedirError):
+    """The picture or record cannot be written."""
+
+    exit_code = 6
+
+
+class VerificationError(SafeRedirError):
+    """An engine does not equal its reference within the stated tolerance."""
+
+    exit_code = 7
+
+
+class CancelledError(SafeRedirError):
+    """The caller cancelled."""
+
+    exit_code = 130

@@ -1,0 +1,176 @@
+"""The manifest of a bundle, `bundle.json`: what the engines are, what they take and give, and what made them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from saferedir.engines.errors import BundleAlteredError, BundleSchemaError
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "bundle.json"
+TOKENIZER_FILE = "tokenizer.json"
+
+#: Engines that every bundle has.
+REQUIRED_ENGINES = ("text_encoder", "unet", "vae_decoder", "safety", "step", "step_unguided")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, numpy dtype name and shape of an engine's input or output; a dynamic dimension is its name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """One ONNX graph of the bundle. `weights` lists the external data files that it reads."""
+
+    file: str
+    weights: tuple[str, ...]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """Integrity of a file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Shapes and constants of the model. Sizes are of the latent; a picture is `vae_scale_factor` times larger."""
+
+    latent_channels: int
+    latent_height: int
+    latent_width: int
+    prompt_tokens: int
+    prompt_width: int
+    vae_scale_factor: int
+    vae_scaling_factor: float
+    prediction_type: str
+    text_encoder_sha256: str
+    unet_sha256: str
+
+
+@dataclass(frozen=True)
+class SchedulerInfo:
+    """Noise schedule and timestep spacing, in diffusers' terms."""
+
+    kind: str
+    num_train_timesteps: int
+    beta_start: float
+    beta_end: float
+    beta_schedule: str
+    timestep_spacing: str
+    steps_offset: int
+    set_alpha_to_one: bool
+
+
+@dataclass(frozen=True)
+class ConceptInfo:
+    """A concept that the safety engine knows, with the threshold and strength it was trained and calibrated for."""
+
+    name: str
+    replacement: str
+    threshold: float
+    alpha_scale: float
+
+
+@dataclass(frozen=True)
+class SafetyInfo:
+    """What the safety engine was made for, and its concepts in the engine's order."""
+
+    text_encoder_sha256: str
+    #: UNet it was trained with; another one is allowed (transfer) and shows by this differing from the model's.
+    unet_sha256: str
+    prompt_width: int
+    latent_channels: int
+    cooldown: int
+    concepts: tuple[ConceptInfo, ...]
+
+
+@dataclass(frozen=True)
+class PrecisionInfo:
+    """How weights are stored and what the graphs compute in."""
+
+    storage: str
+    compute: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that `bundle.json` says."""
+
+    schema_version: int
+    name: str
+    model_family: str
+    controller: str
+    max_batch: int
+    model: ModelInfo
+    scheduler: SchedulerInfo
+    safety: SafetyInfo
+    precision: PrecisionInfo
+    made_with: dict[str, str]
+    engines: dict[str, EngineInfo]
+    files: dict[str, FileInfo]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> Manifest:
+        """Parse and check a manifest; `source` is named in errors.
+
+        Raises:
+            BundleSchemaError: the schema is newer than this version reads.
+            BundleAlteredError: not JSON, or a field is missing, unknown or of the wrong type.
+        """
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise BundleAlteredError(f"{source} is not JSON ({error}); export the bundle again") from error
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if not isinstance(version, int):
+            raise BundleAlteredError(f"{source} states no schema_version; it is no bundle manifest")
+        if version > SCHEMA_VERSION:
+            raise BundleSchemaError(
+                f"{source} is of schema {version}, this saferedir reads up to {SCHEMA_VERSION}; upgrade saferedir"
+            )
+        try:
+            return cls(
+                **_scalars(cls, raw),
+                model=ModelInfo(**raw["model"]),
+                scheduler=SchedulerInfo(**raw["scheduler"]),
+                safety=SafetyInfo(
+                    **{k: v for k, v in raw["safety"].items() if k != "concepts"},
+                    concepts=tuple(ConceptInfo(**concept) for concept in raw["safety"]["concepts"]),
+                ),
+                precision=PrecisionInfo(**raw["precision"]),
+                made_with=dict(raw["made_with"]),
+                engines={name: _engine(entry) for name, entry in raw["engines"].items()},
+                files={name: FileInfo(**entry) for name, entry in raw["files"].items()},
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise BundleAlteredError(f"{source} does not have the fields of schema {SCHEMA_VERSION}: {error}") from error
+
+
+
+
+def _scalars(cls: type[Any], raw: dict[str, Any]) -> dict[str, Any]:
+    plain = {field.name for field in fields(cls) if field.type in ("int", "str")}
+    return {name: raw[name] for name in plain}
+
+
+def _engine(raw: dict[str, Any]) -> EngineInfo:
+    return EngineInfo(raw["file"], tuple(raw["weights"]), _tensors(raw["inputs"]), _tensors(raw["outputs"]))
+
+
+def _tensors(raw: list[dict[str, Any]]) -> tuple[TensorInfo, ...]:
+    return tuple(TensorInfo(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in raw)

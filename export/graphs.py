@@ -1,0 +1,205 @@
+"""One wrapper module an engine: names the tensors and changes nothing in the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saferedir_torch.controller import Controller, Policy, State
+from saferedir_torch.safety_module import SafetyModule
+
+#: Example batch for tracing; the exporter would specialise a dimension of 1.
+EXAMPLE_BATCH = 2
+
+
+class TextEncoderGraph(nn.Module):
+    """input_ids [B, T] int32 -> prompt_embeds [B, T, D]."""
+
+    def __init__(self, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        embeds: Tensor = self.text_encoder(input_ids).last_hidden_state
+        return embeds
+
+
+class UNetGraph(nn.Module):
+    """latent [B, C, h, w], timestep [B], prompt_embeds [B, T, D] -> model_output [B, C, h, w]."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
+        output: Tensor = self.unet(latent, timestep, prompt_embeds, return_dict=False)[0]
+        return output
+
+
+class VaeDecoderGraph(nn.Module):
+    """latent [B, C, h, w] as the loop leaves it -> image [B, 3, H, W] in [0, 1]."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latent: Tensor) -> Tensor:
+        decoded = self.vae.decode(latent / self.vae.config.scaling_factor, return_dict=False)[0]
+        image: Tensor = (decoded / 2 + 0.5).clamp(0, 1)
+        return image
+
+
+class SafetyGraph(nn.Module):
+    """The safety engine alone: what the UNet is about to see, and the request's state, in and out."""
+
+    def __init__(self, module: SafetyModule) -> None:
+        super().__init__()
+        self.controller = Controller(module)
+
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        prompt: Tensor,
+        original: Tensor,
+        cooldown: Tensor,
+        period: Tensor,
+        active: Tensor,
+        ok: Tensor,
+        enabled: Tensor,
+        threshold: Tensor,
+        alpha_scale: Tensor,
+    ) -> tuple[Tensor, ...]:
+        state, verdict = self.controller(
+            latent, timestep, original, State(prompt, cooldown, active, ok), Policy(period, enabled, threshold, alpha_scale)
+        )
+        return (*state, *verdict)
+
+
+class StepGraph(nn.Module):
+    """A whole denoising step: safety, UNet, guidance, scheduler update, every quantity per request.
+
+    `coefficients` [B, 4] are the factors of latent, model output, history and noise.
+    """
+
+    def __init__(self, module: SafetyModule, unet: nn.Module, *, guided: bool) -> None:
+        super().__init__()
+        self.controller = Controller(module)
+        self.unet = unet
+        self.guided = guided
+
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        input_scale: Tensor,
+        coefficients: Tensor,
+        history: Tensor,
+        noise: Tensor,
+        negative: Tensor,
+        guidance_scale: Tensor,
+        prompt: Tensor,
+        original: Tensor,
+        cooldown: Tensor,
+        period: Tensor,
+        active: Tensor,
+        ok: Tensor,
+        enabled: Tensor,
+        threshold: Tensor,
+        alpha_scale: Tensor,
+    ) -> tuple[Tensor, ...]:
+        seen = latent * _per_request(input_scale)
+        state, verdict = self.controller(
+            seen, timestep, original, State(prompt, cooldown, active, ok), Policy(period, enabled, threshold, alpha_scale)
+        )
+        if self.guided:
+            both = self.unet(
+                torch.cat([seen, seen]),
+                torch.cat([timestep, timestep]),
+                torch.cat([negative, state.prompt]),
+                return_dict=False,
+            )[0]
+            without, conditional = both.chunk(2)
+            model_output = without + _per_request(guidance_scale) * (conditional - without)
+        else:
+            model_output = self.unet(seen, timestep, state.prompt, return_dict=False)[0]
+        factors = [_per_request(factor) for factor in coefficients.unbind(1)]
+        moved = factors[0] * latent + factors[1] * model_output
+        moved = moved + factors[2] * history + factors[3] * noise
+        finite = torch.isfinite(moved).flatten(1).all(dim=1)
+        state = state._replace(ok=state.ok & finite)
+        return (moved, model_output, *state, *verdict)
+
+
+def _per_request(values: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1, 1]."""
+    return values[:, None, None, None]
+
+
+STATE_OUTPUTS = ("next_prompt", "next_cooldown", "next_active", "next_ok")
+VERDICT_OUTPUTS = ("score", "fired", "token_mask")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An engine about to be exported."""
+
+    module: nn.Module
+    #: Example inputs by name; the first dimension of each is the batch.
+    inputs: dict[str, Tensor]
+    outputs: tuple[str, ...]
+    #: Inputs that the graph does not read are left out.
+    dynamic: str = "batch"
+
+
+def all_graphs(pipeline: Any, safety: SafetyModule) -> dict[str, Graph]:
+    """Every engine of a Stable Diffusion 1.x pipeline protected by `safety`, with example inputs."""
+    config = safety.config
+    size = pipeline.unet.config.sample_size
+    batch, concepts = EXAMPLE_BATCH, len(config.concepts)
+    latent = torch.randn(batch, config.latent_channels, size, size)
+    embeds = torch.randn(batch, config.prompt_tokens, config.prompt_width)
+    timestep = torch.full((batch,), 500.0)
+    safety_inputs = {
+        "prompt": embeds,
+        "original": embeds.clone(),
+        "cooldown": torch.zeros(batch, dtype=torch.int32),
+        "period": torch.full((batch,), 2, dtype=torch.int32),
+        "active": torch.zeros(batch, concepts, dtype=torch.bool),
+        "ok": torch.ones(batch, dtype=torch.bool),
+        "enabled": torch.ones(batch, concepts, dtype=torch.bool),
+        "threshold": torch.full((batch, concepts), 0.5),
+        "alpha_scale": torch.full((batch, concepts), 1.5),
+    }
+    step_inputs = {
+        "latent": latent,
+        "timestep": timestep,
+        "input_scale": torch.ones(batch),
+        "coefficients": torch.ones(batch, 4),
+        "history": torch.zeros_like(latent),
+        "noise": torch.zeros_like(latent),
+        "negative": embeds.clone(),
+        "guidance_scale": torch.full((batch,), 5.0),
+        **safety_inputs,
+    }
+    ids = torch.ones(batch, config.prompt_tokens, dtype=torch.int32)
+    step_outputs = ("next_latent", "model_output", *STATE_OUTPUTS, *VERDICT_OUTPUTS)
+    return {
+        "text_encoder": Graph(TextEncoderGraph(pipeline.text_encoder), {"input_ids": ids}, ("prompt_embeds",)),
+        "unet": Graph(
+            UNetGraph(pipeline.unet),
+            {"latent": latent, "timestep": timestep, "prompt_embeds": embeds},
+            ("model_output",),
+        ),
+        "vae_decoder": Graph(VaeDecoderGraph(pipeline.vae), {"latent": latent}, ("image",)),
+        "safety": Graph(
+            SafetyGraph(safety),
+            {"latent": latent, "timestep": timestep, **safety_inputs},
+            (*STATE_OUTPUTS, *VERDICT_OUTPUTS),
+        ),
+        "step": Graph(StepGraph(safety, pipeline.unet, guided=True), step_inputs, step_outputs),
+        "step_unguided": Graph(StepGraph(safety, pipeline.unet, guided=False), step_inputs, step_outputs),
+    }

@@ -1,0 +1,46 @@
+"""What the denoising loop asks of an execution backend; all backends share the one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+#: A tensor where the backend computes; opaque to the loop.
+DeviceTensor = Any
+#: Runs an engine on tensors that were bound before.
+Call = Callable[[], None]
+
+
+class Backend(Protocol):
+    """Engines of one bundle on one device. Safe for several threads: state lives in the tensors, never here."""
+
+    #: The name it was asked for by, such as `ort-cpu`.
+    name: str
+
+    def upload(self, array: Array) -> DeviceTensor:
+        """A copy of `array` on the device."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceTensor:
+        """An uninitialised tensor on the device."""
+        ...
+
+    def download(self, tensor: DeviceTensor) -> Array:
+        """The tensor on the host; waits for the device."""
+        ...
+
+    def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
+        """A call of `engine` on these tensors. Binding is done once, before the loop; calling allocates nothing.
+
+        Raises:
+            BackendError: the engine cannot be loaded on this device.
+        """
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """Versions and the provider in use, for the safety record."""
+        ...

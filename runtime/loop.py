@@ -1,0 +1,223 @@
+"""The denoising loop: one call of the fused step graph a step, nothing allocated, copied or waited for in between."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from saferedir.engines import Manifest
+from saferedir.engines.errors import CancelledError, NonFiniteError, SafeRedirError, SafetyEngineError
+from saferedir.runtime.backend import Backend, Call, DeviceTensor
+from saferedir.runtime.policy import ResolvedPolicy
+from saferedir.runtime.schedulers import Schedule
+
+Float32 = npt.NDArray[np.float32]
+
+#: Called after every step with (steps done, steps in all).
+StepCallback = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a batch of B requests brings to the loop, on the host."""
+
+    #: Standard noise times the schedule's init sigma, [B, C, h, w].
+    latent: Float32
+    #: [B, T, D].
+    prompt: Float32
+    #: Unconditional or negative embedding, [B, T, D].
+    negative: Float32
+    guidance_scale: float
+    policies: tuple[ResolvedPolicy, ...]
+
+    @property
+    def guided(self) -> bool:
+        """Guidance of at most 1 means unguided, as in diffusers."""
+        return self.guidance_scale > 1
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """What the loop leaves: final latents, and the per-step records of protected runs."""
+
+    #: [B, C, h, w].
+    latent: Float32
+    #: [steps, B, N].
+    score: Float32
+    #: [steps, B, N].
+    fired: npt.NDArray[np.bool_]
+    #: [steps, B], after each step.
+    cooldown: npt.NDArray[np.int32]
+    #: Of the last step, [B, N, T].
+    token_mask: Float32
+
+
+def denoise(
+    backend: Backend,
+    manifest: Manifest,
+    schedule: Schedule,
+    batch: Batch,
+    *,
+    on_step: StepCallback | None = None,
+    cancel: threading.Event | None = None,
+) -> Denoised:
+    """Run every step of `schedule` with the safety in force.
+
+    Raises:
+        SafetyEngineError: the step graph raised.
+        NonFiniteError: NaN or infinity in any request's latent, score or embedding; no latent is returned.
+        CancelledError: `cancel` was set between two steps.
+    """
+    state = _StepTensors(backend, manifest, schedule, batch)
+    calls = state.bind_all()
+    for done, call in enumerate(calls, start=1):
+        if cancel is not None and cancel.is_set():
+            raise CancelledError(f"cancelled after {done - 1} of {len(calls)} steps")
+        try:
+            call()
+        except SafeRedirError:
+            raise
+        except Exception as error:
+            raise SafetyEngineError(f"the protected step graph raised in step {done}: {error}") from error
+        if on_step is not None:
+            on_step(done, len(calls))
+    return state.collect()
+
+
+class _StepTensors:
+    """Device tensors of one run: constants, two alternating sets of state, and one record a step."""
+
+    def __init__(self, backend: Backend, manifest: Manifest, schedule: Schedule, batch: Batch) -> None:
+        self.backend = backend
+        self.engine = "step" if batch.guided else "step_unguided"
+        self.steps = len(schedule.timesteps)
+        requests, concepts = len(batch.latent), len(manifest.safety.concepts)
+        tokens = manifest.model.prompt_tokens
+        float32, int32, boolean = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.bool_)
+        prompt = backend.upload(batch.prompt)
+        zeros = backend.upload(np.zeros_like(batch.latent))
+        self.constants: dict[str, DeviceTensor] = {
+            "history": zeros,
+            "noise": zeros,
+            "negative": backend.upload(batch.negative),
+            "guidance_scale": backend.upload(np.full(requests, batch.guidance_scale, np.float32)),
+            "original": prompt,
+            "period": backend.upload(np.array([policy.cooldown for policy in batch.policies], np.int32)),
+            "enabled": backend.upload(np.stack([policy.enabled for policy in batch.policies])),
+            "threshold": backend.upload(np.stack([policy.threshold for policy in batch.policies])),
+            "alpha_scale": backend.upload(np.stack([policy.alpha_scale for policy in batch.policies])),
+        }
+        self.per_step = [
+            {
+                "timestep": backend.upload(np.full(requests, schedule.timesteps[step], np.float32)),
+                "input_scale": backend.upload(np.full(requests, schedule.input_scale[step], np.float32)),
+                "coefficients": backend.upload(np.tile(schedule.coefficients[step], (requests, 1))),
+            }
+            for step in range(self.steps)
+        ]
+        self.states = [
+            {
+                "latent": backend.upload(batch.latent),
+                "prompt": backend.upload(batch.prompt),
+                "active": backend.upload(np.zeros((requests, concepts), np.bool_)),
+                "ok": backend.upload(np.ones(requests, np.bool_)),
+            },
+            {
+                "latent": backend.empty(batch.latent.shape, float32),
+                "prompt": backend.empty(batch.prompt.shape, float32),
+                "active": backend.empty((requests, concepts), boolean),
+                "ok": backend.empty((requests,), boolean),
+            },
+        ]
+        self.cooldowns = [backend.upload(np.zeros(requests, np.int32))]
+        self.cooldowns += [backend.empty((requests,), int32) for _ in range(self.steps)]
+        self.records = [
+            {
+                "score": backend.empty((requests, concepts), float32),
+                "fired": backend.empty((requests, concepts), boolean),
+            }
+            for _ in range(self.steps)
+        ]
+        self.token_mask = backend.empty((requests, concepts, tokens), float32)
+        self.model_output = backend.empty(batch.latent.shape, float32)
+
+    def bind_all(self) -> list[Call]:
+        calls = []
+        for step in range(self.steps):
+            before, after = self.states[step % 2], self.states[(step + 1) % 2]
+            inputs = self.constants | self.per_step[step] | before | {"cooldown": self.cooldowns[step]}
+            outputs = {f"next_{name}": tensor for name, tensor in after.items()}
+            outputs |= {"next_cooldown": self.cooldowns[step + 1], "model_output": self.model_output}
+            outputs |= self.records[step] | {"token_mask": self.token_mask}
+            calls.append(self.backend.bind(self.engine, inputs, outputs))
+        return calls
+
+    def collect(self) -> Denoised:
+        """Download once, `ok` first: nothing of a run that is not ok leaves."""
+        final = self.states[self.steps % 2]
+        ok = self.backend.download(final["ok"])
+        latent = self.backend.download(final["latent"])
+        if not ok.all() or not np.isfinite(latent).all():
+            rows = np.flatnonzero(~(ok & np.isfinite(latent).reshape(len(latent), -1).all(axis=1)))
+            raise NonFiniteError(f"latent, score or embedding is not finite in request {', '.join(map(str, rows))} of the batch; no picture is drawn")
+        return Denoised(
+            latent=latent,
+            score=np.stack([self.backend.download(record["score"]) for record in self.records]),
+            fired=np.stack([self.backend.download(record["fired"]) for record in self.records]),
+            cooldown=np.stack([self.backend.download(tensor) for tensor in self.cooldowns[1:]]),
+            token_mask=self.backend.download(self.token_mask),
+        )
+
+
+def denoise_unprotected(
+    backend: Backend,
+    manifest: Manifest,
+    schedule: Schedule,
+    batch: Batch,
+    *,
+    on_step: StepCallback | None = None,
+    cancel: threading.Event | None = None,
+) -> Denoised:
+    """The same arithmetic by the plain `unet` engine, for an operator who switched the safety off.
+
+    Guidance and update are done on the host, in the step graph's order, so that both agree to the bit.
+    """
+    requests, concepts = len(batch.latent), len(manifest.safety.concepts)
+    latent = batch.latent
+    rows = 2 * requests if batch.guided else requests
+    embeds = np.concatenate([batch.negative, batch.prompt]) if batch.guided else batch.prompt
+    prompt_embeds = backend.upload(embeds)
+    output = backend.empty((rows, *latent.shape[1:]), np.dtype(np.float32))
+    steps = len(schedule.timesteps)
+    for step in range(steps):
+        if cancel is not None and cancel.is_set():
+            raise CancelledError(f"cancelled after {step} of {steps} steps")
+        seen = latent * schedule.input_scale[step]
+        inputs: dict[str, Any] = {
+            "latent": backend.upload(np.concatenate([seen, seen]) if batch.guided else seen),
+            "timestep": backend.upload(np.full(rows, schedule.timesteps[step], np.float32)),
+            "prompt_embeds": prompt_embeds,
+        }
+        backend.bind("unet", inputs, {"model_output": output})()
+        model_output = backend.download(output)
+        if batch.guided:
+            without, conditional = model_output[:requests], model_output[requests:]
+            model_output = without + np.float32(batch.guidance_scale) * (conditional - without)
+        factors = schedule.coefficients[step]
+        latent = factors[0] * latent + factors[1] * model_output
+        if on_step is not None:
+            on_step(step + 1, steps)
+    if not np.isfinite(latent).all():
+        raise NonFiniteError("the latent is not finite; no picture is drawn")
+    return Denoised(
+        latent=latent,
+        score=np.zeros((0, requests, concepts), np.float32),
+        fired=np.zeros((0, requests, concepts), np.bool_),
+        cooldown=np.zeros((0, requests), np.int32),
+        token_mask=np.zeros((requests, concepts, manifest.model.prompt_tokens), np.float32),
+    )

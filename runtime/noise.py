@@ -1,0 +1,50 @@
+"""Standard normal noise equal to that of torch's CPU generator, without torch.
+
+torch fills a tensor of 16 or more values from MT19937: 24 random bits a value, then Box-Muller over blocks of 16, whose
+first eight values give the radii and whose last eight the angles. Agrees to 2.4e-7.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from saferedir.engines.errors import RequestError
+
+BLOCK = 16
+LARGEST_SEED = 2**32 - 1
+
+
+def torch_noise(seed: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """What `torch.randn(shape, generator=torch.Generator().manual_seed(seed))` gives, float32.
+
+    Raises:
+        RequestError: the seed is not in 0..2^32-1, or the shape holds fewer than 16 values.
+    """
+    if not 0 <= seed <= LARGEST_SEED:
+        raise RequestError(f"seed is {seed}; expected 0 to {LARGEST_SEED}")
+    count = math.prod(shape)
+    if count < BLOCK:
+        raise RequestError(f"noise of shape {shape} has fewer than {BLOCK} values; torch draws those differently")
+    generator = np.random.MT19937()
+    generator.state = np.random.RandomState(seed).get_state(legacy=False)  # init_genrand, as torch seeds it
+    values = _uniform(generator, count)
+    whole = count - count % BLOCK
+    values[:whole] = _box_muller(values[:whole])
+    if whole < count:  # torch draws the last 16 values anew
+        values[-BLOCK:] = _box_muller(_uniform(generator, BLOCK))
+    return values.reshape(shape)
+
+
+def _uniform(generator: np.random.MT19937, count: int) -> npt.NDArray[np.float32]:
+    bits = generator.random_raw(count) & np.uint64(0xFFFFFF)
+    return (bits.astype(np.float32) * np.float32(2**-24)).astype(np.float32)
+
+
+def _box_muller(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    blocks = values.reshape(-1, 2, BLOCK // 2)
+    radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - blocks[:, 0]))
+    angle = np.float32(2 * math.pi) * blocks[:, 1]
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1).astype(np.float32)

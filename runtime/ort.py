@@ -1,0 +1,155 @@
+"""ONNX Runtime backend: CPU and CUDA by name, through the same code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+
+from saferedir.engines import Bundle
+from saferedir.engines.errors import BackendError, MissingDependencyError, ProviderMismatchError
+from saferedir.runtime.backend import Array, Call, DeviceTensor
+
+log = logging.getLogger("saferedir")
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An execution provider of ONNX Runtime, and the device its tensors live on."""
+
+    ort_name: str
+    device: str
+
+
+PROVIDERS = {
+    "ort-cpu": Provider("CPUExecutionProvider", "cpu"),
+    "ort-cuda": Provider("CUDAExecutionProvider", "cuda"),
+}
+#: `auto` takes the first of these that this installation offers.
+PREFERENCE = ("ort-cuda", "ort-cpu")
+DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+
+
+def installed_distributions() -> dict[str, str]:
+    """Which of onnxruntime and onnxruntime-gpu is installed, with its version; exactly one is right."""
+    found = {}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def import_onnxruntime() -> Any:
+    """The module `onnxruntime`.
+
+    Raises:
+        MissingDependencyError: it is not installed, or both its distributions are.
+    """
+    found = installed_distributions()
+    if len(found) > 1:
+        raise MissingDependencyError(
+            "both onnxruntime and onnxruntime-gpu are installed and overwrite each other; uninstall both, "
+            "then install saferedir[cpu] or saferedir[gpu]"
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            "ONNX Runtime is not installed; install saferedir[cpu], or saferedir[gpu] for CUDA"
+        ) from error
+    return onnxruntime
+
+
+def resolve_provider(name: str) -> str:
+    """The provider name for `name`, where `auto` takes the best one offered and logs it.
+
+    Raises:
+        BackendError: the name is unknown, or this installation of ONNX Runtime does not offer it.
+    """
+    offered = import_onnxruntime().get_available_providers()
+    if name == "auto":
+        chosen = next(candidate for candidate in PREFERENCE if PROVIDERS[candidate].ort_name in offered)
+        log.info("backend: %s chosen automatically; ONNX Runtime offers %s", chosen, ", ".join(offered))
+        return chosen
+    if name not in PROVIDERS:
+        raise BackendError(f"backend {name!r} is unknown; expected auto, {', '.join(PROVIDERS)}")
+    if PROVIDERS[name].ort_name not in offered:
+        raise BackendError(
+            f"backend {name!r} needs {PROVIDERS[name].ort_name}, this ONNX Runtime offers {', '.join(offered)}; "
+            "install saferedir[gpu] in place of saferedir[cpu] for CUDA"
+        )
+    return name
+
+
+class OrtBackend:
+    """Sessions are made on first use and shared by all threads; every call has its own bindings."""
+
+    def __init__(self, bundle: Bundle, provider: str = "auto", *, threads: int | None = None) -> None:
+        self._ort = import_onnxruntime()
+        self.name = resolve_provider(provider)
+        self._provider = PROVIDERS[self.name]
+        self._bundle = bundle
+        self._threads = threads if threads is not None else _available_cores()
+        self._sessions: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def upload(self, array: Array) -> DeviceTensor:
+        # On the CPU an OrtValue reads numpy's own memory, so a copy keeps the caller's array out of it.
+        return self._ort.OrtValue.ortvalue_from_numpy(np.array(array, order="C"), self._provider.device, 0)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceTensor:
+        return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, self._provider.device, 0)
+
+    def download(self, tensor: DeviceTensor) -> Array:
+        array: Array = np.array(tensor.numpy())
+        return array
+
+    def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
+        session = self._session(engine)
+        binding = session.io_binding()
+        for info in self._bundle.manifest.engines[engine].inputs:
+            binding.bind_ortvalue_input(info.name, inputs[info.name])
+        for name, tensor in outputs.items():
+            binding.bind_ortvalue_output(name, tensor)
+        return lambda: session.run_with_iobinding(binding)
+
+    def versions(self) -> dict[str, str]:
+        return {"backend": self.name, **installed_distributions()}
+
+    def _session(self, engine: str) -> Any:
+        with self._lock:
+            if engine not in self._sessions:
+                self._sessions[engine] = self._load(engine)
+            return self._sessions[engine]
+
+    def _load(self, engine: str) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3
+        wanted = self._provider.ort_name
+        if wanted != "CPUExecutionProvider":
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        path = self._bundle.engine_path(engine)
+        try:
+            session = self._ort.InferenceSession(str(path), options, providers=[wanted])
+        except Exception as error:  # ONNX Runtime raises several types of its own
+            raise BackendError(f"{path} cannot be loaded on {self.name}: {_first_line(error)}") from error
+        if session.get_providers()[0] != wanted:
+            raise ProviderMismatchError(f"{path} was asked for on {wanted} but runs on {session.get_providers()[0]}")
+        return session
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

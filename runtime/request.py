@@ -1,0 +1,126 @@
+"""A request: its options, checked once, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from saferedir.engines import Manifest
+from saferedir.engines.errors import RequestError
+from saferedir.runtime.noise import LARGEST_SEED
+
+Embeds = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRequest:
+    """One picture to draw: a prompt or an embedding, and what goes with it."""
+
+    #: None where `prompt_embeds` is given.
+    prompt: str | None
+    #: [T, D], in place of the prompt; protected alike.
+    prompt_embeds: Embeds | None
+    negative_prompt: str | None
+    negative_prompt_embeds: Embeds | None
+    seed: int
+
+
+def build_requests(
+    manifest: Manifest,
+    prompts: str | Sequence[str] | None,
+    *,
+    prompt_embeds: npt.ArrayLike | None,
+    negative_prompt: str | Sequence[str] | None,
+    negative_prompt_embeds: npt.ArrayLike | None,
+    seed: int | Sequence[int],
+    num_images_per_prompt: int,
+) -> list[ImageRequest]:
+    """One request a picture, prompts repeated `num_images_per_prompt` times in a row.
+
+    An integer seed belongs to the first picture and counts up; a sequence gives each picture its own.
+
+    Raises:
+        RequestError: names the field, what it was, and what is expected.
+    """
+    if (prompts is None) == (prompt_embeds is None):
+        raise RequestError("give either prompts or prompt_embeds, not both")
+    if num_images_per_prompt < 1:
+        raise RequestError(f"num_images_per_prompt is {num_images_per_prompt}; expected 1 or more")
+    texts: list[str | None]
+    embeds: list[Embeds | None]
+    if prompts is not None:
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        embeds = [None] * len(texts)
+    else:
+        embeds = list(_embeddings("prompt_embeds", prompt_embeds, manifest))
+        texts = [None] * len(embeds)
+    if not texts:
+        raise RequestError("prompts is empty; give at least one prompt")
+    negatives = _per_prompt("negative_prompt", negative_prompt, len(texts))
+    negative_embeds: list[Embeds | None] = [None] * len(texts)
+    if negative_prompt_embeds is not None:
+        if negative_prompt is not None:
+            raise RequestError("give either negative_prompt or negative_prompt_embeds, not both")
+        given = _embeddings("negative_prompt_embeds", negative_prompt_embeds, manifest)
+        if len(given) not in (1, len(texts)):
+            raise RequestError(f"negative_prompt_embeds holds {len(given)} embeddings for {len(texts)} prompts")
+        negative_embeds = list(given) if len(given) == len(texts) else [given[0]] * len(texts)
+    count = len(texts) * num_images_per_prompt
+    seeds = _seeds(seed, count)
+    return [
+        ImageRequest(
+            prompt=texts[index // num_images_per_prompt],
+            prompt_embeds=embeds[index // num_images_per_prompt],
+            negative_prompt=negatives[index // num_images_per_prompt],
+            negative_prompt_embeds=negative_embeds[index // num_images_per_prompt],
+            seed=seeds[index],
+        )
+        for index in range(count)
+    ]
+
+
+def check_guidance(guidance_scale: float) -> float:
+    """`guidance_scale` as a float; 0 up to 1 mean unguided.
+
+    Raises:
+        RequestError: not a finite number, or negative (which would draw the negative prompt).
+    """
+    value = float(guidance_scale)
+    if not math.isfinite(value) or value < 0:
+        raise RequestError(f"guidance_scale is {guidance_scale}; expected a finite number of 0 or more")
+    return value
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    seeds = [seed + index for index in range(count)] if isinstance(seed, int) else [int(value) for value in seed]
+    if len(seeds) != count:
+        raise RequestError(f"seed holds {len(seeds)} values for {count} pictures")
+    for value in seeds:
+        if not 0 <= value <= LARGEST_SEED:
+            raise RequestError(f"seed is {value}; expected 0 to {LARGEST_SEED}")
+    return seeds
+
+
+def _per_prompt(field: str, value: str | Sequence[str] | None, count: int) -> list[str | None]:
+    if value is None or isinstance(value, str):
+        return [value] * count
+    if len(value) != count:
+        raise RequestError(f"{field} holds {len(value)} texts for {count} prompts")
+    return list(value)
+
+
+def _embeddings(field: str, value: Any, manifest: Manifest) -> Embeds:
+    array: Embeds = np.asarray(value, np.float32)
+    expected = (manifest.model.prompt_tokens, manifest.model.prompt_width)
+    if array.ndim == 2:
+        array = array[None]
+    if array.ndim != 3 or array.shape[1:] != expected or not len(array):
+        raise RequestError(f"{field} has shape {np.shape(value)}; expected [pictures, {expected[0]}, {expected[1]}]")
+    if not np.isfinite(array).all():
+        raise RequestError(f"{field} holds NaN or infinity")
+    return array

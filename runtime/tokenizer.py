@@ -1,0 +1,64 @@
+"""Prompts to token ids, with a count of what did not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from saferedir.engines.errors import BundleAlteredError, RequestError
+
+LONGEST_PROMPT = 10_000
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """A prompt as the text encoder takes it."""
+
+    #: [T] int32, start, words, end, padding.
+    ids: npt.NDArray[np.int32]
+    #: The token texts before padding, start and end included.
+    tokens: tuple[str, ...]
+    #: How many tokens at the end did not fit and were cut.
+    cut: int
+
+
+class PromptTokenizer:
+    """CLIP's tokenizer from a bundle, without transformers."""
+
+    def __init__(self, path: Path, length: int) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise BundleAlteredError(f"{path} is not a tokenizer file: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._length = length
+        end = self._tokenizer.token_to_id(END_OF_TEXT)
+        if end is None:
+            raise BundleAlteredError(f"{path} has no token {END_OF_TEXT}")
+        self._end: int = end
+
+    def __call__(self, prompt: str) -> Tokenised:
+        """Tokenise one prompt, which may be empty.
+
+        Raises:
+            RequestError: it is not text, or longer than 10,000 characters.
+        """
+        if not isinstance(prompt, str):
+            raise RequestError(f"prompt is {type(prompt).__name__}; expected text")
+        if len(prompt) > LONGEST_PROMPT:
+            raise RequestError(f"prompt has {len(prompt)} characters; expected at most {LONGEST_PROMPT}")
+        encoding = self._tokenizer.encode(prompt)
+        ids, tokens = list(encoding.ids), list(encoding.tokens)
+        cut = max(0, len(ids) - self._length)
+        if cut:
+            ids = [*ids[: self._length - 1], self._end]
+            tokens = [*tokens[: self._length - 1], END_OF_TEXT]
+        padded = np.full(self._length, self._end, np.int32)
+        padded[: len(ids)] = ids
+        return Tokenised(padded, tuple(tokens), cut)
