@@ -13,7 +13,16 @@ MANIFEST_FILE = "bundle.json"
 TOKENIZER_FILE = "tokenizer.json"
 
 #: Engines that every bundle has.
-REQUIRED_ENGINES = ("text_encoder", "unet", "vae_decoder", "safety", "step", "step_unguided")
+REQUIRED_ENGINES = (
+    "text_encoder",
+    "unet",
+    "vae_decoder",
+    "safety",
+    "step",
+    "step_unguided",
+    "plain_step",
+    "plain_step_unguided",
+)
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,7 @@ class StepGraph(nn.Module):
     def __init__(self, module: SafetyModule, unet: nn.Module, *, guided: bool) -> None:
         super().__init__()
         self.controller = Controller(module)
-        self.unet = unet
-        self.guided = guided
+        self.denoiser = PlainStepGraph(unet, guided=guided)
 
     def forward(
         self,
@@ -115,23 +114,46 @@ class StepGraph(nn.Module):
         state, verdict = self.controller(
             seen, timestep, original, State(prompt, cooldown, active, ok), Policy(period, enabled, threshold, alpha_scale)
         )
-        if self.guided:
-            both = self.unet(
-                torch.cat([seen, seen]),
-                torch.cat([timestep, timestep]),
-                torch.cat([negative, state.prompt]),
-                return_dict=False,
-            )[0]
-            without, conditional = both.chunk(2)
-            model_output = without + _per_request(guidance_scale) * (conditional - without)
-        else:
-            model_output = self.unet(seen, timestep, state.prompt, return_dict=False)[0]
-        factors = [_per_request(factor) for factor in coefficients.unbind(1)]
-        moved = factors[0] * latent + factors[1] * model_output
-        moved = moved + factors[2] * history + factors[3] * noise
+        moved, model_output = self.denoiser(
+            latent, timestep, input_scale, coefficients, history, noise, negative, guidance_scale, state.prompt
+        )
         finite = torch.isfinite(moved).flatten(1).all(dim=1)
         state = state._replace(ok=state.ok & finite)
         return (moved, model_output, *state, *verdict)
+
+
+class PlainStepGraph(nn.Module):
+    """The same step without safety, for an operator who switched it off, and to prove what safety leaves untouched."""
+
+    def __init__(self, unet: nn.Module, *, guided: bool) -> None:
+        super().__init__()
+        self.unet = unet
+        self.guided = guided
+
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        input_scale: Tensor,
+        coefficients: Tensor,
+        history: Tensor,
+        noise: Tensor,
+        negative: Tensor,
+        guidance_scale: Tensor,
+        prompt: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        seen = latent * _per_request(input_scale)
+        if self.guided:
+            both = self.unet(
+                torch.cat([seen, seen]), torch.cat([timestep, timestep]), torch.cat([negative, prompt]), return_dict=False
+            )[0]
+            without, conditional = both[: latent.shape[0]], both[latent.shape[0] :]
+            model_output = without + _per_request(guidance_scale) * (conditional - without)
+        else:
+            model_output = self.unet(seen, timestep, prompt, return_dict=False)[0]
+        factors = [_per_request(factor) for factor in coefficients.unbind(1)]
+        moved = factors[0] * latent + factors[1] * model_output
+        return moved + factors[2] * history + factors[3] * noise, model_output
 
 
 def _per_request(values: Tensor) -> Tensor:
@@ -151,8 +173,6 @@ class Graph:
     #: Example inputs by name; the first dimension of each is the batch.
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
-    #: Inputs that the graph does not read are left out.
-    dynamic: str = "batch"
 
 
 def all_graphs(pipeline: Any, safety: SafetyModule) -> dict[str, Graph]:
@@ -174,7 +194,7 @@ def all_graphs(pipeline: Any, safety: SafetyModule) -> dict[str, Graph]:
         "threshold": torch.full((batch, concepts), 0.5),
         "alpha_scale": torch.full((batch, concepts), 1.5),
     }
-    step_inputs = {
+    plain_inputs = {
         "latent": latent,
         "timestep": timestep,
         "input_scale": torch.ones(batch),
@@ -183,8 +203,9 @@ def all_graphs(pipeline: Any, safety: SafetyModule) -> dict[str, Graph]:
         "noise": torch.zeros_like(latent),
         "negative": embeds.clone(),
         "guidance_scale": torch.full((batch,), 5.0),
-        **safety_inputs,
     }
+    step_inputs = plain_inputs | safety_inputs
+    plain_inputs = plain_inputs | {"prompt": embeds}
     ids = torch.ones(batch, config.prompt_tokens, dtype=torch.int32)
     step_outputs = ("next_latent", "model_output", *STATE_OUTPUTS, *VERDICT_OUTPUTS)
     return {
@@ -202,4 +223,6 @@ def all_graphs(pipeline: Any, safety: SafetyModule) -> dict[str, Graph]:
         ),
         "step": Graph(StepGraph(safety, pipeline.unet, guided=True), step_inputs, step_outputs),
         "step_unguided": Graph(StepGraph(safety, pipeline.unet, guided=False), step_inputs, step_outputs),
+        "plain_step": Graph(PlainStepGraph(pipeline.unet, guided=True), plain_inputs, step_outputs[:2]),
+        "plain_step_unguided": Graph(PlainStepGraph(pipeline.unet, guided=False), plain_inputs, step_outputs[:2]),
     }

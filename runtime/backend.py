@@ -34,7 +34,9 @@ class Backend(Protocol):
         ...
 
     def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
-        """A call of `engine` on these tensors. Binding is done once, before the loop; calling allocates nothing.
+        """A call of `engine` on those of these tensors that it takes and gives, by name.
+
+        Binding is done once, before the loop; calling allocates nothing.
 
         Raises:
             BackendError: the engine cannot be loaded on this device.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,16 +63,17 @@ def denoise(
     batch: Batch,
     *,
     on_step: StepCallback | None = None,
+    protected: bool = True,
     cancel: threading.Event | None = None,
 ) -> Denoised:
-    """Run every step of `schedule` with the safety in force.
+    """Run every step of `schedule` with the safety in force, or without it where the operator switched it off.
 
     Raises:
         SafetyEngineError: the step graph raised.
         NonFiniteError: NaN or infinity in any request's latent, score or embedding; no latent is returned.
         CancelledError: `cancel` was set between two steps.
     """
-    state = _StepTensors(backend, manifest, schedule, batch)
+    state = _StepTensors(backend, manifest, schedule, batch, protected=protected)
     calls = state.bind_all()
     for done, call in enumerate(calls, start=1):
         if cancel is not None and cancel.is_set():
@@ -83,7 +83,7 @@ def denoise(
         except SafeRedirError:
             raise
         except Exception as error:
-            raise SafetyEngineError(f"the protected step graph raised in step {done}: {error}") from error
+            raise SafetyEngineError(f"engine {state.engine!r} raised in step {done}: {error}") from error
         if on_step is not None:
             on_step(done, len(calls))
     return state.collect()
@@ -92,9 +92,12 @@ def denoise(
 class _StepTensors:
     """Device tensors of one run: constants, two alternating sets of state, and one record a step."""
 
-    def __init__(self, backend: Backend, manifest: Manifest, schedule: Schedule, batch: Batch) -> None:
+    def __init__(
+        self, backend: Backend, manifest: Manifest, schedule: Schedule, batch: Batch, *, protected: bool
+    ) -> None:
         self.backend = backend
-        self.engine = "step" if batch.guided else "step_unguided"
+        self.protected = protected
+        self.engine = ("step" if protected else "plain_step") + ("" if batch.guided else "_unguided")
         self.steps = len(schedule.timesteps)
         requests, concepts = len(batch.latent), len(manifest.safety.concepts)
         tokens = manifest.model.prompt_tokens
@@ -123,13 +126,13 @@ class _StepTensors:
         self.states = [
             {
                 "latent": backend.upload(batch.latent),
-                "prompt": backend.upload(batch.prompt),
+                "prompt": backend.upload(batch.prompt) if protected else prompt,
                 "active": backend.upload(np.zeros((requests, concepts), np.bool_)),
                 "ok": backend.upload(np.ones(requests, np.bool_)),
             },
             {
                 "latent": backend.empty(batch.latent.shape, float32),
-                "prompt": backend.empty(batch.prompt.shape, float32),
+                "prompt": backend.empty(batch.prompt.shape, float32) if protected else prompt,
                 "active": backend.empty((requests, concepts), boolean),
                 "ok": backend.empty((requests,), boolean),
             },
@@ -143,7 +146,8 @@ class _StepTensors:
             }
             for _ in range(self.steps)
         ]
-        self.token_mask = backend.empty((requests, concepts, tokens), float32)
+        self.mask_shape = (requests, concepts, tokens)
+        self.token_mask = backend.empty(self.mask_shape, float32)
         self.model_output = backend.empty(batch.latent.shape, float32)
 
     def bind_all(self) -> list[Call]:
@@ -158,13 +162,17 @@ class _StepTensors:
         return calls
 
     def collect(self) -> Denoised:
-        """Download once, `ok` first: nothing of a run that is not ok leaves."""
+        """Download once, and read `ok` before anything else is made of it: nothing of a run that is not ok leaves."""
         final = self.states[self.steps % 2]
-        ok = self.backend.download(final["ok"])
         latent = self.backend.download(final["latent"])
-        if not ok.all() or not np.isfinite(latent).all():
-            rows = np.flatnonzero(~(ok & np.isfinite(latent).reshape(len(latent), -1).all(axis=1)))
-            raise NonFiniteError(f"latent, score or embedding is not finite in request {', '.join(map(str, rows))} of the batch; no picture is drawn")
+        ok = np.isfinite(latent).reshape(len(latent), -1).all(axis=1)
+        if self.protected:
+            ok &= self.backend.download(final["ok"])
+        if not ok.all():
+            rows = ", ".join(str(row) for row in np.flatnonzero(~ok))
+            raise NonFiniteError(f"NaN or infinity in request {rows} of the batch; no picture is drawn")
+        if not self.protected:
+            return self._unrecorded(latent)
         return Denoised(
             latent=latent,
             score=np.stack([self.backend.download(record["score"]) for record in self.records]),
@@ -173,51 +181,12 @@ class _StepTensors:
             token_mask=self.backend.download(self.token_mask),
         )
 
-
-def denoise_unprotected(
-    backend: Backend,
-    manifest: Manifest,
-    schedule: Schedule,
-    batch: Batch,
-    *,
-    on_step: StepCallback | None = None,
-    cancel: threading.Event | None = None,
-) -> Denoised:
-    """The same arithmetic by the plain `unet` engine, for an operator who switched the safety off.
-
-    Guidance and update are done on the host, in the step graph's order, so that both agree to the bit.
-    """
-    requests, concepts = len(batch.latent), len(manifest.safety.concepts)
-    latent = batch.latent
-    rows = 2 * requests if batch.guided else requests
-    embeds = np.concatenate([batch.negative, batch.prompt]) if batch.guided else batch.prompt
-    prompt_embeds = backend.upload(embeds)
-    output = backend.empty((rows, *latent.shape[1:]), np.dtype(np.float32))
-    steps = len(schedule.timesteps)
-    for step in range(steps):
-        if cancel is not None and cancel.is_set():
-            raise CancelledError(f"cancelled after {step} of {steps} steps")
-        seen = latent * schedule.input_scale[step]
-        inputs: dict[str, Any] = {
-            "latent": backend.upload(np.concatenate([seen, seen]) if batch.guided else seen),
-            "timestep": backend.upload(np.full(rows, schedule.timesteps[step], np.float32)),
-            "prompt_embeds": prompt_embeds,
-        }
-        backend.bind("unet", inputs, {"model_output": output})()
-        model_output = backend.download(output)
-        if batch.guided:
-            without, conditional = model_output[:requests], model_output[requests:]
-            model_output = without + np.float32(batch.guidance_scale) * (conditional - without)
-        factors = schedule.coefficients[step]
-        latent = factors[0] * latent + factors[1] * model_output
-        if on_step is not None:
-            on_step(step + 1, steps)
-    if not np.isfinite(latent).all():
-        raise NonFiniteError("the latent is not finite; no picture is drawn")
-    return Denoised(
-        latent=latent,
-        score=np.zeros((0, requests, concepts), np.float32),
-        fired=np.zeros((0, requests, concepts), np.bool_),
-        cooldown=np.zeros((0, requests), np.int32),
-        token_mask=np.zeros((requests, concepts, manifest.model.prompt_tokens), np.float32),
-    )
+    def _unrecorded(self, latent: Float32) -> Denoised:
+        requests, concepts, _ = self.mask_shape
+        return Denoised(
+            latent=latent,
+            score=np.zeros((0, requests, concepts), np.float32),
+            fired=np.zeros((0, requests, concepts), np.bool_),
+            cooldown=np.zeros((0, requests), np.int32),
+            token_mask=np.zeros(self.mask_shape, np.float32),
+        )

@@ -47,24 +47,29 @@ def installed_distributions() -> dict[str, str]:
     return found
 
 
+def installation_problem() -> str | None:
+    """What is wrong with the installation of ONNX Runtime, or None where exactly one distribution is there."""
+    found = installed_distributions()
+    if not found:
+        return "ONNX Runtime is not installed; install saferedir[cpu], or saferedir[gpu] for CUDA"
+    if len(found) > 1:
+        return (
+            "both onnxruntime and onnxruntime-gpu are installed and overwrite each other; uninstall both, "
+            "then install saferedir[cpu] or saferedir[gpu]"
+        )
+    return None
+
+
 def import_onnxruntime() -> Any:
     """The module `onnxruntime`.
 
     Raises:
         MissingDependencyError: it is not installed, or both its distributions are.
     """
-    found = installed_distributions()
-    if len(found) > 1:
-        raise MissingDependencyError(
-            "both onnxruntime and onnxruntime-gpu are installed and overwrite each other; uninstall both, "
-            "then install saferedir[cpu] or saferedir[gpu]"
-        )
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError(
-            "ONNX Runtime is not installed; install saferedir[cpu], or saferedir[gpu] for CUDA"
-        ) from error
+    if problem := installation_problem():
+        raise MissingDependencyError(problem)
+    import onnxruntime
+
     return onnxruntime
 
 
@@ -114,11 +119,12 @@ class OrtBackend:
 
     def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
         session = self._session(engine)
+        info = self._bundle.manifest.engines[engine]
         binding = session.io_binding()
-        for info in self._bundle.manifest.engines[engine].inputs:
-            binding.bind_ortvalue_input(info.name, inputs[info.name])
-        for name, tensor in outputs.items():
-            binding.bind_ortvalue_output(name, tensor)
+        for tensor in info.inputs:
+            binding.bind_ortvalue_input(tensor.name, inputs[tensor.name])
+        for tensor in info.outputs:
+            binding.bind_ortvalue_output(tensor.name, outputs[tensor.name])
         return lambda: session.run_with_iobinding(binding)
 
     def versions(self) -> dict[str, str]:

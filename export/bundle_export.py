@@ -1,0 +1,180 @@
+"""A Stable Diffusion folder and a safety module to a bundle."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from saferedir.engines.bundle import file_sha256
+from saferedir.engines.manifest import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    TOKENIZER_FILE,
+    ConceptInfo,
+    EngineInfo,
+    FileInfo,
+    Manifest,
+    ModelInfo,
+    PrecisionInfo,
+    SafetyInfo,
+    SchedulerInfo,
+)
+from saferedir.export.graphs import all_graphs
+from saferedir.export.onnx_export import ExportError, tensor_infos, to_onnx
+from saferedir.export.weights import WeightFile, externalise
+from saferedir_torch.protect import check_match
+from saferedir_torch.safety_module import SafetyModule, parameters_sha256
+
+MAKERS = ("saferedir", "torch", "diffusers", "transformers", "onnx", "onnxscript")
+
+
+def export_bundle(
+    pipeline: Any,
+    safety: SafetyModule,
+    out: Path,
+    *,
+    name: str,
+    max_batch: int = 8,
+    on_engine: Callable[[str], None] | None = None,
+) -> Path:
+    """Export every engine and write the bundle to `out`, which is replaced as a whole when all is done.
+
+    Raises:
+        SafetyMismatchError: the safety module is made for another text encoder or other shapes.
+        ExportError: a graph cannot be exported, or the scheduler clips or thresholds.
+    """
+    check_match(pipeline, safety)
+    scheduler = scheduler_info(pipeline.scheduler.config)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        engines = _write_engines(pipeline, safety, folder, on_engine)
+        _write_tokenizer(pipeline.tokenizer, folder)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            name=name,
+            model_family="stable-diffusion-1.x",
+            controller="saferedir",
+            max_batch=max_batch,
+            model=_model_info(pipeline),
+            scheduler=scheduler,
+            safety=_safety_info(safety),
+            precision=PrecisionInfo(storage="float16", compute="float32"),
+            made_with={maker: version(maker) for maker in MAKERS},
+            engines=engines,
+            files={
+                path.name: FileInfo(file_sha256(path), path.stat().st_size)
+                for path in sorted(folder.iterdir())
+                if path.name != MANIFEST_FILE
+            },
+        )
+        (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        _replace(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return out
+
+
+def scheduler_info(config: Any) -> SchedulerInfo:
+    """The scheduler's configuration in the bundle's terms.
+
+    Raises:
+        ExportError: it clips or thresholds, which no linear step can do.
+    """
+    if config.get("clip_sample") or config.get("thresholding"):
+        raise ExportError("the scheduler clips or thresholds its samples; set clip_sample and thresholding to false")
+    return SchedulerInfo(
+        kind="ddim",
+        num_train_timesteps=config["num_train_timesteps"],
+        beta_start=config["beta_start"],
+        beta_end=config["beta_end"],
+        beta_schedule=config["beta_schedule"],
+        timestep_spacing=config.get("timestep_spacing", "leading"),
+        steps_offset=config.get("steps_offset", 0),
+        set_alpha_to_one=config.get("set_alpha_to_one", True),
+    )
+
+
+def _write_engines(
+    pipeline: Any, safety: SafetyModule, folder: Path, on_engine: Callable[[str], None] | None
+) -> dict[str, EngineInfo]:
+    unet_file, safety_file = WeightFile("unet.weights"), WeightFile("safety.weights")
+    choose = {"unet.": unet_file, "denoiser.": unet_file, "controller.": safety_file}
+    engines = {}
+    files = [unet_file, safety_file]
+    for name, graph in all_graphs(pipeline, safety).items():
+        if on_engine is not None:
+            on_engine(name)
+        model = to_onnx(name, graph)
+        own = WeightFile(f"{name}.weights")
+        default = {"text_encoder": own, "vae_decoder": own, "safety": safety_file}.get(name, unet_file)
+        used = externalise(model, choose, default)
+        if default is own:
+            files.append(own)
+        path = folder / f"{name}.onnx"
+        path.write_bytes(model.SerializeToString(deterministic=True))
+        engines[name] = EngineInfo(
+            path.name, tuple(used), tensor_infos(model.graph.input), tensor_infos(model.graph.output)
+        )
+    for file in files:
+        file.write(folder)
+    for engine in engines.values():
+        onnx.checker.check_model(str(folder / engine.file), full_check=True)
+    return engines
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    tokenizer.backend_tokenizer.save(str(folder / TOKENIZER_FILE))
+
+
+def _model_info(pipeline: Any) -> ModelInfo:
+    unet, vae = pipeline.unet.config, pipeline.vae.config
+    size = unet.sample_size
+    return ModelInfo(
+        latent_channels=unet.in_channels,
+        latent_height=size,
+        latent_width=size,
+        prompt_tokens=pipeline.tokenizer.model_max_length,
+        prompt_width=unet.cross_attention_dim,
+        vae_scale_factor=2 ** (len(vae.block_out_channels) - 1),
+        vae_scaling_factor=vae.scaling_factor,
+        prediction_type=pipeline.scheduler.config.prediction_type,
+        text_encoder_sha256=parameters_sha256(pipeline.text_encoder),
+        unet_sha256=parameters_sha256(pipeline.unet),
+    )
+
+
+def _safety_info(safety: SafetyModule) -> SafetyInfo:
+    config = safety.config
+    return SafetyInfo(
+        text_encoder_sha256=config.text_encoder_sha256,
+        unet_sha256=config.unet_sha256,
+        prompt_width=config.prompt_width,
+        latent_channels=config.latent_channels,
+        cooldown=config.cooldown,
+        concepts=tuple(
+            ConceptInfo(concept.name, concept.replacement, concept.threshold, concept.alpha_scale)
+            for concept in config.concepts
+        ),
+    )
+
+
+def _replace(folder: Path, out: Path) -> None:
+    """Put the finished folder in place of what was there."""
+    folder.chmod(0o755)
+    if out.exists():
+        old = out.with_name(f".{out.name}-old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out, old)
+        os.replace(folder, out)
+        shutil.rmtree(old)
+    else:
+        os.replace(folder, out)

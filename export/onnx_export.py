@@ -1,0 +1,101 @@
+"""A torch module to an ONNX graph with dynamic batch, by the current `torch.onnx` exporter, checked by onnx."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx
+import torch
+
+from saferedir.engines.manifest import TensorInfo
+from saferedir.export.graphs import Graph
+
+OPSET = 20
+#: Name of the dynamic dimension.
+BATCH = "batch"
+#: diffusers' upsampling branches at 64 rows, which guidance reaches with 32 requests.
+LARGEST_BATCH = 31
+DTYPES = {
+    onnx.TensorProto.FLOAT: "float32",
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.INT32: "int32",
+    onnx.TensorProto.INT64: "int64",
+    onnx.TensorProto.BOOL: "bool",
+}
+
+
+class ExportError(RuntimeError):
+    """A graph could not be exported, or is not what the bundle needs."""
+
+
+def to_onnx(name: str, graph: Graph) -> Any:
+    """The graph as an `onnx.ModelProto` in fp32, first dimension dynamic and called `batch`.
+
+    Raises:
+        ExportError: the exporter dropped or renamed a tensor, or fixed its batch.
+    """
+    batch = torch.export.Dim(BATCH, max=LARGEST_BATCH)
+    shapes = {key: {0: batch} for key in graph.inputs}
+    with _quiet(), torch.no_grad():
+        # Exported here and not by torch.onnx.export, which falls back to a fixed batch where tracing finds a constraint.
+        exported = torch.export.export(graph.module.eval(), (), dict(graph.inputs), dynamic_shapes=shapes, strict=False)
+        program = torch.onnx.export(
+            exported,
+            dynamic_shapes=shapes,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    if program is None:
+        raise ExportError(f"{name}: the exporter returned nothing")
+    model = program.model_proto
+    _strip_metadata(model)
+    found = [value.name for value in model.graph.output]
+    if found != list(graph.outputs):
+        raise ExportError(f"{name}: outputs are {found}, expected {list(graph.outputs)}")
+    for info in tensor_infos([*model.graph.input, *model.graph.output]):
+        if info.shape[0] != BATCH:
+            raise ExportError(f"{name}: the batch of {info.name!r} became fixed at {info.shape[0]}")
+    return model
+
+
+def tensor_infos(values: Any) -> tuple[TensorInfo, ...]:
+    """Names, types and shapes of a graph's inputs or outputs."""
+    infos = []
+    for value in values:
+        tensor = value.type.tensor_type
+        shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+        infos.append(TensorInfo(value.name, DTYPES[tensor.elem_type], shape))
+    return tuple(infos)
+
+
+def _strip_metadata(model: Any) -> None:
+    """Drop stack traces and paths of the exporting machine, so that the file says only what it computes."""
+    model.doc_string = ""
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+    del model.graph.value_info[:]
+    for node in model.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for value in [*model.graph.input, *model.graph.output, *model.graph.initializer]:
+        del value.metadata_props[:]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

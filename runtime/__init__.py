@@ -1,0 +1,35 @@
+"""The lean runtime: draws protected pictures from a bundle, without PyTorch."""
+
+import warnings
+
+from saferedir.engines.errors import (
+    BackendError,
+    BundleError,
+    CancelledError,
+    RequestError,
+    SafeRedirError,
+    SafetyError,
+)
+from saferedir.runtime.pipeline import Generation, Pipeline
+from saferedir.runtime.policy import SafetyPolicy, Tightening
+from saferedir.runtime.record import SafetyRecord, StepRecord
+
+from saferedir.runtime.ort import installation_problem
+
+if _problem := installation_problem():
+    warnings.warn(_problem, stacklevel=2)
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "CancelledError",
+    "Generation",
+    "Pipeline",
+    "RequestError",
+    "SafeRedirError",
+    "SafetyError",
+    "SafetyPolicy",
+    "SafetyRecord",
+    "StepRecord",
+    "Tightening",
+]

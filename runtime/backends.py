@@ -1,0 +1,36 @@
+"""Backends by name. ONNX Runtime's are built in; others (eager PyTorch) are entry points, imported only when asked for."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from saferedir.engines import Bundle
+from saferedir.engines.errors import BackendError, MissingDependencyError
+from saferedir.runtime.backend import Backend
+from saferedir.runtime.ort import PROVIDERS, OrtBackend
+
+ENTRY_POINT_GROUP = "saferedir.backends"
+
+
+def backend_names() -> list[str]:
+    """Every name that `make_backend` takes, whether or not it can be had here."""
+    return ["auto", *PROVIDERS, *sorted(point.name for point in entry_points(group=ENTRY_POINT_GROUP))]
+
+
+def make_backend(bundle: Bundle, name: str, *, threads: int | None = None) -> Backend:
+    """The backend of that name for `bundle`; `auto` takes the best one of ONNX Runtime.
+
+    Raises:
+        BackendError: the name is unknown, or the backend cannot be had here; the message says what to install.
+    """
+    if name == "auto" or name in PROVIDERS:
+        return OrtBackend(bundle, name, threads=threads)
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name == name:
+            try:
+                factory = point.load()
+            except ImportError as error:
+                raise MissingDependencyError(f"backend {name!r} needs a package that is missing ({error.name}); install saferedir[torch]") from error
+            backend: Backend = factory(bundle)
+            return backend
+    raise BackendError(f"backend {name!r} is unknown; expected one of {', '.join(backend_names())}")

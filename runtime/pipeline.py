@@ -1,0 +1,233 @@
+"""`Pipeline`: prompts in, protected pictures and their safety records out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from saferedir.engines import DEFAULT_BUNDLE, Bundle, open_bundle
+from saferedir.engines.errors import BackendError, NonFiniteError, SafeRedirError
+from saferedir.runtime.backend import Backend
+from saferedir.runtime.backends import make_backend
+from saferedir.runtime.loop import Batch, Denoised, StepCallback, denoise
+from saferedir.runtime.noise import torch_noise
+from saferedir.runtime.policy import ResolvedPolicy, SafetyPolicy, Tightening, resolve
+from saferedir.runtime.record import SafetyRecord, StepRecord
+from saferedir.runtime.request import ImageRequest, build_requests, check_guidance
+from saferedir.runtime.schedulers import make_schedule
+from saferedir.runtime.tokenizer import PromptTokenizer, Tokenised
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The pictures of one call, and the safety record of each."""
+
+    images: list[Image.Image]
+    records: list[SafetyRecord]
+
+
+class Pipeline:
+    """Draws with one bundle on one backend. Safe for several threads: all state belongs to the call."""
+
+    def __init__(self, bundle: Bundle, backend: Backend, policy: SafetyPolicy | None = None) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self.manifest = bundle.manifest
+        self._policy = resolve(policy or SafetyPolicy(), self.manifest.safety)
+        self._tokenizer = PromptTokenizer(bundle.tokenizer_path, self.manifest.model.prompt_tokens)
+
+    @classmethod
+    def from_bundle(
+        cls,
+        path_or_name: str | Path = DEFAULT_BUNDLE,
+        *,
+        backend: str = "auto",
+        policy: SafetyPolicy | None = None,
+        threads: int | None = None,
+        check_hashes: bool = True,
+    ) -> Pipeline:
+        """Open a bundle (a folder, or the name of an embedded one) on a backend (`auto`, or a name of `doctor`'s list).
+
+        Raises:
+            BundleError, SafetyError: the bundle is not whole, or its safety does not fit.
+            BackendError: the backend is unknown, or cannot be had here.
+            RequestError: the policy names an unknown concept or an impossible value.
+        """
+        bundle = open_bundle(path_or_name, check_hashes=check_hashes)
+        return cls(bundle, make_backend(bundle, backend, threads=threads), policy)
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        prompt_embeds: npt.ArrayLike | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt_embeds: npt.ArrayLike | None = None,
+        seed: int | Sequence[int] = 0,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 5.0,
+        tighten: Tightening | None = None,
+        on_step: StepCallback | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Generation:
+        """Draw one picture a prompt (times `num_images_per_prompt`).
+
+        `prompt_embeds` [pictures, T, D] may stand in place of the prompts and is protected alike. An integer `seed` is
+        the first picture's and counts up; the noise is that of torch's CPU generator. Guidance of at most 1 draws
+        unguided. `on_step(done, total)` counts over all pictures' steps; setting `cancel` ends the run between steps.
+
+        Raises:
+            RequestError: an option is out of range; the message names it.
+            SafetyError: the safety failed; no picture of this call leaves.
+            CancelledError: `cancel` was set.
+        """
+        guidance = check_guidance(guidance_scale)
+        requests = build_requests(
+            self.manifest,
+            prompts,
+            prompt_embeds=prompt_embeds,
+            negative_prompt=negative_prompt,
+            negative_prompt_embeds=negative_prompt_embeds,
+            seed=seed,
+            num_images_per_prompt=num_images_per_prompt,
+        )
+        schedule = make_schedule(self.manifest.scheduler, self.manifest.model.prediction_type, num_inference_steps)
+        policy = self._policy.tightened(tighten)
+        size = self.manifest.max_batch
+        chunks = [requests[start : start + size] for start in range(0, len(requests), size)]
+        images: list[Image.Image] = []
+        records: list[SafetyRecord] = []
+        for index, chunk in enumerate(chunks):
+            batch, tokenised = self._prepare(chunk, guidance, policy, schedule.init_noise_sigma)
+            progress = _offset(on_step, index, len(chunks))
+            result = denoise(
+                self.backend,
+                self.manifest,
+                schedule,
+                batch,
+                protected=not policy.unprotected,
+                on_step=progress,
+                cancel=cancel,
+            )
+            images += self._decode(result.latent)
+            records += self._records(chunk, tokenised, policy, schedule.timesteps, result)
+        return Generation(images, records)
+
+    def encode(self, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Prompt embeddings [B, T, D] of the bundle's text encoder."""
+        return self._encode(np.stack([self._tokenizer(prompt).ids for prompt in prompts]))
+
+    def _prepare(
+        self, chunk: list[ImageRequest], guidance: float, policy: ResolvedPolicy, sigma: float
+    ) -> tuple[Batch, list[Tokenised | None]]:
+        model = self.manifest.model
+        shape = (1, model.latent_channels, model.latent_height, model.latent_width)
+        tokenised = [None if request.prompt is None else self._tokenizer(request.prompt) for request in chunk]
+        texts = {request.negative_prompt or "" for request in chunk}
+        texts |= {request.prompt for request in chunk if request.prompt is not None}
+        ordered = sorted(texts)
+        embeds = dict(zip(ordered, self.encode(ordered), strict=True))
+        prompt = [r.prompt_embeds if r.prompt is None else embeds[r.prompt] for r in chunk]
+        negative = [
+            embeds[r.negative_prompt or ""] if r.negative_prompt_embeds is None else r.negative_prompt_embeds for r in chunk
+        ]
+        latent = np.concatenate([torch_noise(request.seed, shape) for request in chunk]) * np.float32(sigma)
+        batch = Batch(
+            latent, np.stack([p for p in prompt if p is not None]), np.stack(negative), guidance, (policy,) * len(chunk)
+        )
+        return batch, tokenised
+
+    def _encode(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        model = self.manifest.model
+        parts = []
+        for start in range(0, len(ids), self.manifest.max_batch):
+            chunk = ids[start : start + self.manifest.max_batch]
+            shape = (len(chunk), model.prompt_tokens, model.prompt_width)
+            parts.append(self._run("text_encoder", {"input_ids": chunk}, "prompt_embeds", shape))
+        return np.concatenate(parts)
+
+    def _decode(self, latent: npt.NDArray[np.float32]) -> list[Image.Image]:
+        model = self.manifest.model
+        scale = model.vae_scale_factor
+        shape = (len(latent), 3, model.latent_height * scale, model.latent_width * scale)
+        pictures = self._run("vae_decoder", {"latent": latent}, "image", shape)
+        if not np.isfinite(pictures).all():
+            raise NonFiniteError("the decoded picture is not finite; no picture leaves")
+        pixels = (pictures.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
+        return [Image.fromarray(picture) for picture in pixels]
+
+    def _run(self, engine: str, inputs: dict[str, Any], output: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        tensors = {name: self.backend.upload(array) for name, array in inputs.items()}
+        result = self.backend.empty(shape, np.dtype(np.float32))
+        try:
+            self.backend.bind(engine, tensors, {output: result})()
+        except SafeRedirError:
+            raise
+        except Exception as error:  # a backend raises types of its own
+            raise BackendError(f"engine {engine} raised: {error}") from error
+        return self.backend.download(result)
+
+    def _records(
+        self,
+        chunk: list[ImageRequest],
+        tokenised: list[Tokenised | None],
+        policy: ResolvedPolicy,
+        timesteps: npt.NDArray[np.float32],
+        result: Denoised,
+    ) -> list[SafetyRecord]:
+        versions = self.versions()
+        records = []
+        for row, (request, tokens) in enumerate(zip(chunk, tokenised, strict=True)):
+            steps = tuple(
+                StepRecord(
+                    timestep=float(timesteps[step]),
+                    score={name: float(result.score[step, row, n]) for n, name in enumerate(policy.concepts)},
+                    fired=tuple(name for n, name in enumerate(policy.concepts) if result.fired[step, row, n]),
+                    cooldown=int(result.cooldown[step, row]),
+                )
+                for step in range(len(result.score))
+            )
+            fired = {name for step in steps for name in step.fired}
+            records.append(
+                SafetyRecord(
+                    prompt=request.prompt,
+                    seed=request.seed,
+                    protected=not policy.unprotected,
+                    tokens_cut=tokens.cut if tokens else 0,
+                    steps=steps,
+                    tokens=tokens.tokens if tokens else (),
+                    token_mask={
+                        name: tuple(float(value) for value in result.token_mask[row, n])
+                        for n, name in enumerate(policy.concepts)
+                        if name in fired
+                    },
+                    versions=versions,
+                )
+            )
+        return records
+
+    def versions(self) -> dict[str, str]:
+        """Bundle, hashes of its graphs, runtime and backend."""
+        files = self.manifest.files
+        hashes = {f"{name}_sha256": files[engine.file].sha256 for name, engine in self.manifest.engines.items()}
+        return {
+            "bundle": self.manifest.name,
+            "saferedir": version("saferedir"),
+            **self.backend.versions(),
+            **hashes,
+        }
+
+
+def _offset(on_step: StepCallback | None, index: int, chunks: int) -> StepCallback | None:
+    if on_step is None:
+        return None
+    return lambda done, total: on_step(index * total + done, chunks * total)
