@@ -85,6 +85,32 @@ def judge(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) 
     typer.echo(json.dumps(judge_accuracy(Judge.load(out)), indent=1))
 
 
+@app.command()
+def quality(
+    folder: Folder = DEFAULT_FOLDER,
+    seed: Seed = 0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
+    per_name: Annotated[int, typer.Option(help="Pictures a name.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the figures; a contact sheet lies beside it.")] = None,
+) -> None:
+    """Measure the base model by the judge: single objects by every name, pairs, styles."""
+    from saferedir_torch.models import load_pipeline
+    from saferedir_torch.world.judge import Judge, judge_accuracy
+    from saferedir_torch.world.quality import base_quality
+
+    judge = Judge.load(folder / "judge")
+    sheet = None if out is None else out.with_suffix(".png")
+    pipeline = load_pipeline(folder / "emoji-diffusion")
+    report = base_quality(
+        pipeline, judge, seed=seed, guidance_scale=guidance, per_name=per_name, sheet=sheet, say=lambda line: typer.echo(line, err=True)
+    )
+    text = json.dumps({"judge": judge_accuracy(judge), "base": report}, indent=1)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n")
+    typer.echo(text)
+
+
 def _given(steps: int | None) -> dict[str, int]:
     return {} if steps is None else {"steps": steps}
 

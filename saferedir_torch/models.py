@@ -1,0 +1,27 @@
+"""Where models come from: the shipped folders, and any diffusers folder or hub name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+SHIPPED = Path(__file__).with_name("shipped")
+SHIPPED_MODEL = SHIPPED / "emoji-diffusion"
+SHIPPED_SAFETY = SHIPPED / "safety"
+SHIPPED_JUDGE = SHIPPED / "judge"
+
+
+def load_pipeline(model: str | Path = SHIPPED_MODEL) -> StableDiffusionPipeline:
+    """The pipeline of a folder or hub name, in fp32, without progress bars.
+
+    Raises:
+        FileNotFoundError: the shipped model is not there (a source checkout without its weights).
+    """
+    if Path(model) == SHIPPED_MODEL and not SHIPPED_MODEL.is_dir():
+        raise FileNotFoundError(f"{SHIPPED_MODEL} is missing; build it with `python -m saferedir_torch.world`, or restore it")
+    # Named here, since the components' own default is the precision they were saved in.
+    pipeline: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

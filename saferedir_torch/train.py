@@ -1,0 +1,220 @@
+"""Trains a safety module on a diffusers pipeline: one seeded, resumable command.
+
+`python -m saferedir_torch train --model FOLDER --out FOLDER`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+from saferedir_torch.config import Concept, SafetyConfig
+from saferedir_torch.losses import detection_loss, redirection_loss
+from saferedir_torch.safety_module import SafetyModule, parameters_sha256
+from saferedir_torch.training_data import LatentBank, PairBank, cached_runs, make_pairs, record_runs
+from saferedir_torch.training_run import Schedule, TrainingError, run_training
+from saferedir_torch.world.prompts import CONCEPTS, WorldConcept
+from saferedir_torch.world.split import Split
+
+STEP_BATCH = 128
+PAIR_BATCH = 48
+PEAK_RATE = 1e-3
+#: Strength s of the redirection formula that step lengths are trained for.
+STRENGTH = 1.5
+#: A token is to be moved where 1 - cos exceeds this; see the oracle ladder's table.
+TAU = 0.01
+VALIDATION_SHARE = 0.1
+VALIDATE_EVERY = 250
+#: Share of detector cases whose latent is taken from another run, so that neither input can be ignored.
+SWAP_SHARE = 0.3
+#: Noise on prompt embeddings, in units of their standard deviation: names never seen lie near seen ones.
+PROMPT_NOISE = 0.15
+
+
+def new_module(pipeline: StableDiffusionPipeline, concepts: Sequence[WorldConcept], **widths: Any) -> SafetyModule:
+    """An untrained safety module that fits `pipeline`."""
+    config = SafetyConfig(
+        latent_channels=pipeline.unet.config.in_channels,
+        prompt_tokens=pipeline.tokenizer.model_max_length,
+        prompt_width=pipeline.unet.config.cross_attention_dim,
+        prediction_type=pipeline.scheduler.config.prediction_type,
+        concepts=tuple(Concept(name=c.name, replacement=c.replacement, alpha_scale=STRENGTH) for c in concepts),
+        text_encoder_sha256=parameters_sha256(pipeline.text_encoder),
+        unet_sha256=parameters_sha256(pipeline.unet),
+        **widths,
+    )
+    return SafetyModule(config)
+
+
+def train(
+    pipeline: StableDiffusionPipeline,
+    split: Split,
+    folder: Path,
+    *,
+    concepts: Sequence[str] = ("church",),
+    seed: int = 0,
+    steps: int = 2500,
+    runs: int = 600,
+    pairs: int = 3000,
+) -> SafetyModule:
+    """Train on `runs` recorded runs and `pairs` prompt pairs a concept; save the best by validation to `folder/safety`.
+
+    Checkpoints, the loss log and the recorded runs are kept in `folder`, and an interrupted training goes on there.
+
+    Raises:
+        TrainingError: the loss is not finite, or a checkpoint does not fit.
+    """
+    wanted = [CONCEPTS[name] for name in concepts]
+    bank = cached_runs(
+        folder / "runs.safetensors", lambda: record_runs(pipeline, wanted, split, count=runs, seed=seed, on_progress=_say)
+    )
+    pair_bank = make_pairs(pipeline, wanted, split, count=pairs, seed=seed)
+    torch.manual_seed(seed)
+    module = new_module(pipeline, wanted)
+    learner = _Learner(module, bank, pair_bank, seed)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=PEAK_RATE, weight_decay=0.02)
+    best = folder / "best.safetensors.ckpt"
+
+    def validate(step: int) -> None:
+        report = learner.validate()
+        print(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in report.items()), flush=True)
+        kept = torch.load(best, weights_only=True)["loss"] if best.exists() else float("inf")
+        if report["loss"] < kept:
+            torch.save({"loss": report["loss"], "step": step, "state": module.state_dict()}, best)
+
+    run_training(
+        folder=folder,
+        name="safety",
+        modules={"safety": module},
+        optimizer=optimizer,
+        schedule=Schedule(total_steps=steps, warmup_steps=100),
+        loss_of_step=learner.loss_of_step,
+        sample=validate,
+        sample_every=VALIDATE_EVERY,
+    )
+    kept = torch.load(best, weights_only=True)
+    module.load_state_dict(kept["state"])
+    module.eval()
+    thresholds = learner.calibrate()
+    named = tuple(dataclasses.replace(c, threshold=t) for c, t in zip(module.config.concepts, thresholds, strict=True))
+    module.config = dataclasses.replace(
+        module.config,
+        concepts=named,
+        provenance={
+            "seed": seed, "steps": steps, "runs": runs, "pairs": pairs, "best_step": kept["step"],
+            "validation": learner.validate(),
+        },
+    )  # fmt: skip
+    module.save(folder / "safety")
+    return module
+
+
+class _Learner:
+    """Draws batches by step number, and measures on the runs and pairs that training leaves out."""
+
+    def __init__(self, module: SafetyModule, bank: LatentBank, pairs: PairBank, seed: int) -> None:
+        self.module, self.bank, self.pairs, self.seed = module, bank, pairs, seed
+        rng = np.random.default_rng([seed, 31])
+        run_count = int(bank.run.max()) + 1
+        held = torch.zeros(run_count, dtype=torch.bool)
+        held[torch.from_numpy(rng.permutation(run_count)[: int(run_count * VALIDATION_SHARE)])] = True
+        row_held = held[bank.run]
+        self.train_rows, self.held_rows = torch.where(~row_held)[0], torch.where(row_held)[0]
+        order = torch.from_numpy(rng.permutation(len(pairs.concept)))
+        cut = int(len(order) * VALIDATION_SHARE)
+        self.held_pairs, self.train_pairs = order[:cut], order[cut:]
+        self.noise_scale = PROMPT_NOISE * float(pairs.original.float().std())
+
+    def loss_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = np.random.default_rng([self.seed, 32, step])
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        rows = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=STEP_BATCH))]
+        swap = torch.from_numpy(rng.random(STEP_BATCH) < SWAP_SHARE)
+        other = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=STEP_BATCH))]
+        detected = self._detection(rows, torch.where(swap, other, rows), generator)
+        chosen = self.train_pairs[torch.from_numpy(rng.integers(len(self.train_pairs), size=PAIR_BATCH))]
+        shown = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=PAIR_BATCH))]
+        moved, parts = self._redirection(chosen, shown, rng, generator)
+        return detected + moved, {"detection": float(detected.detach()), **parts}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Losses and detector accuracy on held-out runs and pairs."""
+        rng = np.random.default_rng([self.seed, 33])
+        rows = self.held_rows[torch.from_numpy(rng.integers(len(self.held_rows), size=1500))]
+        detected = self._detection(rows, rows, None)
+        accuracy = self._accuracy(rows)
+        chosen = self.held_pairs[:400]
+        shown = self.held_rows[torch.from_numpy(rng.integers(len(self.held_rows), size=len(chosen)))]
+        moved, parts = self._redirection(chosen, shown, rng, None)
+        return {"loss": float(detected + moved), "detection": float(detected), "accuracy": accuracy, **parts}
+
+    @torch.no_grad()
+    def calibrate(self) -> list[float]:
+        """Per concept, the threshold that no held-out run without the concept reaches, but at least 0.5."""
+        scores = self._scores(self.held_rows)
+        thresholds = []
+        for index in range(scores.shape[1]):
+            clean = (self.bank.asked[self.held_rows, index] == 0) & (self.bank.shown[self.held_rows, index] == 0)
+            highest = float(scores[clean, index].max()) if bool(clean.any()) else 0.0
+            thresholds.append(round(min(0.95, max(0.5, highest + 0.02)), 3))
+        return thresholds
+
+    def _detection(self, rows: Tensor, latent_rows: Tensor, generator: torch.Generator | None) -> Tensor:
+        bank = self.bank
+        prompt = self._noisy(bank.prompts[bank.prompt[rows]].float(), generator)
+        asked, shown = bank.asked[rows], bank.shown[latent_rows]
+        labels = torch.maximum(asked, shown.clamp(min=0))
+        weights = ((asked > 0) | (shown >= 0)).float()
+        joint = self.module.detector.joint_feature(bank.latent[latent_rows].float(), bank.timestep[latent_rows])
+        return detection_loss(self.module.detector.logits(joint, prompt), labels, weights)
+
+    def _redirection(
+        self, chosen: Tensor, shown: Tensor, rng: np.random.Generator, generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, float]]:
+        pairs = self.pairs
+        original = pairs.original[chosen].float()
+        shift = self._noisy(original, generator) - original
+        original, target = original + shift, pairs.target[chosen].float() + shift
+        count = len(self.module.config.concepts)
+        concept = pairs.concept[chosen]
+        random = torch.from_numpy(rng.integers(count, size=len(chosen)))
+        active = torch.nn.functional.one_hot(torch.where(concept >= 0, concept, random), count).float()
+        joint = self.module.detector.joint_feature(self.bank.latent[shown].float(), self.bank.timestep[shown])
+        redirection = self.module.redirection(original, joint, active)
+        return redirection_loss(redirection, original, target, tau=TAU, strength=STRENGTH)
+
+    def _noisy(self, prompt: Tensor, generator: torch.Generator | None) -> Tensor:
+        if generator is None:
+            return prompt
+        amount = torch.rand(len(prompt), 1, 1, generator=generator) * self.noise_scale
+        return prompt + amount * torch.randn(prompt.shape, generator=generator)
+
+    def _scores(self, rows: Tensor) -> Tensor:
+        bank = self.bank
+        parts = []
+        for chunk in rows.split(512):
+            latent, prompt = bank.latent[chunk].float(), bank.prompts[bank.prompt[chunk]].float()
+            parts.append(self.module.score(latent, bank.timestep[chunk], prompt)[0])
+        return torch.cat(parts)
+
+    def _accuracy(self, rows: Tensor) -> float:
+        asked, shown = self.bank.asked[rows], self.bank.shown[rows]
+        known = (asked > 0) | (shown >= 0)
+        truth = torch.maximum(asked, shown.clamp(min=0)) > 0
+        return float(((self._scores(rows) >= 0.5) == truth)[known].float().mean())
+
+
+def _say(done: int, total: int) -> None:
+    print(json.dumps({"recorded": done, "of": total}), flush=True)
+
+
+__all__ = ["TrainingError", "new_module", "train"]

@@ -1,0 +1,168 @@
+"""What safety training sees: prompt pairs with aligned targets, and latents of real sampling runs with their labels.
+
+Everything here comes from the split's seen names, seen companions and training seeds.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from saferedir_torch.alignment import aligned_targets
+from saferedir_torch.trajectories import encode, initial_noise, sample
+from saferedir_torch.world.prompts import WorldConcept, benign_prompt, training_pair
+from saferedir_torch.world.split import Split
+
+#: A run whose prompt was switched later than this timestep still shows what it started with; its label is left open.
+LATEST_CLEAN_SWITCH = 700
+#: From this timestep down a latent shows what it is going to be, whatever the prompt says now.
+PICTURE_SHOWS = 500
+#: Numbers of steps and guidance scales that the recorded runs are drawn with.
+SAMPLINGS = ((25, 5.0), (25, 3.0), (15, 5.0), (40, 7.5))
+
+
+@dataclass
+class PairBank:
+    """Prompt embeddings and their aligned safe targets, [P, T, D] fp16; `concept` [P] is -1 where nothing is to change."""
+
+    original: Tensor
+    target: Tensor
+    concept: Tensor
+
+
+@dataclass
+class LatentBank:
+    """What the UNet saw in a step of a run, and what is true about it; one row a step.
+
+    `latent` [S, C, h, w] fp16, `timestep` [S]. `prompt` [S] is the row of `prompts` [R, T, D] that was in force.
+    `asked` [S, N]: the prompt in force asks for the concept. `shown` [S, N]: 1 the latent shows it, 0 it does not,
+    -1 open. `run` [S] numbers the runs.
+    """
+
+    latent: Tensor
+    timestep: Tensor
+    prompt: Tensor
+    prompts: Tensor
+    asked: Tensor
+    shown: Tensor
+    run: Tensor
+
+
+def make_pairs(
+    pipeline: StableDiffusionPipeline, concepts: Sequence[WorldConcept], split: Split, *, count: int, seed: int
+) -> PairBank:
+    """`count` pairs a concept, and as many prompts to be left alone: half safe rewrites, half benign."""
+    originals, targets, owners = [], [], []
+    end_id = pipeline.tokenizer.eos_token_id
+    for index, concept in enumerate(concepts):
+        rng = np.random.default_rng([seed, 21, index])
+        pairs = [training_pair(concept, rng, split) for _ in range(count)]
+        unsafe_ids, unsafe = _encode_all(pipeline, [pair.unsafe for pair in pairs])
+        safe_ids, safe = _encode_all(pipeline, [pair.safe for pair in pairs])
+        benign = [benign_prompt(list(concepts), rng, split.names).text for _ in range(count // 2)]
+        untouched = torch.cat([safe[: count // 2], _encode_all(pipeline, benign)[1]])
+        originals += [unsafe.half(), untouched.half()]
+        targets += [aligned_targets(unsafe_ids, safe_ids, unsafe, safe, end_id).half(), untouched.half()]
+        owners += [torch.full((len(unsafe),), index), torch.full((len(untouched),), -1)]
+    return PairBank(torch.cat(originals), torch.cat(targets), torch.cat(owners))
+
+
+def record_runs(
+    pipeline: StableDiffusionPipeline,
+    concepts: Sequence[WorldConcept],
+    split: Split,
+    *,
+    count: int,
+    seed: int,
+    seeds: str = "train",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LatentBank:
+    """Draw, for each concept, `count` unsafe runs, half as many of its rewrites, `count` benign ones, and half as many
+    that are redirected to the rewrite's embedding half-way, and keep every step of them."""
+    low, high = split.seeds[seeds]
+    _, empty = encode(pipeline, [""])
+    end_id = pipeline.tokenizer.eos_token_id
+    rows: list[dict[str, Tensor]] = []
+    prompts: list[Tensor] = []
+    jobs = [(index, sampling) for index in range(len(concepts)) for sampling in SAMPLINGS]
+    runs = 0
+    for done, (index, (steps, guidance)) in enumerate(jobs):
+        rng = np.random.default_rng([seed, 22, done])
+        share = max(2, count // len(SAMPLINGS))
+        pairs = [training_pair(concepts[index], rng, split) for _ in range(share)]
+        benign = [benign_prompt(list(concepts), rng, split.names).text for _ in range(share)]
+        unsafe_ids, unsafe = encode(pipeline, [pair.unsafe for pair in pairs])
+        safe_ids, safe = encode(pipeline, [pair.safe for pair in pairs])
+        target = aligned_targets(unsafe_ids, safe_ids, unsafe, safe, end_id)
+        half = share // 2
+        started = torch.cat([unsafe, safe[:half], encode(pipeline, benign)[1], unsafe[:half]])
+        later = torch.cat([unsafe, safe[:half], started[share + half : -half], target[:half]])
+        switch = torch.full((len(started),), steps + 1)
+        switch[-half:] = torch.from_numpy(rng.integers(0, steps, size=half))
+        noise = initial_noise(pipeline, [int(s) for s in rng.integers(low, high, size=len(started))])
+        drawn = sample(
+            pipeline, started, empty, noise, steps=steps, guidance_scale=guidance, redirected=later, redirect_at=switch
+        )
+        asks = torch.zeros(len(started), len(concepts))
+        asks[:share, index] = 1
+        asks[-half:, index] = 1
+        base = sum(len(part) for part in prompts)
+        prompts += [started.half(), later.half()]
+        rows.append(_label(drawn.latents, drawn.timesteps, asks, switch, base, runs))
+        runs += len(started)
+        if on_progress is not None:
+            on_progress(done + 1, len(jobs))
+    joined = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+    return LatentBank(prompts=torch.cat(prompts), **joined)
+
+
+def cached_runs(path: Path, make: Callable[[], LatentBank]) -> LatentBank:
+    """The bank in `path`, made and saved (whole or not at all) where it is missing."""
+    if path.exists():
+        return LatentBank(**load_file(path))
+    bank = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({key: value.contiguous() for key, value in vars(bank).items()}, partial)
+    os.replace(partial, path)
+    return bank
+
+
+def _label(
+    latents: Tensor, timesteps: Tensor, asks: Tensor, switch: Tensor, base: int, first_run: int
+) -> dict[str, Tensor]:
+    """One row a step: latents [R, steps, ...], asks [R, N] what the run started with, switch [R] the step it changed at."""
+    runs, steps = latents.shape[:2]
+    index = torch.arange(steps)
+    switched = index[None] >= switch[:, None]  # [R, steps]
+    asked = asks[:, None] * (~switched)[..., None]  # [R, steps, N]
+    # Shown: the run asked for it so far, and has come far enough for the latent to tell.
+    clear = (timesteps < PICTURE_SHOWS)[None, :, None].expand(runs, -1, asks.shape[1])
+    shown = torch.where(clear, asked, torch.full_like(asked, -1.0))
+    shown = torch.where((asks == 0)[:, None].expand_as(shown), torch.zeros_like(shown), shown)
+    switch_time = timesteps[switch.clamp(max=steps - 1)]
+    late = (switched & (switch_time < LATEST_CLEAN_SWITCH)[:, None])[..., None] & (asks > 0)[:, None]
+    shown = torch.where(late, torch.full_like(shown, -1.0), shown)
+    prompt = base + torch.arange(runs)[:, None] + torch.where(switched, runs, 0)
+    return {
+        "latent": latents.flatten(0, 1),
+        "timestep": timesteps.repeat(runs),
+        "prompt": prompt.flatten(),
+        "asked": asked.flatten(0, 1),
+        "shown": shown.flatten(0, 1),
+        "run": (first_run + torch.arange(runs)).repeat_interleave(steps),
+    }
+
+
+def _encode_all(pipeline: StableDiffusionPipeline, prompts: list[str], chunk: int = 128) -> tuple[Tensor, Tensor]:
+    parts = [encode(pipeline, prompts[start : start + chunk]) for start in range(0, len(prompts), chunk)]
+    ids, embeds = zip(*parts, strict=True)
+    return torch.cat(ids), torch.cat(embeds)
