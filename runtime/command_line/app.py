@@ -1,0 +1,232 @@
+"""Commands of `saferedir`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from saferedir.engines import DEFAULT_BUNDLE
+from saferedir.engines.errors import RequestError, VerificationError
+from saferedir.runtime.loop import StepCallback
+
+app = typer.Typer(
+    help="Draw pictures with the safety always on.\n\nExit codes: 0 done, 2 bad request, 3 bad bundle, 4 no backend, "
+    "5 safety failed closed, 6 output not written, 7 verification failed, 130 interrupted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+console = Console()
+progress_console = Console(stderr=True)
+
+BundleOption = Annotated[str, typer.Option("--bundle", help="Bundle folder, or the name of an embedded one.")]
+BackendOption = Annotated[str, typer.Option("--backend", help="auto, ort-cpu, ort-cuda, torch; see `doctor`.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="One prompt a picture.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="A file with one prompt a line.")] = None,
+    out: Annotated[str, typer.Option("--out", "-o", help="Output folder, or - for one PNG on stdout.")] = "pictures",
+    count: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
+    steps: Annotated[int, typer.Option(help="Denoising steps, 1 to 999.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; at most 1 draws unguided.")] = 5.0,
+    negative: Annotated[str | None, typer.Option(help="What to draw away from.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of the picture in pixels, where the model allows another.")] = None,
+    bundle: BundleOption = DEFAULT_BUNDLE,
+    backend: BackendOption = "auto",
+    unprotected: Annotated[bool, typer.Option("--unprotected", help="Operator only: draw without safety. Logged.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw prompts.
+
+    Examples:
+
+    `saferedir generate "a church next to a cat" --seed 7 --out pictures`
+
+    `saferedir generate --file prompts.txt --count 4 --json > records.json`
+
+    `saferedir generate "a cat in ink style" --out - > cat.png`
+    """
+    from saferedir.runtime.outputs import make_folder, png_bytes, write_bytes
+    from saferedir.runtime.pipeline import Pipeline
+    from saferedir.runtime.policy import SafetyPolicy
+
+    asked = _prompts(prompts, file)
+    to_stdout = out == "-"
+    if to_stdout and (len(asked) * count != 1 or as_json):
+        raise RequestError("--out - writes one PNG to stdout; ask for one picture, without --json")
+    folder = None if to_stdout else make_folder(Path(out))
+    pipeline = Pipeline.from_bundle(bundle, backend=backend, policy=SafetyPolicy(unprotected=unprotected))
+    side = pipeline.manifest.model.latent_width * pipeline.manifest.model.vae_scale_factor
+    if size is not None and size != side:
+        raise RequestError(f"--size is {size}; {pipeline.manifest.name} draws {side} only")
+    with _progress("drawing") as on_step:
+        result = pipeline(
+            asked,
+            negative_prompt=negative,
+            seed=seed,
+            num_images_per_prompt=count,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            on_step=on_step,
+        )
+    listed: list[dict[str, Any]] = []
+    for index, (image, record) in enumerate(zip(result.images, result.records, strict=True)):
+        if record.tokens_cut:
+            typer.echo(f"warning: {record.tokens_cut} tokens of prompt {index // count + 1} did not fit and were cut", err=True)
+        if folder is None:
+            sys.stdout.buffer.write(png_bytes(image))
+            return
+        path = folder / f"{index:04d}-seed{record.seed}.png"
+        write_bytes(path, png_bytes(image))
+        listed.append({"file": str(path), **record.to_dict()})
+    if as_json:
+        print(json.dumps(listed, indent=1))
+        return
+    for entry in listed:
+        said = "unprotected" if not entry["protected"] else "redirected" if entry["fired"] else "nothing fired"
+        console.print(f"{entry['file']}  {said}", highlight=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the sheet and the page.")] = Path("demo-output"),
+    bundle: BundleOption = DEFAULT_BUNDLE,
+    backend: BackendOption = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 7,
+) -> None:
+    """Draw ten prompts without and with safety: a contact sheet, and a page with every step's score.
+
+    Example: `saferedir demo --out demo-output`
+    """
+    from saferedir.runtime.demo import run_demo
+
+    with _progress("drawing both ways") as on_step:
+        sheet, page = run_demo(out, bundle, backend=backend, seed=seed, on_step=on_step)
+    console.print(f"contact sheet  {sheet.resolve()}\npage           {page.resolve()}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def inspect(bundle: Annotated[str, typer.Argument(help="Bundle folder, or an embedded one's name.")] = DEFAULT_BUNDLE, as_json: JsonOption = False) -> None:
+    """Say what a bundle holds: model, concepts, engines with their tensors, versions.
+
+    Example: `saferedir inspect emoji-diffusion`
+    """
+    from saferedir.engines import open_bundle
+
+    opened = open_bundle(bundle)
+    manifest = opened.manifest
+    if as_json:
+        print(manifest.to_json(), end="")
+        return
+    total = sum(info.bytes for info in manifest.files.values())
+    console.print(f"[bold]{manifest.name}[/bold]  {manifest.model_family}, {total / 1e6:.1f} MB in {opened.folder}", soft_wrap=True)
+    console.print(f"weights {manifest.precision.storage}, arithmetic {manifest.precision.compute}, batch up to {manifest.max_batch}")
+    console.print("made with " + ", ".join(f"{k} {v}" for k, v in manifest.made_with.items()), highlight=False)
+    transfer = manifest.safety.unet_sha256 != manifest.model.unet_sha256
+    console.print("safety trained with " + ("another UNet (transfer)" if transfer else "this UNet"))
+    for concept in manifest.safety.concepts:
+        console.print(
+            f"concept [bold]{concept.name}[/bold] → {concept.replacement}, threshold {concept.threshold:g}, "
+            f"alpha_scale {concept.alpha_scale:g}"
+        )
+    table = Table("engine", "MB", "inputs", "outputs")
+    for name, engine in manifest.engines.items():
+        size = manifest.files[engine.file].bytes / 1e6
+        table.add_row(name, f"{size:.2f}", _tensors(engine.inputs), _tensors(engine.outputs))
+    console.print(table)
+
+
+@app.command()
+def verify(
+    bundle: Annotated[str, typer.Argument(help="Bundle folder, or an embedded one's name.")] = DEFAULT_BUNDLE,
+    against: Annotated[Path | None, typer.Option(help="Diffusers folder of the reference; the shipped one by default.")] = None,
+    safety: Annotated[Path | None, typer.Option(help="Safety module of the reference; the shipped one by default.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check hashes and tensors, and, where torch is installed, that every engine equals its eager reference.
+
+    Example: `saferedir verify emoji-diffusion --json`
+    """
+    from saferedir.runtime.verify import verify_bundle
+
+    report = verify_bundle(bundle, against, safety)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=1))
+    else:
+        console.print(f"{report.files} files: hashes as stated; {report.engines} engines: tensors as stated")
+        if report.parity is None:
+            console.print(report.parity_note, highlight=False)
+        else:
+            table = Table("engine", "output", "worst absolute", "at", "allowed")
+            for row in report.parity:
+                table.add_row(row.engine, row.output, f"{row.worst:.2e}", row.where, f"{row.allowed:.0e}")
+            console.print(table)
+    if not report.passed:
+        raise VerificationError("an engine differs from its reference by more than allowed; see the table")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Say which backends can be had here, with versions, and how to get what is missing.
+
+    Example: `saferedir doctor`
+    """
+    from saferedir.runtime.doctor import diagnose
+
+    diagnosis = diagnose()
+    if as_json:
+        print(json.dumps(diagnosis.to_dict(), indent=1))
+    else:
+        console.print(", ".join(f"{k} {v}" for k, v in diagnosis.machine.items()), highlight=False)
+        console.print(", ".join(f"{k} {v or 'not installed'}" for k, v in diagnosis.packages.items()), highlight=False)
+        table = Table("backend", "here", "note")
+        for status in diagnosis.backends:
+            table.add_row(status.name, "yes" if status.available else "no", status.note)
+        console.print(table)
+    if diagnosis.problems:
+        for problem in diagnosis.problems:
+            typer.echo(f"problem: {problem}", err=True)
+        raise typer.Exit(4)
+
+
+def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    if bool(prompts) == (file is not None):
+        raise RequestError("give prompts, or --file with one prompt a line, not both")
+    if prompts:
+        return prompts
+    assert file is not None
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{file} cannot be read as text: {error}") from error
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        raise RequestError(f"{file} holds no prompt")
+    return lines
+
+
+def _tensors(infos: Any) -> str:
+    return "\n".join(f"{info.name} {info.dtype} [{', '.join(map(str, info.shape))}]" for info in infos)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[StepCallback]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=progress_console, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+

@@ -1,0 +1,85 @@
+"""What this machine has for drawing: packages, providers, devices, and what to do about what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from saferedir.runtime.backends import ENTRY_POINT_GROUP, backend_names
+from saferedir.runtime.ort import PROVIDERS, import_onnxruntime, installation_problem
+
+PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu", "typer", "rich", "torch", "diffusers", "tensorrt-rtx")
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can be had here, and if not, why and how to get it."""
+
+    name: str
+    available: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything `saferedir doctor` says."""
+
+    machine: dict[str, str]
+    packages: dict[str, str | None]
+    backends: list[BackendStatus]
+    #: What keeps the runtime from drawing at all; empty where all is well.
+    problems: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def diagnose() -> Diagnosis:
+    """Look at the installation without loading any engine."""
+    problem = installation_problem()
+    return Diagnosis(
+        machine={
+            "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "cores": str(os.cpu_count()),
+            "gpu": _gpu(),
+        },
+        packages={name: _version(name) for name in PACKAGES},
+        backends=[_status(name, problem) for name in backend_names() if name != "auto"],
+        problems=[problem] if problem else [],
+    )
+
+
+def _status(name: str, problem: str | None) -> BackendStatus:
+    if name not in PROVIDERS:
+        found = importlib.util.find_spec("torch") is not None
+        return BackendStatus(name, found, f"entry point of {ENTRY_POINT_GROUP}" if found else "install saferedir[torch]")
+    if problem:
+        return BackendStatus(name, False, problem)
+    offered = PROVIDERS[name].ort_name in import_onnxruntime().get_available_providers()
+    note = PROVIDERS[name].ort_name if offered else "install saferedir[gpu] in place of saferedir[cpu]"
+    return BackendStatus(name, offered, note)
+
+
+def _gpu() -> str:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return "none found (no nvidia-smi)"
+    query = [command, "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "nvidia-smi fails"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
