@@ -1,0 +1,71 @@
+"""Fixtures: the embedded bundle on the CPU, and the eager models it was made of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saferedir.engines.bundle import DEFAULT_BUNDLE, file_sha256, locate
+from saferedir.engines.manifest import MANIFEST_FILE
+from saferedir.runtime import Pipeline, SafetyPolicy
+
+#: Every picture fires with this policy, again and again.
+ALWAYS_FIRES = SafetyPolicy(thresholds={"church": 0.0})
+
+
+@pytest.fixture(scope="session")
+def pipeline() -> Pipeline:
+    """The embedded bundle under its own policy."""
+    return Pipeline.from_bundle()
+
+
+@pytest.fixture(scope="session")
+def always_fires(pipeline: Pipeline) -> Pipeline:
+    """The same engines, with thresholds that every score reaches."""
+    return Pipeline(pipeline.bundle, pipeline.backend, ALWAYS_FIRES)
+
+
+@pytest.fixture(scope="session")
+def unprotected(pipeline: Pipeline) -> Pipeline:
+    """The same engines without safety."""
+    return Pipeline(pipeline.bundle, pipeline.backend, SafetyPolicy(unprotected=True))
+
+
+@pytest.fixture
+def bundle_copy(tmp_path: Path) -> Path:
+    """A copy of the embedded bundle that a test may damage."""
+    return Path(shutil.copytree(locate(DEFAULT_BUNDLE), tmp_path / "bundle"))
+
+
+Edit = Callable[[Path, Callable[[dict[str, Any]], None]], None]
+
+
+@pytest.fixture
+def edit_manifest() -> Edit:
+    """Changes a bundle's manifest through a function on its parsed JSON."""
+
+    def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+        path = folder / MANIFEST_FILE
+        raw = json.loads(path.read_text())
+        change(raw)
+        path.write_text(json.dumps(raw))
+
+    return edit
+
+
+@pytest.fixture
+def rehash() -> Callable[[Path, str], None]:
+    """States a changed file's hash in the manifest, as a forger would."""
+
+    def restate(folder: Path, name: str) -> None:
+        path = folder / MANIFEST_FILE
+        raw = json.loads(path.read_text())
+        raw["files"][name] = {"sha256": file_sha256(folder / name), "bytes": (folder / name).stat().st_size}
+        path.write_text(json.dumps(raw))
+
+    return restate

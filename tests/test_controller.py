@@ -1,0 +1,103 @@
+"""The controller's state machine, against the design's pseudocode in plain Python."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saferedir_torch.config import Concept, SafetyConfig
+from saferedir_torch.controller import Controller, Policy, State
+from saferedir_torch.safety_module import SafetyModule
+
+BATCH, TOKENS, WIDTH, CONCEPTS = 6, 9, 16, 3
+
+
+@pytest.fixture(scope="module")
+def controller() -> Controller:
+    torch.manual_seed(0)
+    config = SafetyConfig(
+        latent_channels=4, prompt_tokens=TOKENS, prompt_width=WIDTH, latent_widths=(8, 16, 24), latent_features=24,
+        timestep_frequencies=16, timestep_features=8, classifier_width=16, redirector_width=16, adapter_rank=4,
+        concepts=tuple(Concept(name=name, replacement="x") for name in "abc"),
+    )  # fmt: skip
+    return Controller(SafetyModule(config)).eval()
+
+
+def inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Policy]:
+    generator = torch.Generator().manual_seed(seed)
+    latent = torch.randn(BATCH, 4, 16, 16, generator=generator)
+    time = torch.full((BATCH,), 500.0)
+    original = torch.randn(BATCH, TOKENS, WIDTH, generator=generator)
+    policy = Policy(
+        period=torch.tensor([0, 1, 2, 3, 1, 0], dtype=torch.int32),
+        enabled=torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1], [0, 1, 1], [1, 1, 1]], dtype=torch.bool),
+        threshold=torch.full((BATCH, CONCEPTS), 0.5),
+        alpha_scale=torch.full((BATCH, CONCEPTS), 1.5),
+    )
+    return latent, time, original, policy
+
+
+@torch.no_grad()
+def test_follows_the_pseudocode_step_by_step(controller: Controller) -> None:
+    latent, time, original, policy = inputs(1)
+    state = State.initial(original, CONCEPTS)
+    cooldown, active = [0] * BATCH, [[False] * CONCEPTS for _ in range(BATCH)]
+    firings = 0
+    for step in range(10):
+        before = state
+        seen = latent + 0.3 * step * torch.randn(latent.shape, generator=torch.Generator().manual_seed(step))
+        state, verdict = controller(seen, time, original, before, policy)
+        for row in range(BATCH):
+            if cooldown[row] > 0:
+                cooldown[row] -= 1
+                expected = [False] * CONCEPTS
+            else:
+                over = (verdict.score[row] >= policy.threshold[row]) & policy.enabled[row]
+                expected = over.tolist()
+                if any(expected):
+                    active[row] = [a or f for a, f in zip(active[row], expected, strict=True)]
+                    cooldown[row] = int(policy.period[row])
+                    firings += 1
+            assert verdict.fired[row].tolist() == expected
+            if not any(expected):
+                assert torch.equal(state.prompt[row], before.prompt[row])
+        assert state.cooldown.tolist() == cooldown
+        assert state.active.tolist() == active
+    assert firings > BATCH
+
+
+@torch.no_grad()
+def test_requests_of_a_batch_share_nothing(controller: Controller) -> None:
+    latent, time, original, policy = inputs(2)
+    together, verdict = controller(latent, time, original, State.initial(original, CONCEPTS), policy)
+    for row in range(BATCH):
+        one = slice(row, row + 1)
+        alone, own = controller(
+            latent[one], time[one], original[one], State.initial(original[one], CONCEPTS), Policy(*(p[one] for p in policy))
+        )
+        torch.testing.assert_close(alone.prompt[0], together.prompt[row], rtol=1e-5, atol=1e-5)
+        assert torch.equal(own.fired[0], verdict.fired[row])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["latent", "prompt", "original"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite_is_never_ok_and_stays_with_its_request(controller: Controller, where: str, value: float) -> None:
+    latent, time, original, policy = inputs(3)
+    policy = policy._replace(threshold=torch.zeros(BATCH, CONCEPTS))
+    prompt = original.clone()
+    {"latent": latent, "prompt": prompt, "original": original}[where][1].view(-1)[0] = value
+    state, _ = controller(latent, time, original, State.initial(prompt, CONCEPTS), policy)
+    assert state.ok.tolist() == [True, False, True, True, True, True]
+    again, _ = controller(torch.zeros_like(latent), time, torch.zeros_like(original), state, policy)
+    assert not again.ok[1]
+
+
+@torch.no_grad()
+def test_nothing_enabled_leaves_the_prompt_alone(controller: Controller) -> None:
+    latent, time, original, policy = inputs(4)
+    off = policy._replace(enabled=torch.zeros_like(policy.enabled), threshold=torch.zeros_like(policy.threshold))
+    state, verdict = controller(latent, time, original, State.initial(original, CONCEPTS), off)
+    assert torch.equal(state.prompt, original)
+    assert not verdict.fired.any()
+    assert not verdict.token_mask.any()

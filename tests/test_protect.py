@@ -1,0 +1,147 @@
+"""The eager hook on a stock diffusers pipeline, and its parity with the runtime."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from saferedir.runtime import Pipeline, SafetyPolicy
+from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.protect import (
+    EagerPolicy,
+    NonFiniteError,
+    ProtectionError,
+    SafetyMismatchError,
+    protect,
+)
+from saferedir_torch.safety_module import SafetyModule
+
+STEPS = 6
+ALWAYS = EagerPolicy(thresholds={"church": 0.0})
+
+
+@pytest.fixture(scope="module")
+def eager() -> Any:
+    return load_pipeline()
+
+
+@pytest.fixture(scope="module")
+def safety() -> SafetyModule:
+    return SafetyModule.load(SHIPPED_SAFETY)
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw(pipe: Any, prompts: list[str] | None, seeds: list[int], **options: Any) -> np.ndarray[Any, np.dtype[Any]]:
+    options = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "output_type": "np"} | options
+    images = pipe(prompts, generator=generators(*seeds), **options).images
+    return np.asarray((images * 255).round(), np.int16)
+
+
+def test_leaves_the_pipeline_as_it_was(eager: Any, safety: SafetyModule) -> None:
+    attributes, hooks = set(vars(eager)), len(eager.unet._forward_pre_hooks)
+    before = draw(eager, ["a church"], [1])
+    with protect(eager, safety, ALWAYS):
+        assert not np.array_equal(draw(eager, ["a church"], [1]), before)
+    assert set(vars(eager)) == attributes
+    assert len(eager.unet._forward_pre_hooks) == hooks
+    assert np.array_equal(draw(eager, ["a church"], [1]), before)
+
+
+def test_leaves_it_as_it_was_after_an_error(eager: Any, safety: SafetyModule) -> None:
+    attributes = set(vars(eager))
+    with pytest.raises(KeyError), protect(eager, safety):
+        raise KeyError
+    assert set(vars(eager)) == attributes
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_any_batch_images_per_prompt_and_embeddings(eager: Any, safety: SafetyModule, guidance: float) -> None:
+    with protect(eager, safety, ALWAYS) as guard:
+        both = draw(eager, ["a church", "a cat"], [1, 2, 3, 4], num_images_per_prompt=2, guidance_scale=guidance)
+        assert guard.last.scores.shape == (STEPS, 4, 1)
+        assert guard.last.token_masks.shape == (4, 1, 77)
+        alone = draw(eager, ["a cat"], [3], guidance_scale=guidance)
+        embeds = eager.encode_prompt(["a cat"], "cpu", 1, False)[0]
+        given = draw(eager, None, [3], prompt_embeds=embeds, guidance_scale=guidance)
+    assert (np.abs(both[2] - alone[0]) > 1).mean() <= 1e-3
+    assert np.array_equal(alone, given)
+
+
+def test_state_starts_anew_with_every_call(eager: Any, safety: SafetyModule) -> None:
+    with protect(eager, safety, ALWAYS) as guard:
+        draw(eager, ["a church"], [1])
+        first = guard.last
+        draw(eager, ["a cat"], [1])
+    assert guard.last is not first
+    assert len(guard.last.verdicts) == STEPS
+
+
+def test_mixed_batch_equals_each_alone(eager: Any, safety: SafetyModule) -> None:
+    prompts = ["a church", "a cat", "an abbey next to a dog", "", "a castle", "a minster as a sticker", "a bell", "a dog"]
+    with protect(eager, safety) as guard:
+        together = draw(eager, prompts, list(range(8)))
+        fired = guard.last.fired
+        for row, text in enumerate(prompts):
+            alone = draw(eager, [text], [row])
+            assert (np.abs(together[row] - alone[0]) > 1).mean() <= 1e-3
+            assert torch.equal(guard.last.fired[:, 0], fired[:, row])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize("always", [False, True])
+def test_runtime_draws_the_same(pipeline: Pipeline, eager: Any, safety: SafetyModule, guidance: float, always: bool) -> None:
+    prompts, seeds = ["a church", "a cat", "a minster next to a fish in ink style"], [11, 12, 13]
+    policy = SafetyPolicy(thresholds={"church": 0.0}) if always else SafetyPolicy()
+    runtime = Pipeline(pipeline.bundle, pipeline.backend, policy)
+    found = runtime(prompts, seed=seeds, num_inference_steps=STEPS, guidance_scale=guidance, negative_prompt="a dog")
+    with protect(eager, safety, ALWAYS if always else None) as guard:
+        expected = draw(eager, prompts, seeds, guidance_scale=guidance, negative_prompt=["a dog"] * 3)
+    for row, (image, record) in enumerate(zip(found.images, found.records, strict=True)):
+        assert (np.abs(np.asarray(image).astype(np.int16) - expected[row]) > 1).mean() <= 1e-3
+        scores = [step.score["church"] for step in record.steps]
+        np.testing.assert_allclose(scores, guard.last.scores[:, row, 0], atol=1e-4)
+        assert [bool(step.fired) for step in record.steps] == guard.last.fired[:, row, 0].tolist()
+
+
+def test_torch_backend_runs_the_same_loop(pipeline: Pipeline) -> None:
+    torch_pipeline = Pipeline.from_bundle(backend="torch")
+    for guidance in (1.0, 5.0):
+        a = torch_pipeline("a church", seed=3, num_inference_steps=4, guidance_scale=guidance)
+        b = pipeline("a church", seed=3, num_inference_steps=4, guidance_scale=guidance)
+        difference = np.abs(np.asarray(a.images[0]).astype(int) - np.asarray(b.images[0]))
+        assert (difference > 1).mean() <= 1e-3
+
+
+def test_other_text_encoder_is_refused(eager: Any, safety: SafetyModule) -> None:
+    weight = eager.text_encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[0, 0] += 1
+    try:
+        with pytest.raises(SafetyMismatchError, match="text encoder"), protect(eager, safety):
+            pass
+    finally:
+        with torch.no_grad():
+            weight[0, 0] -= 1
+
+
+def test_unknown_concept_is_refused(eager: Any, safety: SafetyModule) -> None:
+    with pytest.raises(ProtectionError, match="cathedral"), protect(eager, safety, EagerPolicy(enabled=("cathedral",))):
+        pass
+
+
+def test_unet_call_without_a_prompt_is_refused(eager: Any, safety: SafetyModule) -> None:
+    latent, embeds = torch.zeros(1, 4, 16, 16), torch.zeros(1, 77, 128)
+    with protect(eager, safety), pytest.raises(ProtectionError, match="without a prompt"):
+        eager.unet(latent, torch.tensor(1), encoder_hidden_states=embeds)
+
+
+def test_nan_latent_gives_no_picture(eager: Any, safety: SafetyModule) -> None:
+    latents = torch.full((1, 4, 16, 16), float("nan"))
+    with protect(eager, safety), pytest.raises(NonFiniteError):
+        eager(["a cat"], latents=latents, num_inference_steps=2)
