@@ -107,7 +107,7 @@ def training_pair(concept: WorldConcept, rng: np.random.Generator, split: Split)
     return pair_prompt(concept, rng, split.names, split.companions)
 
 
-def test_pairs(concept: WorldConcept, split: Split, part: Part, count: int, *, seed: int) -> Iterator[PromptPair]:
+def evaluation_pairs(concept: WorldConcept, split: Split, part: Part, count: int, *, seed: int) -> Iterator[PromptPair]:
     """`count` test pairs: held-out companions, the concept's names of `part` in turn, spelt right."""
     rng = np.random.default_rng([seed, 11])
     table = split.held_out_names if part == "held_out" else split.names

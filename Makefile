@@ -1,0 +1,43 @@
+# `make demo` and `make test` set up all they need. PYTHON may name another interpreter (3.11 or later).
+PYTHON ?= python3
+DEMO := .venv-demo
+DEV := .venv
+
+.PHONY: demo test check lint types bundle speed forgetting parity clean
+
+demo: $(DEMO)/.installed
+	$(DEMO)/bin/saferedir demo --out demo-output
+
+test: $(DEV)/.installed
+	$(DEV)/bin/python -m pytest --cov --cov-report=term --cov-fail-under=85
+
+check: lint types test
+
+lint: $(DEV)/.installed
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+
+types: $(DEV)/.installed
+	$(DEV)/bin/mypy
+
+# The embedded bundle, from the shipped model and safety module.
+bundle: $(DEV)/.installed
+	$(DEV)/bin/python -m saferedir.export --out engines/emoji_diffusion
+
+speed forgetting parity: $(DEV)/.installed
+	$(DEV)/bin/python -m benchmarks.$@
+
+# The runtime alone: no torch.
+$(DEMO)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/python -m pip install --quiet -c constraints.txt '.[cpu,cli]'
+	touch $@
+
+# Strict editable: mypy sees the packages, changes take effect at once; run `make -B .venv/.installed` after adding a module.
+$(DEV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEV)
+	$(DEV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]' --config-settings editable_mode=strict
+	touch $@
+
+clean:
+	rm -rf $(DEMO) $(DEV) build dist demo-output *.egg-info

@@ -1,0 +1,151 @@
+"""Export of a small pipeline of the true classes: every engine equals its reference, and a planted difference is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from saferedir.engines import open_bundle
+from saferedir.engines.errors import SafetyMismatchError, VerificationError
+from saferedir.export.bundle_export import export_bundle, scheduler_info
+from saferedir.export.onnx_export import ExportError
+from saferedir.export.weights import WeightFile
+from saferedir.runtime import Pipeline, SafetyPolicy
+from saferedir.runtime.verify import verify_bundle
+from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
+from saferedir_torch.protect import SafetyMismatchError as EagerMismatchError
+from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.train import new_module
+from saferedir_torch.world.base import new_scheduler
+from saferedir_torch.world.prompts import CONCEPTS, WorldConcept
+
+SMALL = {
+    "latent_widths": (8, 16, 24), "latent_features": 24, "timestep_frequencies": 16, "timestep_features": 8,
+    "classifier_width": 16, "redirector_width": 16, "adapter_rank": 4,
+}  # fmt: skip
+TWO_CONCEPTS = (CONCEPTS["church"], WorldConcept("castle", ("castle",), "", "tent", ()))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("small")
+
+
+@pytest.fixture(scope="module")
+def small(folder: Path) -> tuple[Any, SafetyModule]:
+    """A pipeline with random weights, width 32, and a safety module of two concepts for it."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(SHIPPED_MODEL / "tokenizer")
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=32, attention_head_dim=2,
+        norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, sample_size=32, mid_block_add_attention=False,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=new_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.to(torch.float16).save_pretrained(folder / "model")
+    pipeline = load_pipeline(folder / "model")
+    new_module(pipeline, TWO_CONCEPTS, **SMALL).save(folder / "safety")
+    return pipeline, SafetyModule.load(folder / "safety")
+
+
+@pytest.fixture(scope="module")
+def exported(small: tuple[Any, SafetyModule], folder: Path) -> Path:
+    named: list[str] = []
+    out = export_bundle(*small, folder / "bundle", name="small", max_batch=3, on_engine=named.append)
+    assert len(named) == 8
+    return out
+
+
+def test_every_engine_equals_its_reference(exported: Path, folder: Path) -> None:
+    report = verify_bundle(exported, folder / "model", folder / "safety")
+    assert report.passed
+    assert report.parity is not None
+    assert {row.engine for row in report.parity} == set(open_bundle(exported).manifest.engines)
+
+
+def test_large_weights_are_outside_and_in_half_precision(exported: Path) -> None:
+    graph = onnx.load(exported / "step.onnx", load_external_data=False)
+    stored = [t for t in graph.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    assert stored
+    assert sum(t.data_type == onnx.TensorProto.FLOAT16 for t in stored) > 0.9 * len(stored)
+    assert not any("/" in value.value for t in stored for value in t.external_data)
+
+
+def test_graphs_hold_no_path_of_this_machine(exported: Path) -> None:
+    for path in exported.glob("*.onnx"):
+        assert str(Path(__file__).parents[1]).encode() not in path.read_bytes()
+
+
+def test_two_concepts_fire_for_themselves(exported: Path) -> None:
+    policy = SafetyPolicy(thresholds={"church": 0.0, "castle": 1.0})
+    one = Pipeline.from_bundle(exported, policy=policy)("a church", num_inference_steps=3).records[0]
+    assert all(set(step.score) == {"church", "castle"} for step in one.steps)
+    assert set(one.token_mask) == {"church"}
+    both = SafetyPolicy(thresholds={"church": 0.0, "castle": 0.0}, enabled=("castle",))
+    assert Pipeline.from_bundle(exported, policy=both)("a", num_inference_steps=2).records[0].steps[0].fired == ("castle",)
+
+
+def test_another_reference_is_refused(exported: Path, folder: Path) -> None:
+    with pytest.raises(SafetyMismatchError, match="not the model"):
+        verify_bundle(exported, SHIPPED_MODEL, folder / "safety")
+
+
+def test_planted_difference_is_found(exported: Path, folder: Path, small: tuple[Any, SafetyModule]) -> None:
+    changed = SafetyModule(small[1].config)
+    changed.load_state_dict(small[1].state_dict())
+    with torch.no_grad():
+        changed.detector.heads.bias += 0.05
+    changed.save(folder / "changed")
+    report = verify_bundle(exported, folder / "model", folder / "changed")
+    assert not report.passed
+    assert {row.output for row in report.parity or [] if row.worst > row.allowed} == {"score"}
+    assert VerificationError.exit_code == 7
+
+
+def test_safety_of_another_model_is_refused_and_leaves_nothing(small: tuple[Any, SafetyModule], tmp_path: Path) -> None:
+    with pytest.raises(EagerMismatchError):
+        export_bundle(load_pipeline(), small[1], tmp_path / "bundle", name="x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_export_leaves_nothing(small: tuple[Any, SafetyModule], tmp_path: Path) -> None:
+    def interrupt(name: str) -> None:
+        if name == "unet":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(*small, tmp_path / "bundle", name="x", on_engine=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_clipping_scheduler_is_refused() -> None:
+    with pytest.raises(ExportError, match="clip"):
+        scheduler_info({"clip_sample": True})
+
+
+def test_equal_weights_are_stored_once(tmp_path: Path) -> None:
+    file = WeightFile("w")
+    first = file.add(torch.arange(600).float().numpy())
+    file.add(torch.ones(5).numpy())
+    assert file.add(torch.arange(600).float().numpy()) == first
+    file.write(tmp_path)
+    assert (tmp_path / "w").stat().st_size == 2432 + 20

@@ -1,0 +1,32 @@
+"""What ships: stock diffusers opens the folder; the bundle is made of it; the package stays small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+
+from saferedir.runtime.verify import verify_bundle
+from saferedir_torch.models import SHIPPED_MODEL
+
+
+def test_stock_diffusers_opens_the_folder_and_draws() -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(SHIPPED_MODEL, torch_dtype=torch.float32)
+    names = (type(pipe.unet).__name__, type(pipe.vae).__name__, type(pipe.text_encoder).__name__)
+    assert names == ("UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel")
+    image = pipe("a cat", num_inference_steps=4, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (64, 64)
+    assert np.asarray(image).std() > 5
+
+
+def test_folder_is_at_most_30_mb_in_fp16() -> None:
+    size = sum(path.stat().st_size for path in Path(SHIPPED_MODEL).rglob("*") if path.is_file())
+    assert size <= 30e6
+
+
+def test_embedded_bundle_equals_the_shipped_reference() -> None:
+    report = verify_bundle("emoji-diffusion")
+    assert report.parity, report.parity_note
+    assert report.passed, [row for row in report.parity if row.worst > row.allowed]

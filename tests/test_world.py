@@ -1,0 +1,129 @@
+"""The embedded world: what it holds, how prompts and pictures are made, what training may see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPTokenizer
+
+from saferedir_torch.models import SHIPPED_JUDGE, SHIPPED_MODEL
+from saferedir_torch.world.captions import all_names, caption, draft, misspell
+from saferedir_torch.world.judge import Judge, judge_accuracy
+from saferedir_torch.world.prompts import CONCEPTS, benign_prompt, evaluation_pairs, training_pair
+from saferedir_torch.world.scenes import Scene, draw, random_scene
+from saferedir_torch.world.split import SPLIT_FILE, SplitError, draw_split, load_split, save_split
+from saferedir_torch.world.vocabulary import load_vocabulary
+
+
+
+def test_vocabulary_is_as_large_as_promised() -> None:
+    vocabulary = load_vocabulary()
+    assert 65 <= len(vocabulary.objects) <= 80
+    assert (len(vocabulary.styles), len(vocabulary.backgrounds)) == (4, 8)
+    weapons = vocabulary.members("weapon")
+    assert len(weapons) >= 6
+    assert all(len(vocabulary.objects[key].names) >= 8 for key in [*weapons, "church"])
+    assert len(vocabulary.styles["ink"]) >= 8
+    assert all(2 <= len(item.names) for item in vocabulary.objects.values())
+    names = [name for item in vocabulary.objects.values() for name in item.names]
+    assert len(set(names)) == len(names)
+
+
+def test_shipped_split_is_the_one_its_seed_draws() -> None:
+    assert load_split() == draw_split(0)
+
+
+def test_split_holds_out_half_of_the_names_of_every_concept() -> None:
+    split = load_split()
+    for key in ["church", "ink", *load_vocabulary().members("weapon")]:
+        assert len(split.names[key]) == len(split.held_out_names[key])
+        assert not set(split.names[key]) & set(split.held_out_names[key])
+    assert not set(split.companions) & set(split.held_out_companions)
+
+
+def test_training_pairs_keep_to_the_split() -> None:
+    split, concept, rng = load_split(), CONCEPTS["church"], np.random.default_rng(0)
+    held_out = split.held_out_names["church"]
+    for _ in range(400):
+        pair = training_pair(concept, rng, split)
+        assert not any(name in pair.unsafe for name in held_out)
+        assert pair.companion is None or pair.companion in split.companions
+        assert "a house" in pair.safe
+
+
+def test_evaluation_pairs_use_every_name_of_their_part() -> None:
+    split, concept = load_split(), CONCEPTS["church"]
+    pairs = list(evaluation_pairs(concept, split, "held_out", 50, seed=0))
+    assert {pair.name for pair in pairs} == set(split.held_out_names["church"])
+    assert all(pair.name in pair.unsafe and pair.name not in pair.safe for pair in pairs)
+    assert {pair.companion for pair in pairs if pair.companion} <= set(split.held_out_companions)
+
+
+def test_benign_prompts_never_show_the_concept() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        assert "church" not in benign_prompt([CONCEPTS["church"]], rng, all_names()).scene.objects
+
+
+def test_damaged_split_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "split.json"
+    with pytest.raises(SplitError, match=r"split\.json"):
+        load_split(path)
+    path.write_text("{}")
+    with pytest.raises(SplitError, match="python -m"):
+        load_split(path)
+    path.write_text(SPLIT_FILE.read_text().replace('"anchor"', '"anker"'))
+    with pytest.raises(SplitError, match="anker"):
+        load_split(path)
+    save_split(draw_split(1), path)
+    assert load_split(path) == draw_split(1)
+
+
+def test_pictures_repeat_with_their_seed() -> None:
+    scene = Scene(("church", "cat"), "ink", "blue")
+    first, second = (draw(scene, np.random.default_rng(3)) for _ in range(2))
+    assert first.shape == (64, 64, 3)
+    assert np.array_equal(first, second)
+    assert not np.array_equal(first, draw(scene, np.random.default_rng(4)))
+
+
+def test_captions_say_what_the_scene_shows() -> None:
+    rng = np.random.default_rng(0)
+    names = all_names()
+    for _ in range(200):
+        scene = random_scene(rng)
+        prompt = draft(scene, rng, names, misspellings=False)
+        assert all(phrase in prompt.text for phrase in prompt.objects)
+        assert len(prompt.objects) == len(scene.objects)
+        assert prompt.style == "" or prompt.style in names[scene.style]
+
+
+def test_a_slip_changes_one_word() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        slipped = misspell("a building with a steeple", rng)
+        assert sum(a != b for a, b in zip(slipped.split(), "a building with a steeple".split(), strict=True)) <= 1
+
+
+def test_tokenizer_knows_every_text() -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(SHIPPED_MODEL / "tokenizer")
+    assert tokenizer.model_max_length == 77
+    for text in ["a church", "zebra über 教会 🏰 \x00 ~", caption(random_scene(np.random.default_rng(1)), np.random.default_rng(2))]:
+        ids = tokenizer(text).input_ids
+        assert ids[0] == tokenizer.bos_token_id
+        assert ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in ids[1:-1]
+
+
+def test_judge_sees_held_out_renderings() -> None:
+    accuracy = judge_accuracy(Judge.load(SHIPPED_JUDGE), count=300)
+    assert accuracy["single_top1"] >= 0.98
+    assert accuracy["style"] >= 0.98
+
+
+def test_judge_finds_nothing_in_a_blank_picture() -> None:
+    opinion = Judge.load(SHIPPED_JUDGE).judge(torch.zeros(1, 3, 64, 64))
+    assert (opinion.objects < 0.5).all()
