@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEMO := .venv-demo
 DEV := .venv
 
-.PHONY: demo test check lint types bundle speed forgetting parity clean
+.PHONY: demo test check lint types bundle speed forgetting parity latent_use clean
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/saferedir demo --out demo-output
@@ -24,7 +24,7 @@ types: $(DEV)/.installed
 bundle: $(DEV)/.installed
 	$(DEV)/bin/python -m saferedir.export --out engines/emoji_diffusion
 
-speed forgetting parity: $(DEV)/.installed
+speed forgetting parity latent_use: $(DEV)/.installed
 	$(DEV)/bin/python -m benchmarks.$@
 
 # The runtime alone: no torch.

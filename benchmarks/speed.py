@@ -1,0 +1,85 @@
+"""Seconds per image and safety's share of a step: the runtime against eager diffusers, protection on both, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.report import environment, save
+from saferedir.runtime import Pipeline, SafetyPolicy
+from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.protect import protect
+from saferedir_torch.safety_module import SafetyModule
+
+PROMPTS = ["a church next to a cat", "a dog in ink style", "an abbey", "a balloon as a sticker"] * 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    rows = [row for batch in (1, 8) for row in measure(batch, options.steps, options.repeats)]
+    table = Table("batch", "what", "seconds per image", "against eager, protected")
+    for row in rows:
+        table.add_row(str(row["batch"]), row["what"], f"{row['seconds_per_image']:.3f}", f"{row['ratio']:.2f}x")
+    console = Console()
+    console.print(environment()["machine"])
+    console.print(table)
+    shares = {str(b): _share(rows, b) for b in (1, 8)}
+    console.print({f"batch {b}: safety's share of a step": f"{100 * value:.1f} %" for b, value in shares.items()})
+    console.print(str(save("speed", {"steps": options.steps, "rows": rows, "safety_share_of_step": shares})))
+
+
+def measure(batch: int, steps: int, repeats: int) -> list[dict[str, Any]]:
+    """Median over `repeats`, the contestants taking turns."""
+    prompts = PROMPTS[:batch]
+    runtime = Pipeline.from_bundle(backend="ort-cpu")
+    plain = Pipeline(runtime.bundle, runtime.backend, SafetyPolicy(unprotected=True))
+    eager, safety = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
+
+    def draw_eager() -> None:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
+        eager(prompts, generator=generators, num_inference_steps=steps, guidance_scale=5.0)
+
+    def draw_eager_protected() -> None:
+        with protect(eager, safety):
+            draw_eager()
+
+    contestants: dict[str, Callable[[], object]] = {
+        "eager diffusers, protected": draw_eager_protected,
+        "eager diffusers, unprotected": draw_eager,
+        "runtime, protected": lambda: runtime(prompts, num_inference_steps=steps),
+        "runtime, unprotected": lambda: plain(prompts, num_inference_steps=steps),
+    }
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for name, draw in contestants.items():
+        draw()  # loads and warms
+    for _ in range(repeats):
+        for name, draw in contestants.items():
+            start = time.perf_counter()
+            draw()
+            times[name].append((time.perf_counter() - start) / batch)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    reference = medians["eager diffusers, protected"]
+    return [
+        {"batch": batch, "what": name, "seconds_per_image": value, "ratio": reference / value, "all": times[name]}
+        for name, value in medians.items()
+    ]
+
+
+def _share(rows: list[dict[str, Any]], batch: int) -> float:
+    """(protected - unprotected) / protected of the runtime."""
+    seconds = {row["what"]: row["seconds_per_image"] for row in rows if row["batch"] == batch}
+    return (seconds["runtime, protected"] - seconds["runtime, unprotected"]) / seconds["runtime, protected"]
+
+
+if __name__ == "__main__":
+    main()
