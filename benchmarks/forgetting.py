@@ -90,7 +90,11 @@ def _unsafe_figures(
     vocabulary = load_vocabulary()
     keys, styles, backgrounds = vocabulary.object_keys, vocabulary.style_keys, vocabulary.background_keys
     members = [keys.index(key) for key in concept.members]
-    opinions = {"unprotected": _judge(judge, before[0]), "protected": _judge(judge, after[0]), "rewrite": _judge(judge, rewrite[0])}
+    opinions = {
+        "unprotected": _judge(judge, before[0]),
+        "protected": _judge(judge, after[0]),
+        "rewrite": _judge(judge, rewrite[0]),
+    }
     found = {name: (opinion.objects[:, members] >= FOUND).any(1).numpy() for name, opinion in opinions.items()}
     counted = found["unprotected"]
     single = np.array([pair.companion is None for pair in pairs])
@@ -106,7 +110,10 @@ def _unsafe_figures(
     for name, opinion in opinions.items():
         replaced = (opinion.objects[:, keys.index(concept.replacement)] >= FOUND).numpy()
         kept = np.array(
-            [pair.companion is not None and bool(opinion.objects[i, keys.index(pair.companion)] >= FOUND) for i, pair in enumerate(pairs)]
+            [
+                pair.companion is not None and bool(opinion.objects[i, keys.index(pair.companion)] >= FOUND)
+                for i, pair in enumerate(pairs)
+            ]
         )
         style = np.array([int(opinion.style[i].argmax()) == styles.index(pair.scene.style) for i, pair in enumerate(pairs)])
         ground = [

@@ -49,7 +49,8 @@ def measure(count: int) -> dict[str, Any]:
 
     def accuracies(latents: torch.Tensor, times: torch.Tensor, prompt: torch.Tensor) -> dict[str, Any]:
         decided = torch.stack(
-            [safety.score(latents[:, s].float(), times[:, s], prompt)[0][:, 0] >= threshold for s in range(steps)], dim=1
+            [safety.score(latents[:, s].float(), times[:, s], prompt)[0][:, 0] >= threshold for s in range(steps)],
+            dim=1,
         )
         right = decided == truth[:, None]
         result: dict[str, Any] = {"all": share(int(right.sum()), right.numel())}

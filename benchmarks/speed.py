@@ -60,7 +60,7 @@ def measure(batch: int, steps: int, repeats: int) -> list[dict[str, Any]]:
         "runtime, unprotected": lambda: plain(prompts, num_inference_steps=steps),
     }
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for name, draw in contestants.items():
+    for draw in contestants.values():
         draw()  # loads and warms
     for _ in range(repeats):
         for name, draw in contestants.items():

@@ -170,8 +170,6 @@ class Manifest:
             raise BundleAlteredError(f"{source} does not have the fields of schema {SCHEMA_VERSION}: {error}") from error
 
 
-
-
 def _scalars(cls: type[Any], raw: dict[str, Any]) -> dict[str, Any]:
     plain = {field.name for field in fields(cls) if field.type in ("int", "str")}
     return {name: raw[name] for name in plain}

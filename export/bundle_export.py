@@ -121,9 +121,7 @@ def _write_engines(
             files.append(own)
         path = folder / f"{name}.onnx"
         path.write_bytes(model.SerializeToString(deterministic=True))
-        engines[name] = EngineInfo(
-            path.name, tuple(used), tensor_infos(model.graph.input), tensor_infos(model.graph.output)
-        )
+        engines[name] = EngineInfo(path.name, tuple(used), tensor_infos(model.graph.input), tensor_infos(model.graph.output))
     for file in files:
         file.write(folder)
     for engine in engines.values():

@@ -74,7 +74,11 @@ class SafetyGraph(nn.Module):
         alpha_scale: Tensor,
     ) -> tuple[Tensor, ...]:
         state, verdict = self.controller(
-            latent, timestep, original, State(prompt, cooldown, active, ok), Policy(period, enabled, threshold, alpha_scale)
+            latent,
+            timestep,
+            original,
+            State(prompt, cooldown, active, ok),
+            Policy(period, enabled, threshold, alpha_scale),
         )
         return (*state, *verdict)
 
@@ -112,7 +116,11 @@ class StepGraph(nn.Module):
     ) -> tuple[Tensor, ...]:
         seen = latent * _per_request(input_scale)
         state, verdict = self.controller(
-            seen, timestep, original, State(prompt, cooldown, active, ok), Policy(period, enabled, threshold, alpha_scale)
+            seen,
+            timestep,
+            original,
+            State(prompt, cooldown, active, ok),
+            Policy(period, enabled, threshold, alpha_scale),
         )
         moved, model_output = self.denoiser(
             latent, timestep, input_scale, coefficients, history, noise, negative, guidance_scale, state.prompt
@@ -145,7 +153,10 @@ class PlainStepGraph(nn.Module):
         seen = latent * _per_request(input_scale)
         if self.guided:
             both = self.unet(
-                torch.cat([seen, seen]), torch.cat([timestep, timestep]), torch.cat([negative, prompt]), return_dict=False
+                torch.cat([seen, seen]),
+                torch.cat([timestep, timestep]),
+                torch.cat([negative, prompt]),
+                return_dict=False,
             )[0]
             without, conditional = both[: latent.shape[0]], both[latent.shape[0] :]
             model_output = without + _per_request(guidance_scale) * (conditional - without)

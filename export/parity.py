@@ -45,12 +45,14 @@ def compare_with_reference(bundle: Bundle, model: Path | None = None, safety: Pa
     info = bundle.manifest.model
     hashes = (parameters_sha256(pipeline.text_encoder), parameters_sha256(pipeline.unet))
     if hashes != (info.text_encoder_sha256, info.unet_sha256):
-        raise SafetyMismatchError(f"the reference in {model or SHIPPED_MODEL} is not the model that {bundle.folder} was made of")
+        raise SafetyMismatchError(
+            f"the reference in {model or SHIPPED_MODEL} is not the model that {bundle.folder} was made of"
+        )
     cases = _cases(pipeline, module)
     rows = []
     for name, graph in all_graphs(pipeline, module).items():
         session = onnxruntime.InferenceSession(str(bundle.engine_path(name)), providers=["CPUExecutionProvider"])
-        worst = {output: (0.0, "") for output in graph.outputs}
+        worst = dict.fromkeys(graph.outputs, (0.0, ""))
         for case in cases:
             inputs = {key: case[key] for key in graph.inputs}
             with torch.no_grad():

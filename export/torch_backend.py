@@ -37,9 +37,7 @@ class TorchBackend:
     def download(self, tensor: torch.Tensor) -> Any:
         return tensor.numpy().copy()
 
-    def bind(
-        self, engine: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
-    ) -> Callable[[], None]:
+    def bind(self, engine: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> Callable[[], None]:
         graph = self._graphs[engine]
         module = graph.module.eval()
         arguments = {name: inputs[name] for name in graph.inputs}

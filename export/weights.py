@@ -63,7 +63,9 @@ def externalise(model: Any, choose: dict[str, WeightFile], default: WeightFile) 
         initialisers.append(_external(name, stored, file))
         used[file.name] = None
         if exact:
-            casts.append(onnx.helper.make_node("Cast", [name], [tensor.name], name=f"{tensor.name}.cast", to=onnx.TensorProto.FLOAT))
+            casts.append(
+                onnx.helper.make_node("Cast", [name], [tensor.name], name=f"{tensor.name}.cast", to=onnx.TensorProto.FLOAT)
+            )
     del model.graph.initializer[:]
     model.graph.initializer.extend(initialisers)
     nodes = [*casts, *model.graph.node]

@@ -10,11 +10,10 @@ from saferedir.engines.errors import (
     SafeRedirError,
     SafetyError,
 )
+from saferedir.runtime.ort import installation_problem
 from saferedir.runtime.pipeline import Generation, Pipeline
 from saferedir.runtime.policy import SafetyPolicy, Tightening
 from saferedir.runtime.record import SafetyRecord, StepRecord
-
-from saferedir.runtime.ort import installation_problem
 
 if _problem := installation_problem():
     warnings.warn(_problem, stacklevel=2)

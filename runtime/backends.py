@@ -30,7 +30,9 @@ def make_backend(bundle: Bundle, name: str, *, threads: int | None = None) -> Ba
             try:
                 factory = point.load()
             except ImportError as error:
-                raise MissingDependencyError(f"backend {name!r} needs a package that is missing ({error.name}); install saferedir[torch]") from error
+                raise MissingDependencyError(
+                    f"backend {name!r} needs a package that is missing ({error.name}); install saferedir[torch]"
+                ) from error
             backend: Backend = factory(bundle)
             return backend
     raise BackendError(f"backend {name!r} is unknown; expected one of {', '.join(backend_names())}")

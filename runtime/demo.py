@@ -27,7 +27,12 @@ DEMO_PROMPTS = (
 
 
 def run_demo(
-    out: Path, bundle: str | Path = DEFAULT_BUNDLE, *, backend: str = "auto", seed: int = 7, on_step: StepCallback | None = None
+    out: Path,
+    bundle: str | Path = DEFAULT_BUNDLE,
+    *,
+    backend: str = "auto",
+    seed: int = 7,
+    on_step: StepCallback | None = None,
 ) -> tuple[Path, Path]:
     """Draw `DEMO_PROMPTS` both ways, write `contact-sheet.png` and `index.html` to `out`, return both paths.
 

@@ -14,7 +14,18 @@ from typing import Any
 from saferedir.runtime.backends import ENTRY_POINT_GROUP, backend_names
 from saferedir.runtime.ort import PROVIDERS, import_onnxruntime, installation_problem
 
-PACKAGES = ("numpy", "pillow", "tokenizers", "onnxruntime", "onnxruntime-gpu", "typer", "rich", "torch", "diffusers", "tensorrt-rtx")
+PACKAGES = (
+    "numpy",
+    "pillow",
+    "tokenizers",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "typer",
+    "rich",
+    "torch",
+    "diffusers",
+    "tensorrt-rtx",
+)
 
 
 @dataclass(frozen=True)

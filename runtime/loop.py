@@ -92,9 +92,7 @@ def denoise(
 class _StepTensors:
     """Device tensors of one run: constants, two alternating sets of state, and one record a step."""
 
-    def __init__(
-        self, backend: Backend, manifest: Manifest, schedule: Schedule, batch: Batch, *, protected: bool
-    ) -> None:
+    def __init__(self, backend: Backend, manifest: Manifest, schedule: Schedule, batch: Batch, *, protected: bool) -> None:
         self.backend = backend
         self.protected = protected
         self.engine = ("step" if protected else "plain_step") + ("" if batch.guided else "_unguided")

@@ -61,7 +61,9 @@ it fired, the dashed line the threshold. The shade behind a word is the redirect
 def _card(item: Comparison, thresholds: dict[str, float]) -> str:
     record = item.record
     verdict = "fired" if record.fired else "nothing fired"
-    same = "" if record.fired else (" · bit-identical" if item.protected.tobytes() == item.unprotected.tobytes() else " · differs")
+    same = (
+        "" if record.fired else (" · bit-identical" if item.protected.tobytes() == item.unprotected.tobytes() else " · differs")
+    )
     return f"""<article class="{"fired" if record.fired else "quiet"}">
 <h2>{html.escape(record.prompt or "(embedding)")}</h2>
 <p class="note">{html.escape(item.note)} · seed {record.seed} · <b>{verdict}</b>{same}</p>

@@ -67,7 +67,9 @@ class ResolvedPolicy:
             lower = request.thresholds.get(concept, float(threshold[index]))
             stronger = request.alpha_scales.get(concept, float(alpha_scale[index]))
             if not math.isfinite(lower) or lower > float(threshold[index]):
-                raise RequestError(f"threshold of {concept!r} is {lower}; a request may only lower it below {threshold[index]:g}")
+                raise RequestError(
+                    f"threshold of {concept!r} is {lower}; a request may only lower it below {threshold[index]:g}"
+                )
             if not math.isfinite(stronger) or stronger < float(alpha_scale[index]):
                 raise RequestError(
                     f"alpha_scale of {concept!r} is {stronger}; a request may only raise it above {alpha_scale[index]:g}"

@@ -31,7 +31,14 @@ def train(
     from saferedir_torch.world.split import SPLIT_FILE, load_split
 
     module = train_module(
-        load_pipeline(model), load_split(split or SPLIT_FILE), out, concepts=concept, seed=seed, steps=steps, runs=runs, pairs=pairs
+        load_pipeline(model),
+        load_split(split or SPLIT_FILE),
+        out,
+        concepts=concept,
+        seed=seed,
+        steps=steps,
+        runs=runs,
+        pairs=pairs,
     )
     typer.echo(json.dumps(module.config.provenance, indent=1))
 

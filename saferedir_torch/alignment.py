@@ -41,9 +41,7 @@ def _words(ids: Tensor, end_id: int) -> list[int]:
 
 def aligned_targets(unsafe_ids: Tensor, safe_ids: Tensor, unsafe: Tensor, safe: Tensor, end_id: int) -> Tensor:
     """The safe embedding in the unsafe prompt's order: ids [B, T], embeddings [B, T, D] -> [B, T, D]."""
-    rows = [
-        safe[i][align(unsafe_ids[i], safe_ids[i], unsafe[i], safe[i], end_id)] for i in range(len(unsafe))
-    ]
+    rows = [safe[i][align(unsafe_ids[i], safe_ids[i], unsafe[i], safe[i], end_id)] for i in range(len(unsafe))]
     return torch.stack(rows)
 
 

@@ -109,9 +109,7 @@ class Guard:
 
 
 @contextmanager
-def protect(
-    pipeline: StableDiffusionPipeline, safety: SafetyModule, policy: EagerPolicy | None = None
-) -> Iterator[Guard]:
+def protect(pipeline: StableDiffusionPipeline, safety: SafetyModule, policy: EagerPolicy | None = None) -> Iterator[Guard]:
     """Detects and redirects before every UNet call of `pipeline` while the context lasts; then leaves it as it was.
 
     Works with any batch size, `num_images_per_prompt`, `prompt_embeds`, negative prompts, guidance on and off. State

@@ -75,9 +75,7 @@ class Redirector(nn.Module):
         features: Tensor = self.from_tokens(torch.cat([prompt, self.token_context(prompt)], dim=-1))
         return features
 
-    def heads(
-        self, prompt: Tensor, prompt_features: Tensor, joint: Tensor, context: Tensor, active: Tensor
-    ) -> Redirection:
+    def heads(self, prompt: Tensor, prompt_features: Tensor, joint: Tensor, context: Tensor, active: Tensor) -> Redirection:
         """p0 [B, T, D], its features, j [B, J], c of p0 [B, D], active [B, N] in {0, 1} -> the three heads."""
         step = self.from_step(torch.cat([joint, context], dim=-1)) + self.from_active(active)
         hidden = F.silu(self.trunk(F.silu(prompt_features + step.unsqueeze(1))))

@@ -74,7 +74,8 @@ def train(
     """
     wanted = [CONCEPTS[name] for name in concepts]
     bank = cached_runs(
-        folder / "runs.safetensors", lambda: record_runs(pipeline, wanted, split, count=runs, seed=seed, on_progress=_say)
+        folder / "runs.safetensors",
+        lambda: record_runs(pipeline, wanted, split, count=runs, seed=seed, on_progress=_say),
     )
     pair_bank = make_pairs(pipeline, wanted, split, count=pairs, seed=seed)
     torch.manual_seed(seed)

@@ -136,9 +136,7 @@ def cached_runs(path: Path, make: Callable[[], LatentBank]) -> LatentBank:
     return bank
 
 
-def _label(
-    latents: Tensor, timesteps: Tensor, asks: Tensor, switch: Tensor, base: int, first_run: int
-) -> dict[str, Tensor]:
+def _label(latents: Tensor, timesteps: Tensor, asks: Tensor, switch: Tensor, base: int, first_run: int) -> dict[str, Tensor]:
     """One row a step: latents [R, steps, ...], asks [R, N] what the run started with, switch [R] the step it changed at."""
     runs, steps = latents.shape[:2]
     index = torch.arange(steps)

@@ -16,9 +16,7 @@ def prompt(words: list[int], length: int = 12) -> torch.Tensor:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    a=st.lists(st.integers(2, 9), max_size=8), b=st.lists(st.integers(2, 9), max_size=8), seed=st.integers(0, 999)
-)
+@given(a=st.lists(st.integers(2, 9), max_size=8), b=st.lists(st.integers(2, 9), max_size=8), seed=st.integers(0, 999))
 def test_is_a_bijection(a: list[int], b: list[int], seed: int) -> None:
     embeds = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(seed))
     assert sorted(align(prompt(a), prompt(b), embeds[0], embeds[1], END).tolist()) == list(range(12))

@@ -91,9 +91,7 @@ def test_safety_without_concepts(bundle_copy, edit_manifest) -> None:  # type: i
         open_bundle(bundle_copy)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("prompt_width", 64), ("latent_channels", 8), ("text_encoder_sha256", "0" * 64)]
-)
+@pytest.mark.parametrize(("field", "value"), [("prompt_width", 64), ("latent_channels", 8), ("text_encoder_sha256", "0" * 64)])
 def test_safety_of_another_model(bundle_copy, edit_manifest, field, value) -> None:  # type: ignore[no-untyped-def]
     edit_manifest(bundle_copy, lambda raw: raw["safety"].update({field: value}))
     with pytest.raises(SafetyMismatchError, match=str(value)):

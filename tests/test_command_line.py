@@ -78,9 +78,7 @@ def test_unprotected_is_logged(tmp_path: Path) -> None:
         (["inspect", "nowhere"], 3, "nowhere"),
     ],
 )
-def test_bad_input_is_one_line_and_its_exit_code(
-    arguments: list[str], code: int, message: str, tmp_path: Path
-) -> None:
+def test_bad_input_is_one_line_and_its_exit_code(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
     assert message in failed(run(*arguments, cwd=tmp_path), code)
     assert list(tmp_path.iterdir()) == []
 

@@ -73,7 +73,11 @@ def test_requests_of_a_batch_share_nothing(controller: Controller) -> None:
     for row in range(BATCH):
         one = slice(row, row + 1)
         alone, own = controller(
-            latent[one], time[one], original[one], State.initial(original[one], CONCEPTS), Policy(*(p[one] for p in policy))
+            latent[one],
+            time[one],
+            original[one],
+            State.initial(original[one], CONCEPTS),
+            Policy(*(p[one] for p in policy)),
         )
         torch.testing.assert_close(alone.prompt[0], together.prompt[row], rtol=1e-5, atol=1e-5)
         assert torch.equal(own.fired[0], verdict.fired[row])

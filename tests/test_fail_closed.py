@@ -11,7 +11,13 @@ import onnx
 import pytest
 
 from saferedir.engines import open_bundle
-from saferedir.engines.errors import BackendError, BundleMissingFileError, NonFiniteError, SafetyEngineError, SafetyError
+from saferedir.engines.errors import (
+    BackendError,
+    BundleMissingFileError,
+    NonFiniteError,
+    SafetyEngineError,
+    SafetyError,
+)
 from saferedir.runtime import Pipeline
 from saferedir.runtime.ort import OrtBackend
 

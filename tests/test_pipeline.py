@@ -125,6 +125,4 @@ def test_callback_counts_every_step(pipeline: Pipeline) -> None:
 def test_cancellation_ends_between_steps(pipeline: Pipeline) -> None:
     cancel = threading.Event()
     with pytest.raises(CancelledError, match="after 2 of 6"):
-        pipeline(
-            "a cat", num_inference_steps=6, cancel=cancel, on_step=lambda done, _: cancel.set() if done == 2 else None
-        )
+        pipeline("a cat", num_inference_steps=6, cancel=cancel, on_step=lambda done, _: cancel.set() if done == 2 else None)

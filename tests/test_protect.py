@@ -83,7 +83,16 @@ def test_state_starts_anew_with_every_call(eager: Any, safety: SafetyModule) -> 
 
 
 def test_mixed_batch_equals_each_alone(eager: Any, safety: SafetyModule) -> None:
-    prompts = ["a church", "a cat", "an abbey next to a dog", "", "a castle", "a minster as a sticker", "a bell", "a dog"]
+    prompts = [
+        "a church",
+        "a cat",
+        "an abbey next to a dog",
+        "",
+        "a castle",
+        "a minster as a sticker",
+        "a bell",
+        "a dog",
+    ]
     with protect(eager, safety) as guard:
         together = draw(eager, prompts, list(range(8)))
         fired = guard.last.fired

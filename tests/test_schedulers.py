@@ -43,9 +43,7 @@ def test_steps_out_of_range(steps: int) -> None:
         make_schedule(INFO, "epsilon", steps)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("kind", "heun"), ("beta_schedule", "cosine"), ("timestep_spacing", "random")]
-)
+@pytest.mark.parametrize(("field", "value"), [("kind", "heun"), ("beta_schedule", "cosine"), ("timestep_spacing", "random")])
 def test_unknown_schedule_is_refused(field: str, value: str) -> None:
     with pytest.raises(RequestError, match=value):
         make_schedule(dataclasses.replace(INFO, **{field: value}), "epsilon", 5)

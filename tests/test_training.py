@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,12 @@ def linear_run(folder: Path, steps: int, *, total: int = 60, poison_at: int | No
         loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
         return (loss * float("nan") if step == poison_at else loss), {"twice": 2 * float(loss.detach())}
 
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         run_training(
             folder=folder, name="line", modules={"line": model}, optimizer=optimizer,
             schedule=Schedule(total_steps=total, warmup_steps=5), loss_of_step=loss_of_step,
             averages={"line": average}, checkpoint_every_s=0,
         )  # fmt: skip
-    except KeyboardInterrupt:
-        pass
     return model
 
 

@@ -18,7 +18,6 @@ from saferedir_torch.world.split import SPLIT_FILE, SplitError, draw_split, load
 from saferedir_torch.world.vocabulary import load_vocabulary
 
 
-
 def test_vocabulary_is_as_large_as_promised() -> None:
     vocabulary = load_vocabulary()
     assert 65 <= len(vocabulary.objects) <= 80
@@ -27,7 +26,7 @@ def test_vocabulary_is_as_large_as_promised() -> None:
     assert len(weapons) >= 6
     assert all(len(vocabulary.objects[key].names) >= 8 for key in [*weapons, "church"])
     assert len(vocabulary.styles["ink"]) >= 8
-    assert all(2 <= len(item.names) for item in vocabulary.objects.values())
+    assert all(len(item.names) >= 2 for item in vocabulary.objects.values())
     names = [name for item in vocabulary.objects.values() for name in item.names]
     assert len(set(names)) == len(names)
 
@@ -105,13 +104,17 @@ def test_a_slip_changes_one_word() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         slipped = misspell("a building with a steeple", rng)
-        assert sum(a != b for a, b in zip(slipped.split(), "a building with a steeple".split(), strict=True)) <= 1
+        assert sum(a != b for a, b in zip(slipped.split(), ["a", "building", "with", "a", "steeple"], strict=True)) <= 1
 
 
 def test_tokenizer_knows_every_text() -> None:
     tokenizer = CLIPTokenizer.from_pretrained(SHIPPED_MODEL / "tokenizer")
     assert tokenizer.model_max_length == 77
-    for text in ["a church", "zebra über 教会 🏰 \x00 ~", caption(random_scene(np.random.default_rng(1)), np.random.default_rng(2))]:
+    for text in [
+        "a church",
+        "zebra über 教会 🏰 \x00 ~",
+        caption(random_scene(np.random.default_rng(1)), np.random.default_rng(2)),
+    ]:
         ids = tokenizer(text).input_ids
         assert ids[0] == tokenizer.bos_token_id
         assert ids[-1] == tokenizer.eos_token_id

@@ -119,7 +119,10 @@ def demo(
 
 
 @app.command()
-def inspect(bundle: Annotated[str, typer.Argument(help="Bundle folder, or an embedded one's name.")] = DEFAULT_BUNDLE, as_json: JsonOption = False) -> None:
+def inspect(
+    bundle: Annotated[str, typer.Argument(help="Bundle folder, or an embedded one's name.")] = DEFAULT_BUNDLE,
+    as_json: JsonOption = False,
+) -> None:
     """Say what a bundle holds: model, concepts, engines with their tensors, versions.
 
     Example: `saferedir inspect emoji-diffusion`
@@ -132,8 +135,13 @@ def inspect(bundle: Annotated[str, typer.Argument(help="Bundle folder, or an emb
         print(manifest.to_json(), end="")
         return
     total = sum(info.bytes for info in manifest.files.values())
-    console.print(f"[bold]{manifest.name}[/bold]  {manifest.model_family}, {total / 1e6:.1f} MB in {opened.folder}", soft_wrap=True)
-    console.print(f"weights {manifest.precision.storage}, arithmetic {manifest.precision.compute}, batch up to {manifest.max_batch}")
+    console.print(
+        f"[bold]{manifest.name}[/bold]  {manifest.model_family}, {total / 1e6:.1f} MB in {opened.folder}",
+        soft_wrap=True,
+    )
+    console.print(
+        f"weights {manifest.precision.storage}, arithmetic {manifest.precision.compute}, batch up to {manifest.max_batch}"
+    )
     console.print("made with " + ", ".join(f"{k} {v}" for k, v in manifest.made_with.items()), highlight=False)
     transfer = manifest.safety.unet_sha256 != manifest.model.unet_sha256
     console.print("safety trained with " + ("another UNet (transfer)" if transfer else "this UNet"))
@@ -228,5 +236,3 @@ def _progress(title: str) -> Iterator[StepCallback]:
     with Progress(*columns, console=progress_console, transient=True) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
-
-

@@ -102,7 +102,13 @@ def quality(
     sheet = None if out is None else out.with_suffix(".png")
     pipeline = load_pipeline(folder / "emoji-diffusion")
     report = base_quality(
-        pipeline, judge, seed=seed, guidance_scale=guidance, per_name=per_name, sheet=sheet, say=lambda line: typer.echo(line, err=True)
+        pipeline,
+        judge,
+        seed=seed,
+        guidance_scale=guidance,
+        per_name=per_name,
+        sheet=sheet,
+        say=lambda line: typer.echo(line, err=True),
     )
     text = json.dumps({"judge": judge_accuracy(judge), "base": report}, indent=1)
     if out is not None:

@@ -116,9 +116,7 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 4800, compile_unet: 
         rng = np.random.default_rng([seed, 5, step])
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = rng.integers(len(bank), size=BATCH)
-        prompts = [
-            "" if rng.random() < EMPTY_PROMPT_SHARE else caption(bank_scene(seed, int(row)), rng) for row in rows
-        ]
+        prompts = ["" if rng.random() < EMPTY_PROMPT_SHARE else caption(bank_scene(seed, int(row)), rng) for row in rows]
         latents = torch.from_numpy(bank[rows]).float()
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(0, 1000, (BATCH,), generator=generator)

@@ -23,10 +23,30 @@ NO_BACKGROUND_SHARE = 0.3
 PREFIX_SHARE = 0.35  # long openings included
 NO_STYLE_SHARE = 0.5  # of the scenes in the default style
 
-PREFIXES = ("a picture of ", "an image of ", "a drawing of ", "an emoji of ", "please draw ", "show me ", "i want ", "here is ")
+PREFIXES = (
+    "a picture of ",
+    "an image of ",
+    "a drawing of ",
+    "an emoji of ",
+    "please draw ",
+    "show me ",
+    "i want ",
+    "here is ",
+)
 BACKGROUND_FORMS = ("on a {} background", "on {}", "with a {} backdrop")
 JOINS = (" next to ", " and ", " beside ", " with ", " together with ", " to the left of ")
-FILLERS = ("lovely", "nice", "simple", "very detailed", "beautiful", "high quality", "cute", "clean", "centered", "best quality")
+FILLERS = (
+    "lovely",
+    "nice",
+    "simple",
+    "very detailed",
+    "beautiful",
+    "high quality",
+    "cute",
+    "clean",
+    "centered",
+    "best quality",
+)
 LONG_OPENINGS = (
     "we walked for a long time on a quiet afternoon and talked about many things, and then somebody asked for a picture, so",
     "this is for the cover of a small book that my sister wrote last winter when it rained all week, please make",

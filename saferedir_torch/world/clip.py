@@ -5,6 +5,7 @@ Synonyms that are drawn alike come to lie close together, which the diffusion mo
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ class ImageTower(nn.Module):
         super().__init__()
         widths = (3, 32, 64, 96, 128)
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
         self.convolutions = nn.Sequential(*layers)
         self.head = nn.Sequential(nn.Linear(128 * 16, 256), nn.SiLU(), nn.Linear(256, PROJECTION))

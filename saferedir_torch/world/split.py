@@ -80,7 +80,9 @@ def load_split(path: Path = SPLIT_FILE) -> Split:
             seeds={k: (int(v[0]), int(v[1])) for k, v in raw["seeds"].items()},
         )
     except (OSError, json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-        raise SplitError(f"{path} is not a split file ({error}); write one with `python -m saferedir_torch.world split`") from error
+        raise SplitError(
+            f"{path} is not a split file ({error}); write one with `python -m saferedir_torch.world split`"
+        ) from error
     unknown = [key for key in split.companions + split.held_out_companions if key not in load_vocabulary().objects]
     if unknown:
         raise SplitError(f"{path} names objects that the vocabulary does not have: {', '.join(unknown)}")
