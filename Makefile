@@ -22,7 +22,8 @@ types: $(DEV)/.installed
 
 # The embedded bundle, from the shipped model and safety module.
 bundle: $(DEV)/.installed
-	$(DEV)/bin/python -m saferedir.export --out engines/emoji_diffusion
+	$(DEV)/bin/saferedir export saferedir_torch/shipped/emoji-diffusion --safety saferedir_torch/shipped/safety \
+		--out engines/emoji_diffusion
 
 speed forgetting parity latent_use: $(DEV)/.installed
 	$(DEV)/bin/python -m benchmarks.$@

@@ -71,5 +71,18 @@ def oracle(
     out.write_text(json.dumps({"concept": concept, "count": count, "seed": seed, "rows": rows}, indent=1) + "\n")
 
 
+def main() -> None:
+    """Run a command; what a user can cause ends in one line and exit code 2."""
+    from saferedir_torch.config import SafetyConfigError
+    from saferedir_torch.training_run import TrainingError
+    from saferedir_torch.world.split import SplitError
+
+    try:
+        app()
+    except (TrainingError, SplitError, SafetyConfigError, FileNotFoundError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None
+
+
 if __name__ == "__main__":
-    app()
+    main()

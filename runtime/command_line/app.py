@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from saferedir.engines import DEFAULT_BUNDLE
-from saferedir.engines.errors import RequestError, VerificationError
+from saferedir.engines.errors import MissingDependencyError, RequestError, VerificationError
 from saferedir.runtime.loop import StepCallback
 
 app = typer.Typer(
@@ -184,6 +184,28 @@ def verify(
             console.print(table)
     if not report.passed:
         raise VerificationError("an engine differs from its reference by more than allowed; see the table")
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Stable Diffusion 1.x folder in diffusers' format.")],
+    safety: Annotated[Path, typer.Option(help="Safety module folder, as training left it.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder; replaced as a whole when all is done.")],
+    name: Annotated[str | None, typer.Option(help="What the bundle calls itself; the model folder's name by default.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, max=31, help="Largest batch run at once.")] = 16,
+) -> None:
+    """Export a model and its safety module to a bundle. Needs `saferedir[export]`.
+
+    Example: `saferedir export runs/world/emoji-diffusion --safety runs/church/safety --out bundle`
+    """
+    try:
+        from saferedir.export.command import export_folder
+    except ImportError as error:
+        raise MissingDependencyError(f"export needs the package {error.name}; install saferedir[export]") from error
+    with _progress("exporting") as on_step:
+        folder = export_folder(model, safety, out, name=name or model.name, max_batch=max_batch, on_step=on_step)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    console.print(f"{folder}: {size / 1e6:.1f} MB", highlight=False)
 
 
 @app.command()

@@ -1,0 +1,48 @@
+"""The `export` command's work, with every failure a typed error of the product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from saferedir.engines.errors import BundleError, OutputError, RequestError, SafetyMismatchError
+from saferedir.engines.manifest import REQUIRED_ENGINES
+from saferedir.export.bundle_export import export_bundle
+from saferedir.export.onnx_export import ExportError
+from saferedir_torch import protect
+from saferedir_torch.config import SafetyConfigError
+from saferedir_torch.models import load_pipeline
+from saferedir_torch.safety_module import SafetyModule
+
+
+def export_folder(
+    model: Path, safety: Path, out: Path, *, name: str, max_batch: int, on_step: Callable[[int, int], None]
+) -> Path:
+    """Export the pipeline in `model`, protected by the module in `safety`, to the bundle folder `out`.
+
+    Raises:
+        RequestError: a folder is missing or is not what it should be.
+        SafetyMismatchError: the module was made for another model.
+        BundleError: a graph cannot be exported.
+        OutputError: `out` cannot be written.
+    """
+    done = 0
+
+    def count(_: str) -> None:
+        nonlocal done
+        on_step(done, len(REQUIRED_ENGINES))
+        done += 1
+
+    if not (model / "model_index.json").is_file():
+        raise RequestError(f"{model} holds no model_index.json; expected a diffusers folder of Stable Diffusion 1.x")
+    try:
+        module = SafetyModule.load(safety)
+        return export_bundle(load_pipeline(model), module, out, name=name, max_batch=max_batch, on_engine=count)
+    except SafetyConfigError as error:
+        raise RequestError(str(error)) from error
+    except protect.SafetyMismatchError as error:
+        raise SafetyMismatchError(str(error)) from error
+    except ExportError as error:
+        raise BundleError(str(error)) from error
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error}") from error
