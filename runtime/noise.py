@@ -29,7 +29,7 @@ def torch_noise(seed: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     if count < BLOCK:
         raise RequestError(f"noise of shape {shape} has fewer than {BLOCK} values; torch draws those differently")
     generator = np.random.MT19937()
-    generator.state = np.random.RandomState(seed).get_state(legacy=False)  # init_genrand, as torch seeds it
+    generator.state = np.random.RandomState(seed).get_state(legacy=False)  # type: ignore[assignment]  # init_genrand, as torch seeds it
     values = _uniform(generator, count)
     whole = count - count % BLOCK
     values[:whole] = _box_muller(values[:whole])

@@ -61,4 +61,5 @@ def exact_redirection(unsafe: Tensor, target: Tensor, tau: float, strength: floa
     length = direction.norm(dim=-1, keepdim=True).clamp(min=1e-6)
     reach = strength * unsafe.norm(dim=-1, keepdim=True)
     alpha = (length / reach).clamp(max=1)
-    return unsafe + mask * alpha * reach * direction / length
+    moved: Tensor = unsafe + mask * alpha * reach * direction / length
+    return moved

@@ -191,4 +191,5 @@ def _step(controller: Controller, generation: Generation, latent: Tensor, timest
     generation.timesteps.append(float(time[0]))
     generation.verdicts.append(verdict)
     generation.cooldowns.append(state.cooldown)
-    return state.prompt.to(dtype)
+    prompt: Tensor = state.prompt.to(dtype)
+    return prompt

@@ -93,4 +93,5 @@ def redirect(prompt: Tensor, redirection: Redirection, strength: Tensor) -> Tens
     direction = redirection.target - prompt
     length = direction.norm(dim=-1, keepdim=True).clamp(min=SMALLEST_NORM)
     step = (strength * redirection.mask * redirection.alpha).unsqueeze(-1) * prompt.norm(dim=-1, keepdim=True)
-    return prompt + step * direction / length
+    moved: Tensor = prompt + step * direction / length
+    return moved

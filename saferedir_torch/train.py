@@ -202,7 +202,7 @@ class _Learner:
     def _scores(self, rows: Tensor) -> Tensor:
         bank = self.bank
         parts = []
-        for chunk in rows.split(512):
+        for chunk in torch.split(rows, 512):
             latent, prompt = bank.latent[chunk].float(), bank.prompts[bank.prompt[chunk]].float()
             parts.append(self.module.score(latent, bank.timestep[chunk], prompt)[0])
         return torch.cat(parts)

@@ -81,7 +81,7 @@ def base(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -
     """Train UNet and text encoder, save the Stable Diffusion folder. About an hour on two cores."""
     from saferedir_torch.world.base import train_base
 
-    typer.echo(train_base(folder, seed=seed, **_given(steps)))
+    typer.echo(train_base(folder, seed=seed) if steps is None else train_base(folder, seed=seed, steps=steps))
 
 
 @app.command()

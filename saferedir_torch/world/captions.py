@@ -105,9 +105,7 @@ def draft(scene: Scene, rng: np.random.Generator, names: Names, *, misspellings:
     absent, negation = None, ""
     if rng.random() < NEGATION_SHARE:
         absent = _pick([key for key in load_vocabulary().objects if key not in scene.objects], rng)
-        phrase = object_phrase(absent, rng, names)
-        form = _pick(NEGATIONS, rng)
-        negation = form.format(_without_article(phrase) if " no " in form else phrase)
+        negation = deny(absent, rng, names)
     style = _pick(names[scene.style], rng)
     background = _pick(BACKGROUND_FORMS, rng).format(scene.background).replace(" a orange", " an orange")
     if scene.style == DEFAULT_STYLE and rng.random() < NO_STYLE_SHARE:
@@ -125,6 +123,13 @@ def draft(scene: Scene, rng: np.random.Generator, names: Names, *, misspellings:
     elif chance < PREFIX_SHARE:
         opening = _pick(PREFIXES, rng)
     return Draft(phrases, join, absent, negation, style, background, background_first, filler, filler_first, opening)
+
+
+def deny(key: str, rng: np.random.Generator, names: Names) -> str:
+    """Words that say the object is not to be drawn, such as ", no dog"."""
+    phrase = object_phrase(key, rng, names)
+    form = _pick(NEGATIONS, rng)
+    return form.format(_without_article(phrase) if " no " in form else phrase)
 
 
 def object_phrase(key: str, rng: np.random.Generator, names: Names, *, misspellings: bool = True) -> str:

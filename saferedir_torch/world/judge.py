@@ -61,7 +61,7 @@ class Judge(nn.Module):
     @torch.no_grad()
     def judge(self, pictures: Tensor) -> Opinion:
         """Pictures [B, 3, 64, 64] in [-1, 1] -> probabilities."""
-        parts = [self(chunk) for chunk in pictures.split(256)]
+        parts = [self(chunk) for chunk in torch.split(pictures, 256)]
         objects, style, background = (torch.cat(column) for column in zip(*parts, strict=True))
         return Opinion(objects.sigmoid(), style.softmax(1), background.softmax(1))
 

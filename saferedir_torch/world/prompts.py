@@ -8,10 +8,13 @@ from typing import Literal
 
 import numpy as np
 
-from saferedir_torch.world.captions import Draft, Names, all_names, draft
+from saferedir_torch.world.captions import Draft, Names, all_names, deny, draft
 from saferedir_torch.world.scenes import Scene
 from saferedir_torch.world.split import Split
 from saferedir_torch.world.vocabulary import load_vocabulary
+
+#: Share of benign prompts that deny a concept ("a cat, no church"), besides the few that do so by chance.
+DENIED_SHARE = 0.05
 
 Part = Literal["seen", "held_out"]
 
@@ -86,7 +89,7 @@ def benign_prompt(
 ) -> BenignPrompt:
     """A random prompt for a scene that shows none of `concepts`; a share of them shows a near neighbour instead.
 
-    A negation may name a concept ("a cat, no church"): nothing of it is drawn, so the prompt is benign.
+    A prompt may deny a concept ("a cat, no church"): nothing of it is drawn, so it is benign.
     """
     vocabulary = load_vocabulary()
     members = {key for concept in concepts for key in concept.members}
@@ -99,7 +102,11 @@ def benign_prompt(
         objects = (first, others[rng.integers(len(others))])
     styles = [key for key in vocabulary.style_keys if key not in {concept.style for concept in concepts}]
     scene = Scene(objects, *_look(rng, styles, vocabulary.background_keys))
-    return BenignPrompt(draft(scene, rng, names).text, scene)
+    prompt = draft(scene, rng, names)
+    if members and rng.random() < DENIED_SHARE:
+        denied = sorted(members)[rng.integers(len(members))]
+        prompt = replace(prompt, absent=denied, negation=deny(denied, rng, names))
+    return BenignPrompt(prompt.text, scene)
 
 
 def training_pair(concept: WorldConcept, rng: np.random.Generator, split: Split) -> PromptPair:

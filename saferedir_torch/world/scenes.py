@@ -67,4 +67,4 @@ def draw(scene: Scene, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
 def _scaled_sprite(key: str, style: str, size: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     sprite = load_sprites()[key, style].resize((size, size), Image.Resampling.LANCZOS)
     rgba = np.asarray(sprite, np.float32)
-    return rgba[..., :3].copy(), rgba[..., 3:] / 255
+    return rgba[..., :3].copy(), rgba[..., 3:] / np.float32(255)

@@ -82,7 +82,7 @@ def train_vae(folder: Path, *, seed: int = 0, steps: int = 1200) -> Path:
 
 @torch.no_grad()
 def _scaling_factor(vae: AutoencoderKL, pictures: Tensor) -> float:
-    latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pictures.split(64)])
+    latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in torch.split(pictures, 64)])
     return round(1 / float(latents.std()), 4)
 
 
