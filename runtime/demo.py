@@ -6,7 +6,7 @@ from pathlib import Path
 
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.runtime.loop import StepCallback
-from saferedir.runtime.outputs import make_folder, png_bytes, write_bytes
+from saferedir.runtime.outputs import output_folder, png_bytes, write_bytes
 from saferedir.runtime.page import Comparison, comparison_page, contact_sheet
 from saferedir.runtime.pipeline import Pipeline
 from saferedir.runtime.policy import SafetyPolicy
@@ -39,21 +39,21 @@ def run_demo(
     Raises:
         OutputError: `out` cannot be written.
     """
-    folder = make_folder(out)
-    protected = Pipeline.from_bundle(bundle, backend=backend)
-    plain = Pipeline(protected.bundle, protected.backend, SafetyPolicy(unprotected=True))
-    prompts = [prompt for _, prompt in DEMO_PROMPTS]
-    half = (lambda done, total: on_step(done, 2 * total)) if on_step else None
-    rest = (lambda done, total: on_step(total + done, 2 * total)) if on_step else None
-    without = plain(prompts, seed=seed, on_step=half)
-    safe = protected(prompts, seed=seed, on_step=rest)
-    comparisons = [
-        Comparison(note, before, after, record)
-        for (note, _), before, after, record in zip(DEMO_PROMPTS, without.images, safe.images, safe.records, strict=True)
-    ]
-    thresholds = {concept.name: concept.threshold for concept in protected.manifest.safety.concepts}
-    sheet, page = folder / "contact-sheet.png", folder / "index.html"
-    write_bytes(sheet, png_bytes(contact_sheet(comparisons)))
-    title = f"SafeRedir on {protected.manifest.name}: {', '.join(thresholds)} redirected"
-    write_bytes(page, comparison_page(title, comparisons, thresholds).encode())
+    with output_folder(out) as folder:
+        protected = Pipeline.from_bundle(bundle, backend=backend)
+        plain = Pipeline(protected.bundle, protected.backend, SafetyPolicy(unprotected=True))
+        prompts = [prompt for _, prompt in DEMO_PROMPTS]
+        half = (lambda done, total: on_step(done, 2 * total)) if on_step else None
+        rest = (lambda done, total: on_step(total + done, 2 * total)) if on_step else None
+        without = plain(prompts, seed=seed, on_step=half)
+        safe = protected(prompts, seed=seed, on_step=rest)
+        comparisons = [
+            Comparison(note, before, after, record)
+            for (note, _), before, after, record in zip(DEMO_PROMPTS, without.images, safe.images, safe.records, strict=True)
+        ]
+        thresholds = {concept.name: concept.threshold for concept in protected.manifest.safety.concepts}
+        sheet, page = folder / "contact-sheet.png", folder / "index.html"
+        write_bytes(sheet, png_bytes(contact_sheet(comparisons)))
+        title = f"SafeRedir on {protected.manifest.name}: {', '.join(thresholds)} redirected"
+        write_bytes(page, comparison_page(title, comparisons, thresholds).encode())
     return sheet, page

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from PIL import Image
@@ -12,18 +14,27 @@ from PIL import Image
 from saferedir.engines.errors import OutputError
 
 
-def make_folder(folder: Path) -> Path:
-    """`folder`, made if need be, after a trial that it can be written to.
+@contextmanager
+def output_folder(folder: Path) -> Iterator[Path]:
+    """`folder`, made if need be before any work is done, and removed again if the work fails and left it empty.
 
     Raises:
         OutputError: it cannot be made or written.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            return folder
+            pass
     except OSError as error:
         raise OutputError(f"{folder} cannot be written to ({error.strerror}); choose another output folder") from error
+    try:
+        yield folder
+    except BaseException:
+        with suppress(OSError):  # not empty: something was finished and stays
+            for path in made:
+                path.rmdir()
+        raise
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 SHIPPED = Path(__file__).with_name("shipped")
 SHIPPED_MODEL = SHIPPED / "emoji-diffusion"
@@ -21,6 +23,8 @@ def load_pipeline(model: str | Path = SHIPPED_MODEL) -> StableDiffusionPipeline:
     """
     if Path(model) == SHIPPED_MODEL and not SHIPPED_MODEL.is_dir():
         raise FileNotFoundError(f"{SHIPPED_MODEL} is missing; build it with `python -m saferedir_torch.world`, or restore it")
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     # Named here, since the components' own default is the precision they were saved in.
     pipeline: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)

@@ -44,8 +44,8 @@ def draw(pipe: Any, prompts: list[str] | None, seeds: list[int], **options: Any)
 
 
 def test_leaves_the_pipeline_as_it_was(eager: Any, safety: SafetyModule) -> None:
-    attributes, hooks = set(vars(eager)), len(eager.unet._forward_pre_hooks)
     before = draw(eager, ["a church"], [1])
+    attributes, hooks = set(vars(eager)), len(eager.unet._forward_pre_hooks)
     with protect(eager, safety, ALWAYS):
         assert not np.array_equal(draw(eager, ["a church"], [1]), before)
     assert set(vars(eager)) == attributes

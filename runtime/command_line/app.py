@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +17,9 @@ from rich.table import Table
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import MissingDependencyError, RequestError, VerificationError
 from saferedir.runtime.loop import StepCallback
+
+if TYPE_CHECKING:
+    from saferedir.runtime.pipeline import Generation
 
 app = typer.Typer(
     help="Draw pictures with the safety always on.\n\nExit codes: 0 done, 2 bad request, 3 bad bundle, 4 no backend, "
@@ -59,7 +62,7 @@ def generate(
 
     `saferedir generate "a cat in ink style" --out - > cat.png`
     """
-    from saferedir.runtime.outputs import make_folder, png_bytes, write_bytes
+    from saferedir.runtime.outputs import output_folder
     from saferedir.runtime.pipeline import Pipeline
     from saferedir.runtime.policy import SafetyPolicy
 
@@ -67,37 +70,47 @@ def generate(
     to_stdout = out == "-"
     if to_stdout and (len(asked) * count != 1 or as_json):
         raise RequestError("--out - writes one PNG to stdout; ask for one picture, without --json")
-    folder = None if to_stdout else make_folder(Path(out))
-    pipeline = Pipeline.from_bundle(bundle, backend=backend, policy=SafetyPolicy(unprotected=unprotected))
-    side = pipeline.manifest.model.latent_width * pipeline.manifest.model.vae_scale_factor
-    if size is not None and size != side:
-        raise RequestError(f"--size is {size}; {pipeline.manifest.name} draws {side} only")
-    with _progress("drawing") as on_step:
-        result = pipeline(
-            asked,
-            negative_prompt=negative,
-            seed=seed,
-            num_images_per_prompt=count,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            on_step=on_step,
-        )
-    listed: list[dict[str, Any]] = []
-    for index, (image, record) in enumerate(zip(result.images, result.records, strict=True)):
+    with nullcontext(None) if to_stdout else output_folder(Path(out)) as folder:
+        pipeline = Pipeline.from_bundle(bundle, backend=backend, policy=SafetyPolicy(unprotected=unprotected))
+        side = pipeline.manifest.model.latent_width * pipeline.manifest.model.vae_scale_factor
+        if size is not None and size != side:
+            raise RequestError(f"--size is {size}; {pipeline.manifest.name} draws {side} only")
+        with _progress("drawing") as on_step:
+            result = pipeline(
+                asked,
+                negative_prompt=negative,
+                seed=seed,
+                num_images_per_prompt=count,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                on_step=on_step,
+            )
+        files = _write(result, folder)
+    for index, record in enumerate(result.records):
         if record.tokens_cut:
             typer.echo(f"warning: {record.tokens_cut} tokens of prompt {index // count + 1} did not fit and were cut", err=True)
-        if folder is None:
-            sys.stdout.buffer.write(png_bytes(image))
-            return
-        path = folder / f"{index:04d}-seed{record.seed}.png"
-        write_bytes(path, png_bytes(image))
-        listed.append({"file": str(path), **record.to_dict()})
     if as_json:
+        listed = [{"file": file, **record.to_dict()} for file, record in zip(files, result.records, strict=True)]
         print(json.dumps(listed, indent=1))
         return
-    for entry in listed:
-        said = "unprotected" if not entry["protected"] else "redirected" if entry["fired"] else "nothing fired"
-        console.print(f"{entry['file']}  {said}", highlight=False)
+    for file, record in zip(files, result.records, strict=False):
+        said = "unprotected" if not record.protected else "redirected" if record.fired else "nothing fired"
+        console.print(f"{file}  {said}", highlight=False)
+
+
+def _write(result: Generation, folder: Path | None) -> list[str]:
+    """Write the pictures to `folder`, or the only one to stdout; returns the files' names."""
+    from saferedir.runtime.outputs import png_bytes, write_bytes
+
+    if folder is None:
+        sys.stdout.buffer.write(png_bytes(result.images[0]))
+        return []
+    files = []
+    for index, (image, record) in enumerate(zip(result.images, result.records, strict=True)):
+        path = folder / f"{index:04d}-seed{record.seed}.png"
+        write_bytes(path, png_bytes(image))
+        files.append(str(path))
+    return files
 
 
 @app.command()
