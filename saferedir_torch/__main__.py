@@ -21,8 +21,8 @@ def train(
     split: SplitFile = None,
     concept: Annotated[list[str], typer.Option(help="Concept to forget; may be given several times.")] = ["church"],  # noqa: B006
     seed: Seed = 0,
-    steps: Annotated[int, typer.Option(help="Optimisation steps.")] = 2500,
-    runs: Annotated[int, typer.Option(help="Unsafe runs to record, a concept.")] = 600,
+    steps: Annotated[int, typer.Option(help="Optimisation steps.")] = 1500,
+    runs: Annotated[int, typer.Option(help="Unsafe runs to record, a concept.")] = 400,
     pairs: Annotated[int, typer.Option(help="Prompt pairs, a concept.")] = 3000,
 ) -> None:
     """Train a safety module: `python -m saferedir_torch train --model runs/world/emoji-diffusion --out runs/church`."""

@@ -61,8 +61,8 @@ def train(
     *,
     concepts: Sequence[str] = ("church",),
     seed: int = 0,
-    steps: int = 2500,
-    runs: int = 600,
+    steps: int = 1500,
+    runs: int = 400,
     pairs: int = 3000,
 ) -> SafetyModule:
     """Train on `runs` recorded runs and `pairs` prompt pairs a concept; save the best by validation to `folder/safety`.

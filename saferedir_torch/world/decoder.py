@@ -20,7 +20,7 @@ BATCH = 32
 LARGEST_NOISE = 0.25
 
 
-def train_decoder(folder: Path, *, seed: int = 0, steps: int = 700) -> Path:
+def train_decoder(folder: Path, *, seed: int = 0, steps: int = 500) -> Path:
     """Tune `folder/vae`'s decoder on noisy latents, save the whole autoencoder to `folder/vae-tuned`, return that path."""
     vae = AutoencoderKL.from_pretrained(folder / "vae")
     vae.encoder.requires_grad_(False)
@@ -59,7 +59,7 @@ def train_decoder(folder: Path, *, seed: int = 0, steps: int = 700) -> Path:
         schedule=Schedule(total_steps=steps, warmup_steps=50),
         loss_of_step=loss_of_step,
         sample=sample,
-        sample_every=350,
+        sample_every=250,
     )
     out = folder / "vae-tuned"
     vae.eval().save_pretrained(out)

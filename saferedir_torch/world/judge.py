@@ -77,7 +77,7 @@ class Judge(nn.Module):
         return judge.eval()
 
 
-def train_judge(folder: Path, *, seed: int = 0, steps: int = 1600) -> Path:
+def train_judge(folder: Path, *, seed: int = 0, steps: int = 1000) -> Path:
     """Train on fresh renderings, save to `folder/judge` and return that path."""
     torch.manual_seed(seed + 77)
     judge = Judge()
