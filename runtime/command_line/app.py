@@ -90,12 +90,12 @@ def generate(
         if record.tokens_cut:
             typer.echo(f"warning: {record.tokens_cut} tokens of prompt {index // count + 1} did not fit and were cut", err=True)
     if as_json:
-        listed = [{"file": file, **record.to_dict()} for file, record in zip(files, result.records, strict=True)]
+        listed = [{"file": name, **record.to_dict()} for name, record in zip(files, result.records, strict=True)]
         print(json.dumps(listed, indent=1))
         return
-    for file, record in zip(files, result.records, strict=False):
+    for written, record in zip(files, result.records, strict=False):
         said = "unprotected" if not record.protected else "redirected" if record.fired else "nothing fired"
-        console.print(f"{file}  {said}", highlight=False)
+        console.print(f"{written}  {said}", highlight=False)
 
 
 def _write(result: Generation, folder: Path | None) -> list[str]:

@@ -15,7 +15,7 @@ from saferedir_torch.world.batches import picture_batch, save_sheet
 from saferedir_torch.world.scenes import random_scene
 
 BATCH = 32
-KL_WEIGHT = 1e-3
+KL_WEIGHT = 1e-3  # of the divergence per latent element
 PEAK_RATE = 2e-3
 
 
@@ -54,7 +54,7 @@ def train_vae(folder: Path, *, seed: int = 0, steps: int = 1200) -> Path:
         decoded = decoded.float()
         l1 = F.l1_loss(decoded, pictures)
         loss = l1 + F.mse_loss(decoded, pictures) + 0.5 * gradient_l1(decoded, pictures)
-        kl = posterior.kl().mean() / pictures[0].numel()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
         return loss + KL_WEIGHT * kl, {"l1": float(l1.detach()), "kl": float(kl.detach())}
 
     @torch.no_grad()
