@@ -165,7 +165,7 @@ def assemble(
     unet = new_unet()
     unet.load_state_dict(average.state_dict())
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(folder / ("vae-tuned" if (folder / "vae-tuned").exists() else "vae")),
+        vae=AutoencoderKL.from_pretrained(folder / "vae"),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
