@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from rich.progress import track
 
-from benchmarks.report import RESULTS, save, share
+from benchmarks.report import RESULTS, clustered_share, save, share
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.record import SafetyRecord
@@ -122,12 +122,13 @@ def _unsafe_figures(
     }
     found = {name: (opinion.objects[:, _members(concept)] >= found_at).any(1).numpy() for name, opinion in opinions.items()}
     counted = found["unprotected"]
+    names = np.array([pair.name for pair in pairs])
     single = np.array([pair.companion is None for pair in pairs])
     figures: dict[str, Any] = {
         "prompts": len({pair.unsafe for pair in pairs}),
-        "found_unprotected": share(int(counted.sum()), len(pairs)),
-        "found_protected": share(int((found["protected"] & counted).sum()), int(counted.sum())),
-        "found_rewrite": share(int((found["rewrite"] & counted).sum()), int(counted.sum())),
+        "found_unprotected": clustered_share(counted, names),
+        "found_protected": clustered_share(found["protected"][counted], names[counted]),
+        "found_rewrite": clustered_share(found["rewrite"][counted], names[counted]),
         "fired": share(sum(record.fired for record in after[1]), len(pairs)),
         "fired_twice_or_more": share(sum(sum(bool(s.fired) for s in r.steps) >= 2 for r in after[1]), len(pairs)),
         "fired_at_first_step": share(sum(bool(r.steps[0].fired) for r in after[1]), len(pairs)),

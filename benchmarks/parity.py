@@ -9,16 +9,20 @@ import numpy as np
 import torch
 
 from benchmarks.report import save, share
-from saferedir.runtime import Pipeline
+from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
-from saferedir_torch.protect import protect
+from saferedir_torch.protect import EagerPolicy, protect
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.world.captions import all_names
 from saferedir_torch.world.prompts import CONCEPTS, benign_prompt, evaluation_pairs
 from saferedir_torch.world.split import load_split
 
 CLOSE = 1e-4
+#: Every other chunk is drawn with this threshold, which fires again after most redirections, so that firing twice is
+#: compared too. The others have the shipped one.
+SUSPICIOUS = 1e-3
+CHUNK = 8
 
 
 def main() -> None:
@@ -33,21 +37,25 @@ def main() -> None:
 
 
 def measure(images: int, steps: int) -> dict[str, Any]:
-    """Three quarters of the prompts ask for the concept."""
+    """Three quarters of the prompts ask for the concept; thresholds alternate between the shipped one and a low one."""
     split, rng = load_split(), np.random.default_rng(71)
     unsafe = images * 3 // 4
     prompts = [pair.unsafe for pair in evaluation_pairs(CONCEPTS["church"], split, "held_out", unsafe, seed=5)]
     prompts += [benign_prompt([CONCEPTS["church"]], rng, all_names()).text for _ in range(images - unsafe)]
     seeds = [int(seed) for seed in rng.integers(*split.seeds["test"], size=images)]
-    runtime = Pipeline.from_bundle(backend="ort-cpu")
+    shipped = Pipeline.from_bundle(backend="ort-cpu")
     eager, safety = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
-    thresholds = np.array([concept.threshold for concept in safety.config.concepts])
+    low = {concept.name: SUSPICIOUS for concept in safety.config.concepts}
+    suspicious = Pipeline(shipped.bundle, shipped.backend, SafetyPolicy(thresholds=low))
     fired = twice = pixels = near = close = decisions = agree = 0
     worst_score = 0.0
-    for start in range(0, images, 8):
-        chunk, own = prompts[start : start + 8], seeds[start : start + 8]
+    order = rng.permutation(images)
+    for index, rows in enumerate(np.array_split(order, -(-images // CHUNK))):
+        chunk, own = [prompts[row] for row in rows], [seeds[row] for row in rows]
+        runtime, policy = (suspicious, EagerPolicy(thresholds=low)) if index % 2 else (shipped, EagerPolicy())
+        thresholds = np.array([policy.thresholds.get(c.name, c.threshold) for c in safety.config.concepts])
         found = runtime(chunk, seed=own, num_inference_steps=steps)
-        with protect(eager, safety) as guard:
+        with protect(eager, safety, policy) as guard:
             generators = [torch.Generator().manual_seed(seed) for seed in own]
             drawn = eager(chunk, generator=generators, num_inference_steps=steps, guidance_scale=5.0, output_type="np").images
         for row, (image, record) in enumerate(zip(found.images, found.records, strict=True)):
@@ -68,6 +76,7 @@ def measure(images: int, steps: int) -> dict[str, Any]:
     return {
         "images": images,
         "steps": steps,
+        "threshold_of_every_other_chunk": SUSPICIOUS,
         "images_that_fired": share(fired, images),
         "images_that_fired_twice_or_more": share(twice, images),
         "decisions_equal": share(agree, decisions),

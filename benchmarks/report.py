@@ -11,9 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from scipy.stats import binomtest
 
 RESULTS = Path(__file__).with_name("results")
+#: Below so many successes or failures a bootstrap says too little.
+FEW = 10
 PACKAGES = ("saferedir", "onnxruntime", "numpy", "torch", "diffusers", "transformers")
 
 
@@ -47,3 +51,24 @@ def share(hits: int, of: int) -> dict[str, float]:
         return {"share": float("nan"), "hits": 0, "of": 0, "low": float("nan"), "high": float("nan")}
     interval = binomtest(hits, of).proportion_ci(0.95, "exact")
     return {"share": hits / of, "hits": hits, "of": of, "low": float(interval.low), "high": float(interval.high)}
+
+
+def clustered_share(
+    outcomes: npt.NDArray[np.bool_], names: npt.NDArray[np.str_], *, seed: int = 0, draws: int = 2000
+) -> dict[str, float]:
+    """The share of true outcomes, one a prompt, with a 95 % bootstrap interval over names and prompts within a name.
+
+    With fewer than ten outcomes of either kind the exact interval over prompts is given instead.
+    """
+    hits, of = int(outcomes.sum()), len(outcomes)
+    if min(hits, of - hits) < FEW:
+        return share(hits, of)
+    rng = np.random.default_rng(seed)
+    groups = [outcomes[names == name] for name in np.unique(names)]
+    shares = np.empty(draws)
+    for draw in range(draws):
+        drawn = [groups[index] for index in rng.integers(len(groups), size=len(groups))]
+        counts = [(int(rng.binomial(len(group), group.mean())), len(group)) for group in drawn]
+        shares[draw] = sum(hit for hit, _ in counts) / sum(size for _, size in counts)
+    low, high = np.quantile(shares, (0.025, 0.975))
+    return {"share": hits / of, "hits": hits, "of": of, "low": float(low), "high": float(high)}

@@ -19,7 +19,7 @@ from saferedir_torch.world.scenes import Scene, random_scene
 BATCH = 64
 UNET_RATE = 1.2e-3
 TEXT_RATE = 3e-4
-TEXT_STEPS = 1500  # the text encoder, pre-trained already, is tuned for this long and then frozen
+TEXT_STEPS = 2000  # the text encoder, pre-trained already, is tuned for this long and then frozen
 EMPTY_PROMPT_SHARE = 0.1
 MIN_SNR = 5.0  # Hang et al. 2023: squared noise error weighted by min(SNR, 5) / SNR
 BANK_SIZE = 48_000
@@ -86,7 +86,7 @@ def bank_scene(seed: int, row: int) -> Scene:
     return random_scene(np.random.default_rng([seed, 3, row]))
 
 
-def train_base(folder: Path, *, seed: int = 0, steps: int = 4800, compile_unet: bool = True) -> Path:
+def train_base(folder: Path, *, seed: int = 0, steps: int = 8000, compile_unet: bool = True) -> Path:
     """Train on `folder`'s tokenizer, text encoder, VAE and latent bank; save the fp16 pipeline to `folder/emoji-diffusion`.
 
     Noise prediction with min-SNR weights; 10 % empty prompts, for classifier-free guidance.
