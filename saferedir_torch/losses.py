@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saferedir_torch.alignment import changed_tokens
 from saferedir_torch.redirector import Redirection, redirect
 
 
@@ -17,15 +16,14 @@ def detection_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 def redirection_loss(
-    redirection: Redirection, original: Tensor, target: Tensor, *, tau: float, strength: float
+    redirection: Redirection, original: Tensor, target: Tensor, mask: Tensor, *, strength: float
 ) -> tuple[Tensor, dict[str, float]]:
     """How far the heads, and the embedding they make together, are from the aligned safe rewrite.
 
-    original p0 and target [B, T, D]; where nothing is to be changed the two are equal and only the mask is taught.
+    original p0 and target [B, T, D], mask [B, T] 1 where the token is to be moved; elsewhere only the mask is taught.
     Direction, step length and mask have targets of their own; the last term is the distance of the redirected
     embedding, so that the heads make up for each other's errors.
     """
-    mask = changed_tokens(original, target, tau)
     norm = original.norm(dim=-1).clamp(min=1e-6)
     wanted = target - original
     masked = mask.sum().clamp(min=1)

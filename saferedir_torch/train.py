@@ -16,6 +16,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from saferedir_torch.alignment import changed_tokens
 from saferedir_torch.config import Concept, SafetyConfig
 from saferedir_torch.losses import detection_loss, redirection_loss
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
@@ -183,15 +184,17 @@ class _Learner:
     ) -> tuple[Tensor, dict[str, float]]:
         pairs = self.pairs
         original = pairs.original[chosen].float()
-        shift = self._noisy(original, generator) - original
-        original, target = original + shift, pairs.target[chosen].float() + shift
+        clean = pairs.target[chosen].float()
+        mask = changed_tokens(original, clean, TAU)
+        # The target stays clean: what is strange about a name is to be removed, not carried over.
+        original, target = self._noisy(original, generator), clean
         count = len(self.module.config.concepts)
         concept = pairs.concept[chosen]
         random = torch.from_numpy(rng.integers(count, size=len(chosen)))
         active = torch.nn.functional.one_hot(torch.where(concept >= 0, concept, random), count).float()
         joint = self.module.detector.joint_feature(self.bank.latent[shown].float(), self.bank.timestep[shown])
         redirection = self.module.redirection(original, joint, active)
-        return redirection_loss(redirection, original, target, tau=TAU, strength=STRENGTH)
+        return redirection_loss(redirection, original, target, mask, strength=STRENGTH)
 
     def _noisy(self, prompt: Tensor, generator: torch.Generator | None) -> Tensor:
         if generator is None:
