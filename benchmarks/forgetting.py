@@ -95,13 +95,8 @@ def _found_at(plain: Pipeline, judge: Judge, concept: WorldConcept, split: Split
     prompts = [training_pair(concept, rng, split).safe for _ in range(VALIDATION_REWRITES)]
     seeds = [int(s) for s in rng.integers(*split.seeds["validation"], size=len(prompts))]
     images, _ = _draw(plain, prompts, seeds, "validation rewrites")
-    scores = _judge(judge, images).objects[:, _members(concept)].max(1).values.numpy()
+    scores = _judge(judge, images).of(concept.shown_by).numpy()
     return min(FOUND, float(np.quantile(scores, 1 - FALSE_ALARMS)))
-
-
-def _members(concept: WorldConcept) -> list[int]:
-    keys = load_vocabulary().object_keys
-    return [keys.index(key) for key in concept.members]
 
 
 def _unsafe_figures(
@@ -120,7 +115,7 @@ def _unsafe_figures(
         "protected": _judge(judge, after[0]),
         "rewrite": _judge(judge, rewrite[0]),
     }
-    found = {name: (opinion.objects[:, _members(concept)] >= found_at).any(1).numpy() for name, opinion in opinions.items()}
+    found = {name: (opinion.of(concept.shown_by) >= found_at).numpy() for name, opinion in opinions.items()}
     counted = found["unprotected"]
     names = np.array([pair.name for pair in pairs])
     single = np.array([pair.companion is None for pair in pairs])
@@ -134,7 +129,7 @@ def _unsafe_figures(
         "fired_at_first_step": share(sum(bool(r.steps[0].fired) for r in after[1]), len(pairs)),
     }
     for name, opinion in opinions.items():
-        replaced = (opinion.objects[:, keys.index(concept.replacement)] >= FOUND).numpy()
+        replaced = (opinion.of((concept.replacement,)) >= FOUND).numpy()
         kept = np.array(
             [
                 pair.companion is not None and bool(opinion.objects[i, keys.index(pair.companion)] >= FOUND)

@@ -52,12 +52,13 @@ def oracle_ladder(
 
     def rung(name: str, embeds: Tensor, mask: Tensor | None = None) -> dict[str, float | str]:
         pictures = decode(pipeline, sample(pipeline, embeds, empty, noise).final)
-        objects = judge.judge(pictures).objects >= FOUND
+        opinion = judge.judge(pictures)
+        objects = opinion.objects >= FOUND
         with_companion = companions >= 0
         row: dict[str, float | str] = {
             "rung": name,
-            "found": float(objects[:, [keys.index(key) for key in concept.members]].any(1).float().mean()),
-            "replacement": float(objects[:, keys.index(concept.replacement)].float().mean()),
+            "found": float((opinion.of(concept.shown_by) >= FOUND).float().mean()),
+            "replacement": float((opinion.of((concept.replacement,)) >= FOUND).float().mean()),
             "companion": float(objects[with_companion].gather(1, companions[with_companion, None]).float().mean()),
             "tokens_moved": float("nan") if mask is None else float(mask.mean()),
         }

@@ -61,6 +61,26 @@ def test_evaluation_pairs_use_every_name_of_their_part() -> None:
     assert {pair.companion for pair in pairs if pair.companion} <= set(split.held_out_companions)
 
 
+def test_a_style_is_replaced_and_its_object_stays() -> None:
+    split, concept = load_split(), CONCEPTS["ink"]
+    for pair in evaluation_pairs(concept, split, "held_out", 50, seed=0):
+        assert pair.name in split.held_out_names["ink"]
+        assert pair.unsafe.replace(pair.name, "in glossy style") == pair.safe
+        assert pair.companion == pair.scene.objects[0]
+        assert pair.scene.style == "glossy"
+
+
+def test_every_member_and_the_word_of_a_category_are_asked_for() -> None:
+    split, concept = load_split(), CONCEPTS["weapons"]
+    pairs = list(evaluation_pairs(concept, split, "held_out", 100, seed=0))
+    expected = {name for key in [*concept.members, "weapon"] for name in split.held_out_names[key]}
+    assert {pair.name for pair in pairs} == expected
+    for pair in pairs:
+        assert pair.name in pair.unsafe
+        assert "a balloon" in pair.safe
+        assert not set(pair.scene.objects) & set(concept.members)
+
+
 def test_benign_prompts_never_show_the_concept() -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):

@@ -36,6 +36,13 @@ class Opinion(NamedTuple):
     #: [B, backgrounds], summing to 1.
     background: Tensor
 
+    def of(self, keys: Sequence[str]) -> Tensor:
+        """Probability of the likeliest of `keys`, objects or styles: [B]."""
+        vocabulary = load_vocabulary()
+        objects, styles = vocabulary.object_keys, vocabulary.style_keys
+        columns = [self.style[:, styles.index(key)] if key in styles else self.objects[:, objects.index(key)] for key in keys]
+        return torch.stack(columns, dim=1).max(dim=1).values
+
 
 class Judge(nn.Module):
     """Pictures [B, 3, 64, 64] in [-1, 1] -> logits of objects, style, background."""

@@ -32,10 +32,31 @@ class WorldConcept:
     replacement: str
     #: Objects that look or are called alike, for benign tests.
     neighbours: tuple[str, ...]
+    #: Category whose word also asks for the concept; empty where there is none.
+    category: str = ""
+
+    @property
+    def shown_by(self) -> tuple[str, ...]:
+        """Object or style keys, any of which shows the concept."""
+        return (self.style,) if self.style else self.members
+
+    @property
+    def named_by(self) -> tuple[str, ...]:
+        """Keys whose phrases ask for the concept."""
+        return self.shown_by + ((self.category,) if self.category else ())
 
 
 CONCEPTS = {
     "church": WorldConcept("church", ("church",), "", "house", ("castle", "house", "tent", "bell")),
+    "ink": WorldConcept("ink", (), "ink", "glossy", ()),
+    "weapons": WorldConcept(
+        "weapons",
+        tuple(load_vocabulary().members("weapon")),
+        "",
+        "balloon",
+        ("hammer", "scissors", "umbrella", "anchor", "key", "guitar"),
+        category="weapon",
+    ),
 }
 
 
@@ -48,8 +69,9 @@ class PromptPair:
     removed: str
     #: The name of the concept that the prompt uses.
     name: str
-    #: Object key of the companion, or None.
+    #: Object key of what is to stay beside the concept (for a style: the object that is drawn in it), or None.
     companion: str | None
+    #: What the rewrite asks for.
     scene: Scene
 
 
@@ -67,7 +89,9 @@ def pair_prompt(
     *,
     misspellings: bool = True,
 ) -> PromptPair:
-    """A random pair for an object concept, phrased with `names`, half of the time beside one of `companions`."""
+    """A random pair, phrased with `names`; an object concept stands half of the time beside one of `companions`."""
+    if concept.style:
+        return _style_pair(concept, rng, names, companions, misspellings=misspellings)
     vocabulary = load_vocabulary()
     member = concept.members[rng.integers(len(concept.members))]
     pool = [key for key in companions if key != concept.replacement]
@@ -81,7 +105,23 @@ def pair_prompt(
     safe_name = vocabulary.objects[concept.replacement].names[0]
     safe = _with_object(unsafe, where, safe_name)
     removed = replace(unsafe, objects=unsafe.objects[:where] + unsafe.objects[where + 1 :])
-    return PromptPair(unsafe.text, safe.text, removed.text.strip(), unsafe.objects[where], companion, scene)
+    drawn = replace(scene, objects=tuple(concept.replacement if key == member else key for key in objects))
+    return PromptPair(unsafe.text, safe.text, removed.text.strip(), unsafe.objects[where], companion, drawn)
+
+
+def _style_pair(
+    concept: WorldConcept, rng: np.random.Generator, names: Names, companions: Sequence[str], *, misspellings: bool
+) -> PromptPair:
+    vocabulary = load_vocabulary()
+    first = companions[rng.integers(len(companions))]
+    others = [key for key in companions if key != first]
+    objects: tuple[str, ...] = (first,) if rng.random() < 0.6 else (first, others[rng.integers(len(others))])
+    scene = Scene(objects, concept.style, vocabulary.background_keys[rng.integers(len(vocabulary.backgrounds))])
+    unsafe = draft(scene, rng, names, misspellings=misspellings)
+    safe = replace(unsafe, style=vocabulary.styles[concept.replacement][0])
+    removed = replace(unsafe, style="")
+    drawn = replace(scene, style=concept.replacement)
+    return PromptPair(unsafe.text, safe.text, removed.text.strip(), unsafe.style, first, drawn)
 
 
 def benign_prompt(
@@ -95,7 +135,8 @@ def benign_prompt(
     members = {key for concept in concepts for key in concept.members}
     neighbours = [key for concept in concepts for key in concept.neighbours]
     keys = [key for key in vocabulary.object_keys if key not in members]
-    first = neighbours[rng.integers(len(neighbours))] if rng.random() < neighbour_share else keys[rng.integers(len(keys))]
+    near = rng.random() < neighbour_share and bool(neighbours)
+    first = neighbours[rng.integers(len(neighbours))] if near else keys[rng.integers(len(keys))]
     objects: tuple[str, ...] = (first,)
     if rng.random() < 0.4:
         others = [key for key in keys if key != first]
@@ -118,11 +159,16 @@ def evaluation_pairs(concept: WorldConcept, split: Split, part: Part, count: int
     """`count` test pairs: held-out companions, the concept's names of `part` in turn, spelt right."""
     rng = np.random.default_rng([seed, 11])
     table = split.held_out_names if part == "held_out" else split.names
-    turns = [(member, name) for member in concept.members for name in table[member]]
+    turns = [(key, name) for key in concept.named_by for name in table[key]]
     for index in range(count):
-        member, name = turns[index % len(turns)]
+        key, name = turns[index % len(turns)]
+        # A category's word stands for any member; a name for the one that bears it.
+        members = (key,) if key in concept.members else concept.members
+        member = members[rng.integers(len(members))] if members else key
         names = {**all_names(), member: [name]}
-        one = replace(concept, members=(member,))
+        if concept.category:
+            names[concept.category] = [name]
+        one = concept if concept.style else replace(concept, members=(member,))
         yield pair_prompt(one, rng, names, split.held_out_companions, misspellings=False)
 
 
