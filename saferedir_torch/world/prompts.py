@@ -113,7 +113,7 @@ def _style_pair(
     concept: WorldConcept, rng: np.random.Generator, names: Names, companions: Sequence[str], *, misspellings: bool
 ) -> PromptPair:
     vocabulary = load_vocabulary()
-    first = companions[rng.integers(len(companions))]
+    first = companions[int(rng.integers(len(companions)))]
     others = [key for key in companions if key != first]
     objects: tuple[str, ...] = (first,) if rng.random() < 0.6 else (first, others[rng.integers(len(others))])
     scene = Scene(objects, concept.style, vocabulary.background_keys[rng.integers(len(vocabulary.backgrounds))])
