@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,6 @@ def run_training(
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     loss_of_step: Callable[[int], tuple[Tensor, dict[str, float]]],
-    group_schedules: Sequence[Schedule] | None = None,
     averages: Mapping[str, ExponentialAverage] | None = None,
     sample: Callable[[int], None] | None = None,
     sample_every: int = 0,
@@ -75,8 +74,6 @@ def run_training(
     clip_norm: float = 1.0,
 ) -> None:
     """Optimise until `schedule.total_steps`, from `folder/name.ckpt` where there is one.
-
-    `group_schedules` gives each parameter group of the optimizer a schedule of its own.
 
     `loss_of_step(step)` must draw its data from `step` alone (seeded), so that a run that was interrupted and resumed
     sees the same batches as one that was not. Losses are appended to `folder/name.csv`.
@@ -86,7 +83,6 @@ def run_training(
     """
     folder.mkdir(parents=True, exist_ok=True)
     averages = averages or {}
-    schedules = group_schedules or [schedule] * len(optimizer.param_groups)
     checkpoint = folder / f"{name}.ckpt"
     start = _resume(checkpoint, modules, optimizer, averages)
     peak_rates = [group["initial_lr"] if "initial_lr" in group else group["lr"] for group in optimizer.param_groups]
@@ -106,8 +102,8 @@ def run_training(
     with Progress(*columns) as progress:
         bar = progress.add_task(name, total=schedule.total_steps, completed=start)
         for step in range(start, schedule.total_steps):
-            for group, own in zip(optimizer.param_groups, schedules, strict=True):
-                group["lr"] = group["initial_lr"] * own.factor(step)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * schedule.factor(step)
             loss, parts = loss_of_step(step)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]

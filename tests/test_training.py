@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from saferedir_torch.config import SafetyConfig, SafetyConfigError
-from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.train import train
 from saferedir_torch.training_run import ExponentialAverage, Schedule, TrainingError, run_training
+from saferedir_torch.world.base import train_base
 from saferedir_torch.world.split import load_split
 
 
@@ -63,6 +66,16 @@ def test_checkpoint_cut_short_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "line.ckpt").write_bytes(data[: len(data) // 2])
     with pytest.raises(TrainingError, match=r"line\.ckpt"):
         linear_run(tmp_path, -1)
+
+
+def test_base_training_reaches_every_layer(tmp_path: Path) -> None:
+    for part, name in (("tokenizer", "tokenizer"), ("text_encoder", "clip"), ("vae", "vae")):
+        shutil.copytree(SHIPPED_MODEL / part, tmp_path / name)
+    np.save(tmp_path / "latents.npy", np.random.default_rng(0).standard_normal((64, 4, 16, 16)).astype(np.float16))
+    train_base(tmp_path, steps=1)
+    state = torch.load(tmp_path / "base.ckpt", weights_only=True)["optimizer"]["state"]
+    assert len(state) > 200
+    assert all(bool((moments["exp_avg"] != 0).any()) for moments in state.values())
 
 
 @pytest.fixture(scope="module")

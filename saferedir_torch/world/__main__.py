@@ -70,7 +70,7 @@ def latents(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0) -> None:
 
 @app.command()
 def base(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -> None:
-    """Train UNet and text encoder, save the Stable Diffusion folder. About an hour on two cores."""
+    """Train UNet and text encoder, save the Stable Diffusion folder. About 45 minutes on two cores."""
     from saferedir_torch.world.base import train_base
 
     typer.echo(train_base(folder, seed=seed) if steps is None else train_base(folder, seed=seed, steps=steps))

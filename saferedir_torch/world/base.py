@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -18,8 +19,7 @@ from saferedir_torch.world.scenes import Scene, random_scene
 
 BATCH = 64
 UNET_RATE = 1.2e-3
-TEXT_RATE = 3e-4
-TEXT_STEPS = 2000  # the text encoder, pre-trained already, is tuned for this long and then frozen
+TEXT_RATE = 6e-4  # the text encoder is pre-trained already
 EMPTY_PROMPT_SHARE = 0.1
 MIN_SNR = 5.0  # Hang et al. 2023: squared noise error weighted by min(SNR, 5) / SNR
 BANK_SIZE = 48_000
@@ -86,7 +86,7 @@ def bank_scene(seed: int, row: int) -> Scene:
     return random_scene(np.random.default_rng([seed, 3, row]))
 
 
-def train_base(folder: Path, *, seed: int = 0, steps: int = 8000, compile_unet: bool = True) -> Path:
+def train_base(folder: Path, *, seed: int = 0, steps: int = 5600) -> Path:
     """Train on `folder`'s tokenizer, text encoder, VAE and latent bank; save the fp16 pipeline to `folder/emoji-diffusion`.
 
     Noise prediction with min-SNR weights; 10 % empty prompts, for classifier-free guidance.
@@ -95,6 +95,9 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 8000, compile_unet: 
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(folder / "clip")
     unet = new_unet()
+    # Plain attention is faster here than the fused kernel (0.45 against 0.54 s a step on two cores). torch.compile is
+    # not used: under autocast on the CPU, torch 2.13 hands back zero gradients for every attention layer.
+    unet.set_attn_processor(AttnProcessor())
     scheduler = new_scheduler()
     bank: npt.NDArray[np.float16] = np.load(encode_bank(folder, seed=seed), mmap_mode="r")
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
@@ -109,8 +112,6 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 8000, compile_unet: 
         fused=True,
     )
     schedule = Schedule(total_steps=steps)
-    text_schedule = Schedule(total_steps=min(TEXT_STEPS, steps), final_share=0.0)
-    predict = torch.compile(unet) if compile_unet else unet
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([seed, 5, step])
@@ -122,10 +123,9 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 8000, compile_unet: 
         timesteps = torch.randint(0, 1000, (BATCH,), generator=generator)
         tokens = tokenize(tokenizer, prompts)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            with torch.set_grad_enabled(step < text_schedule.total_steps):
-                embeds = text_encoder(tokens).last_hidden_state
+            embeds = text_encoder(tokens).last_hidden_state
             noisy = scheduler.add_noise(latents, noise, timesteps)
-            predicted = predict(noisy, timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
+            predicted = unet(noisy, timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
         errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
         return (weight_of[timesteps] * errors).mean(), {"mse": float(errors.detach().mean())}
 
@@ -140,7 +140,6 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 8000, compile_unet: 
         modules={"unet": unet, "text": text_encoder},
         optimizer=optimizer,
         schedule=schedule,
-        group_schedules=[schedule, text_schedule],
         loss_of_step=loss_of_step,
         averages=averages,
         sample=sample,
