@@ -25,8 +25,15 @@ def with_figures(text: str) -> str:
 
 
 def figures() -> str:
-    """The tables, in Markdown."""
-    return "\n\n".join([_forgetting(), _cost(), _parity(), _ladder()])
+    """The tables of which there are results, in Markdown."""
+    sections = {
+        _forgetting: ("base_quality", "forgetting_church"),
+        _cost: ("speed",),
+        _parity: ("parity",),
+        _ladder: ("oracle_church",),
+    }
+    measured = {path.stem for path in RESULTS.glob("*.json")}
+    return "\n\n".join(write() for write, needed in sections.items() if measured.issuperset(needed))
 
 
 def _forgetting() -> str:
