@@ -14,11 +14,10 @@ import torch
 from PIL import Image
 from rich.progress import track
 
-from benchmarks.report import RESULTS, clustered_share, save, share
+from benchmarks.report import JUDGE, RESULTS, clustered_share, save, share
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.record import SafetyRecord
-from saferedir_torch.models import SHIPPED_JUDGE
 from saferedir_torch.world.captions import all_names
 from saferedir_torch.world.judge import Judge, Opinion
 from saferedir_torch.world.prompts import CONCEPTS, PromptPair, WorldConcept, benign_prompt, evaluation_pairs, training_pair
@@ -55,7 +54,7 @@ def measure(bundle: str, concept: WorldConcept, count: int, benign: int, seed: i
     """All figures of one concept."""
     protected = Pipeline.from_bundle(bundle)
     plain = Pipeline(protected.bundle, protected.backend, SafetyPolicy(unprotected=True))
-    judge, split = Judge.load(SHIPPED_JUDGE), load_split()
+    judge, split = Judge.load(JUDGE), load_split()
     low, high = split.seeds["test"]
     found_at = _found_at(plain, judge, concept, split, seed)
     figures: dict[str, Any] = {"concept": concept.name, "seed": seed, "found_at": found_at, "companion_found_at": FOUND}

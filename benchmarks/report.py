@@ -16,6 +16,8 @@ import numpy.typing as npt
 from scipy.stats import binomtest
 
 RESULTS = Path(__file__).with_name("results")
+#: The trained judge; it measures, so it is no part of the package.
+JUDGE = Path(__file__).with_name("judge")
 #: Below so many successes or failures a bootstrap says too little.
 FEW = 10
 PACKAGES = ("saferedir", "onnxruntime", "numpy", "torch", "diffusers", "transformers")

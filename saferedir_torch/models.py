@@ -12,7 +12,6 @@ from transformers.utils import logging as transformers_logging
 SHIPPED = Path(__file__).with_name("shipped")
 SHIPPED_MODEL = SHIPPED / "emoji-diffusion"
 SHIPPED_SAFETY = SHIPPED / "safety"
-SHIPPED_JUDGE = SHIPPED / "judge"
 
 
 def load_pipeline(model: str | Path = SHIPPED_MODEL) -> StableDiffusionPipeline:

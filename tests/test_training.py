@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from saferedir_torch.config import SafetyConfig, SafetyConfigError
-from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.train import train
 from saferedir_torch.training_run import ExponentialAverage, Schedule, TrainingError, run_training
@@ -69,8 +68,9 @@ def test_checkpoint_cut_short_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_base_training_reaches_every_layer(tmp_path: Path) -> None:
-    for part, name in (("tokenizer", "tokenizer"), ("text_encoder", "clip"), ("vae", "vae")):
-        shutil.copytree(SHIPPED_MODEL / part, tmp_path / name)
+    pipe = load_pipeline()
+    for part, name in ((pipe.tokenizer, "tokenizer"), (pipe.text_encoder, "clip"), (pipe.vae, "vae")):
+        part.save_pretrained(tmp_path / name)
     np.save(tmp_path / "latents.npy", np.random.default_rng(0).standard_normal((64, 4, 16, 16)).astype(np.float16))
     train_base(tmp_path, steps=1)
     state = torch.load(tmp_path / "base.ckpt", weights_only=True)["optimizer"]["state"]

@@ -23,6 +23,7 @@ from saferedir_torch.world.vocabulary import load_vocabulary
 
 JUDGE_FILE = "judge.safetensors"
 BATCH = 96
+PAIR_SHARE = 0.65  # small objects are the harder ones
 JUDGE_STREAM = 7  # this word of the seed sequence keeps the judge's pictures apart from all others
 
 
@@ -84,7 +85,7 @@ class Judge(nn.Module):
         return judge.eval()
 
 
-def train_judge(folder: Path, *, seed: int = 0, steps: int = 1000) -> Path:
+def train_judge(folder: Path, *, seed: int = 0, steps: int = 2600) -> Path:
     """Train on fresh renderings, save to `folder/judge` and return that path."""
     torch.manual_seed(seed + 77)
     judge = Judge()
@@ -92,9 +93,10 @@ def train_judge(folder: Path, *, seed: int = 0, steps: int = 1000) -> Path:
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([seed, JUDGE_STREAM, step])
-        scenes = [random_scene(rng) for _ in range(BATCH)]
+        scenes = [random_scene(rng, PAIR_SHARE) for _ in range(BATCH)]
         pictures = augment(picture_batch(scenes, rng), rng)
-        objects, style, background = judge(pictures)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            objects, style, background = (logits.float() for logits in judge(pictures))
         labels = label(scenes)
         loss = (
             10 * F.binary_cross_entropy_with_logits(objects, labels.objects)
@@ -138,7 +140,7 @@ def augment(pictures: Tensor, rng: np.random.Generator) -> Tensor:
             dx, dy = (int(v) for v in rng.integers(-3, 4, size=2))
             picture = F.pad(picture, (3, 3, 3, 3), mode="replicate")[:, 3 + dy : 67 + dy, 3 + dx : 67 + dx]
         if rng.random() < 0.6:
-            small = int(rng.integers(24, 60))
+            small = int(rng.integers(36, 64))
             picture = F.interpolate(picture[None], size=(small, small), mode="bilinear", antialias=True)
             picture = F.interpolate(picture, size=(64, 64), mode="bicubic")[0]
         contrast, brightness = rng.uniform(0.85, 1.15), rng.uniform(-0.1, 0.1)
