@@ -63,8 +63,8 @@ on the safe prompt: what a perfect redirection would draw. (`make forgetting`)
 
 Of {benign["fired"]["of"]} benign prompts, half of them near neighbours, {benign["fired"]["hits"]} fired; where nothing fired,
 {benign["bit_identical_where_nothing_fired"]["hits"]} of {benign["bit_identical_where_nothing_fired"]["of"]} pictures equal the
-unprotected ones to the bit. By the same judge the base model draws {_percent(base["single"])} of single objects asked for by its
-239 names, {_percent(base["pair"])} of pairs (both found), {_percent(base["style"])} of styles."""
+unprotected ones to the bit. By the same judge the base model draws {_percent(base["single"])} of single objects, asked for
+by its 239 names, {_percent(base["pair"])} of pairs (both found), {_percent(base["style"])} of styles."""
 
 
 def _cost() -> str:
