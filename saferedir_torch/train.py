@@ -30,7 +30,7 @@ PAIR_BATCH = 48
 PEAK_RATE = 1e-3
 #: Strength s of the redirection formula that step lengths are trained for.
 STRENGTH = 1.5
-#: A token is to be moved where 1 - cos exceeds this; see the oracle ladder's table.
+#: A token is to be moved where 1 - cos exceeds this. The oracle ladder shows whether a larger value would do.
 TAU = 0.01
 VALIDATION_SHARE = 0.1
 VALIDATE_EVERY = 250
