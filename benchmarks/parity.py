@@ -19,7 +19,7 @@ from saferedir_torch.world.prompts import CONCEPTS, benign_prompt, evaluation_pa
 from saferedir_torch.world.split import load_split
 
 CLOSE = 1e-4
-#: Every other chunk is drawn with this threshold, which fires again after most redirections, so that firing twice is
+#: Every other chunk is drawn with this threshold, low enough to fire again after a redirection, so that firing twice is
 #: compared too. The others have the shipped one.
 SUSPICIOUS = 1e-3
 CHUNK = 8

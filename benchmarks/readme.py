@@ -54,8 +54,8 @@ def _forgetting() -> str:
     ]
     table = "\n".join(f"| {title} | {_share(seen[key])} | {_share(held[key])} |" for title, key in rows)
     return f"""**Is the concept gone, is everything else untouched?** {seen["prompts"]} and {held["prompts"]} prompts with
-companions and seeds that safety training never saw, judged by a classifier that shares nothing with model or safety. "Rewrite" is the model
-on the safe prompt: what a perfect redirection would draw. (`make forgetting`)
+companions and seeds that safety training never saw, judged by a classifier that shares nothing with model or safety.
+"Rewrite" is the model on the safe prompt: what a perfect redirection would draw. (`make forgetting`)
 
 | | names seen in training | names never seen |
 | --- | --- | --- |
