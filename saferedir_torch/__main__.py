@@ -23,7 +23,7 @@ def train(
     seed: Seed = 0,
     steps: Annotated[int, typer.Option(help="Optimisation steps.")] = 1500,
     runs: Annotated[int, typer.Option(help="Unsafe runs to record, a concept.")] = 400,
-    pairs: Annotated[int, typer.Option(help="Prompt pairs, a concept.")] = 3000,
+    pairs: Annotated[int, typer.Option(help="Prompt pairs, a concept.")] = 5000,
 ) -> None:
     """Train a safety module: `python -m saferedir_torch train --model runs/world/emoji-diffusion --out runs/church`."""
     from saferedir_torch.models import load_pipeline

@@ -44,7 +44,7 @@ class SafetyModule(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.half().contiguous() for name, tensor in self.state_dict().items()}
         partial = folder / f"{WEIGHTS_FILE}.partial"
-        save_file(tensors, partial)
+        save_file(tensors, partial, metadata={"format": "pt"})
         self.config.save(folder / CONFIG_FILE)
         os.replace(partial, folder / WEIGHTS_FILE)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from saferedir_torch.training_run import Schedule, TrainingError, run_training
 from saferedir_torch.world.prompts import CONCEPTS, WorldConcept
 from saferedir_torch.world.split import Split
 
-STEP_BATCH = 128
+STEP_BATCH = 160
 PAIR_BATCH = 48
 PEAK_RATE = 1e-3
 #: Strength s of the redirection formula that step lengths are trained for.
@@ -36,6 +37,12 @@ VALIDATION_SHARE = 0.1
 VALIDATE_EVERY = 250
 #: Share of detector cases whose latent is taken from another run, so that neither input can be ignored.
 SWAP_SHARE = 0.3
+#: Share of detector cases whose prompt is one of the pairs', which are many more than the recorded runs'.
+PAIRED_SHARE = 0.5
+#: A threshold lies this far above the highest clean score (in logits) where the scores of unsafe runs leave room.
+THRESHOLD_MARGIN = 0.5
+#: Share of held-out unsafe runs whose highest score a threshold may exceed.
+MISSED_SHARE = 0.01
 #: Noise on prompt embeddings, in units of their standard deviation: names never seen lie near seen ones.
 PROMPT_NOISE = 0.15
 
@@ -64,7 +71,7 @@ def train(
     seed: int = 0,
     steps: int = 1500,
     runs: int = 400,
-    pairs: int = 3000,
+    pairs: int = 5000,
 ) -> SafetyModule:
     """Train on `runs` recorded runs and `pairs` prompt pairs a concept; save the best by validation to `folder/safety`.
 
@@ -141,7 +148,11 @@ class _Learner:
         rows = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=STEP_BATCH))]
         swap = torch.from_numpy(rng.random(STEP_BATCH) < SWAP_SHARE)
         other = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=STEP_BATCH))]
-        detected = self._detection(rows, torch.where(swap, other, rows), generator)
+        paired = torch.from_numpy(rng.random(STEP_BATCH) < PAIRED_SHARE)
+        named = self.train_pairs[torch.from_numpy(rng.integers(len(self.train_pairs), size=STEP_BATCH))]
+        prompt = torch.where(paired[:, None, None], self.pairs.original[named], self._prompts(rows))
+        asked = torch.where(paired[:, None], self._asked_by_pairs(named), self.bank.asked[rows])
+        detected = self._detection(prompt, asked, torch.where(swap | paired, other, rows), generator)
         chosen = self.train_pairs[torch.from_numpy(rng.integers(len(self.train_pairs), size=PAIR_BATCH))]
         shown = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=PAIR_BATCH))]
         moved, parts = self._redirection(chosen, shown, rng, generator)
@@ -152,7 +163,7 @@ class _Learner:
         """Losses and detector accuracy on held-out runs and pairs."""
         rng = np.random.default_rng([self.seed, 33])
         rows = self.held_rows[torch.from_numpy(rng.integers(len(self.held_rows), size=1500))]
-        detected = self._detection(rows, rows, None)
+        detected = self._detection(self._prompts(rows), self.bank.asked[rows], rows, None)
         accuracy = self._accuracy(rows)
         chosen = self.held_pairs[:400]
         shown = self.held_rows[torch.from_numpy(rng.integers(len(self.held_rows), size=len(chosen)))]
@@ -161,23 +172,51 @@ class _Learner:
 
     @torch.no_grad()
     def calibrate(self) -> list[float]:
-        """Per concept, the threshold that no held-out run without the concept reaches, but at least 0.5."""
-        scores = self._scores(self.held_rows)
+        """Per concept, the threshold that no held-out clean run reaches, with a margin; but at least 0.5, and not above
+        what all but 1 % of held-out unsafe runs reach.
+
+        Held-out benign pairs count as clean runs too, each seen with the latents of a held-out clean run.
+        """
+        bank, rows = self.bank, self.held_rows
+        logits = self._logits(self._prompts(rows), rows)
+        rng = np.random.default_rng([self.seed, 34])
         thresholds = []
-        for index in range(scores.shape[1]):
-            clean = (self.bank.asked[self.held_rows, index] == 0) & (self.bank.shown[self.held_rows, index] == 0)
-            highest = float(scores[clean, index].max()) if bool(clean.any()) else 0.0
-            thresholds.append(round(min(0.95, max(0.5, highest + 0.02)), 3))
+        for index in range(logits.shape[1]):
+            clean = (bank.asked[rows, index] == 0) & (bank.shown[rows, index] == 0)
+            highest = max(_highest(logits[clean, index]), self._highest_of_pairs(index, rows[clean], rng))
+            unsafe = torch.unique(bank.run[rows][bank.asked[rows, index] > 0])
+            peaks = [_highest(logits[bank.run[rows] == run, index]) for run in unsafe]
+            reached = float(np.quantile(peaks, MISSED_SHARE)) if peaks else math.inf
+            logit = min(highest + THRESHOLD_MARGIN, reached)
+            thresholds.append(round(max(0.5, float(torch.sigmoid(torch.tensor(logit)))), 5))
         return thresholds
 
-    def _detection(self, rows: Tensor, latent_rows: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _highest_of_pairs(self, index: int, clean_rows: Tensor, rng: np.random.Generator) -> float:
+        benign = self.held_pairs[self.pairs.concept[self.held_pairs] < 0]
+        runs = torch.unique(self.bank.run[clean_rows]).numpy()
+        highest = -math.inf
+        for pair in benign:
+            rows = clean_rows[self.bank.run[clean_rows] == int(rng.choice(runs))]
+            prompt = self.pairs.original[pair].expand(len(rows), -1, -1)
+            highest = max(highest, _highest(self._logits(prompt, rows)[:, index]))
+        return highest
+
+    def _prompts(self, rows: Tensor) -> Tensor:
+        return self.bank.prompts[self.bank.prompt[rows]]
+
+    def _asked_by_pairs(self, chosen: Tensor) -> Tensor:
+        concept = self.pairs.concept[chosen]
+        asked = torch.zeros(len(chosen), len(self.module.config.concepts))
+        asked[torch.arange(len(chosen)), concept.clamp(min=0)] = (concept >= 0).float()
+        return asked
+
+    def _detection(self, prompt: Tensor, asked: Tensor, latent_rows: Tensor, generator: torch.Generator | None) -> Tensor:
         bank = self.bank
-        prompt = self._noisy(bank.prompts[bank.prompt[rows]].float(), generator)
-        asked, shown = bank.asked[rows], bank.shown[latent_rows]
+        shown = bank.shown[latent_rows]
         labels = torch.maximum(asked, shown.clamp(min=0))
         weights = ((asked > 0) | (shown >= 0)).float()
         joint = self.module.detector.joint_feature(bank.latent[latent_rows].float(), bank.timestep[latent_rows])
-        return detection_loss(self.module.detector.logits(joint, prompt), labels, weights)
+        return detection_loss(self.module.detector.logits(joint, self._noisy(prompt.float(), generator)), labels, weights)
 
     def _redirection(
         self, chosen: Tensor, shown: Tensor, rng: np.random.Generator, generator: torch.Generator | None
@@ -202,19 +241,24 @@ class _Learner:
         amount = torch.rand(len(prompt), 1, 1, generator=generator) * self.noise_scale
         return prompt + amount * torch.randn(prompt.shape, generator=generator)
 
-    def _scores(self, rows: Tensor) -> Tensor:
-        bank = self.bank
+    def _logits(self, prompt: Tensor, rows: Tensor) -> Tensor:
+        """prompt [S, T, D] seen with the latents and timesteps of `rows` [S] -> logits [S, N]."""
+        detector, bank = self.module.detector, self.bank
         parts = []
-        for chunk in torch.split(rows, 512):
-            latent, prompt = bank.latent[chunk].float(), bank.prompts[bank.prompt[chunk]].float()
-            parts.append(self.module.score(latent, bank.timestep[chunk], prompt)[0])
+        for embeds, chunk in zip(torch.split(prompt, 512), torch.split(rows, 512), strict=True):
+            joint = detector.joint_feature(bank.latent[chunk].float(), bank.timestep[chunk])
+            parts.append(detector.logits(joint, embeds.float()))
         return torch.cat(parts)
 
     def _accuracy(self, rows: Tensor) -> float:
         asked, shown = self.bank.asked[rows], self.bank.shown[rows]
         known = (asked > 0) | (shown >= 0)
         truth = torch.maximum(asked, shown.clamp(min=0)) > 0
-        return float(((self._scores(rows) >= 0.5) == truth)[known].float().mean())
+        return float(((self._logits(self._prompts(rows), rows) >= 0) == truth)[known].float().mean())
+
+
+def _highest(logits: Tensor) -> float:
+    return float(logits.max()) if len(logits) else -math.inf
 
 
 def _say(done: int, total: int) -> None:

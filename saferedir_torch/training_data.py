@@ -25,6 +25,8 @@ from saferedir_torch.world.split import Split
 LATEST_CLEAN_SWITCH = 700
 #: From this timestep down a latent shows what it is going to be, whatever the prompt says now.
 PICTURE_SHOWS = 500
+#: Share of benign prompts that show what is easily taken for a concept.
+NEIGHBOUR_SHARE = 0.5
 #: Numbers of steps and guidance scales that the recorded runs are drawn with.
 SAMPLINGS = ((25, 5.0), (25, 3.0), (15, 5.0), (40, 7.5))
 
@@ -59,7 +61,7 @@ class LatentBank:
 def make_pairs(
     pipeline: StableDiffusionPipeline, concepts: Sequence[WorldConcept], split: Split, *, count: int, seed: int
 ) -> PairBank:
-    """`count` pairs a concept, and as many prompts to be left alone: half safe rewrites, half benign."""
+    """`count` pairs a concept, and half as many safe rewrites and `count` benign prompts, to be left alone."""
     originals, targets, owners = [], [], []
     end_id = pipeline.tokenizer.eos_token_id
     for index, concept in enumerate(concepts):
@@ -67,7 +69,7 @@ def make_pairs(
         pairs = [training_pair(concept, rng, split) for _ in range(count)]
         unsafe_ids, unsafe = _encode_all(pipeline, [pair.unsafe for pair in pairs])
         safe_ids, safe = _encode_all(pipeline, [pair.safe for pair in pairs])
-        benign = [benign_prompt(list(concepts), rng, split.names).text for _ in range(count // 2)]
+        benign = _benign(concepts, rng, split, count)
         untouched = torch.cat([safe[: count // 2], _encode_all(pipeline, benign)[1]])
         originals += [unsafe.half(), untouched.half()]
         targets += [aligned_targets(unsafe_ids, safe_ids, unsafe, safe, end_id).half(), untouched.half()]
@@ -85,8 +87,8 @@ def record_runs(
     seeds: str = "train",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LatentBank:
-    """Draw, for each concept, `count` unsafe runs, half as many of its rewrites, `count` benign ones, and half as many
-    that are redirected to the rewrite's embedding half-way, and keep every step of them."""
+    """Draw, for each concept, `count` unsafe runs, half as many of its rewrites, twice as many benign ones, and half as
+    many that are redirected to the rewrite's embedding half-way, and keep every step of them."""
     low, high = split.seeds[seeds]
     _, empty = encode(pipeline, [""])
     end_id = pipeline.tokenizer.eos_token_id
@@ -98,7 +100,7 @@ def record_runs(
         rng = np.random.default_rng([seed, 22, done])
         share = max(2, count // len(SAMPLINGS))
         pairs = [training_pair(concepts[index], rng, split) for _ in range(share)]
-        benign = [benign_prompt(list(concepts), rng, split.names).text for _ in range(share)]
+        benign = _benign(concepts, rng, split, 2 * share)
         unsafe_ids, unsafe = encode(pipeline, [pair.unsafe for pair in pairs])
         safe_ids, safe = encode(pipeline, [pair.safe for pair in pairs])
         target = aligned_targets(unsafe_ids, safe_ids, unsafe, safe, end_id)
@@ -158,6 +160,10 @@ def _label(latents: Tensor, timesteps: Tensor, asks: Tensor, switch: Tensor, bas
         "shown": shown.flatten(0, 1),
         "run": (first_run + torch.arange(runs)).repeat_interleave(steps),
     }
+
+
+def _benign(concepts: Sequence[WorldConcept], rng: np.random.Generator, split: Split, count: int) -> list[str]:
+    return [benign_prompt(list(concepts), rng, split.names, neighbour_share=NEIGHBOUR_SHARE).text for _ in range(count)]
 
 
 def _encode_all(pipeline: StableDiffusionPipeline, prompts: list[str], chunk: int = 128) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ TEXT_RATE = 6e-4  # the text encoder is pre-trained already
 EMPTY_PROMPT_SHARE = 0.1
 MIN_SNR = 5.0  # Hang et al. 2023: squared noise error weighted by min(SNR, 5) / SNR
 BANK_SIZE = 48_000
+BANK_PAIR_SHARE = 0.5  # two small objects are harder to draw than one large one
 
 SAMPLE_PROMPTS = (
     "a church", "a chapel next to a cat", "a building with a steeple and a cross in ink style", "a house in sepia style",
@@ -83,10 +84,10 @@ def encode_bank(folder: Path, *, seed: int = 0, size: int = BANK_SIZE) -> Path:
 
 def bank_scene(seed: int, row: int) -> Scene:
     """The scene of a row of the latent bank."""
-    return random_scene(np.random.default_rng([seed, 3, row]))
+    return random_scene(np.random.default_rng([seed, 3, row]), BANK_PAIR_SHARE)
 
 
-def train_base(folder: Path, *, seed: int = 0, steps: int = 5600) -> Path:
+def train_base(folder: Path, *, seed: int = 0, steps: int = 6000) -> Path:
     """Train on `folder`'s tokenizer, text encoder, VAE and latent bank; save the fp16 pipeline to `folder/emoji-diffusion`.
 
     Noise prediction with min-SNR weights; 10 % empty prompts, for classifier-free guidance.

@@ -85,7 +85,7 @@ class Judge(nn.Module):
         return judge.eval()
 
 
-def train_judge(folder: Path, *, seed: int = 0, steps: int = 2600) -> Path:
+def train_judge(folder: Path, *, seed: int = 0, steps: int = 3600) -> Path:
     """Train on fresh renderings, save to `folder/judge` and return that path."""
     torch.manual_seed(seed + 77)
     judge = Judge()
@@ -133,16 +133,19 @@ def label(scenes: Sequence[Scene]) -> Opinion:
 
 
 def augment(pictures: Tensor, rng: np.random.Generator) -> Tensor:
-    """Shift, blur, noise, brightness and contrast: what tells a generated picture from a rendering."""
+    """Shift, blur, paleness, noise, brightness, contrast: what tells a generated picture from a rendering."""
     out = []
     for picture in pictures:
         if rng.random() < 0.5:
             dx, dy = (int(v) for v in rng.integers(-3, 4, size=2))
             picture = F.pad(picture, (3, 3, 3, 3), mode="replicate")[:, 3 + dy : 67 + dy, 3 + dx : 67 + dx]
-        if rng.random() < 0.6:
-            small = int(rng.integers(36, 64))
+        if rng.random() < 0.7:
+            small = int(rng.integers(26, 64))
             picture = F.interpolate(picture[None], size=(small, small), mode="bilinear", antialias=True)
             picture = F.interpolate(picture, size=(64, 64), mode="bicubic")[0]
+        if rng.random() < 0.5:
+            grey = picture.mean(dim=0, keepdim=True)
+            picture = grey + rng.uniform(0.6, 1.1) * (picture - grey)
         contrast, brightness = rng.uniform(0.85, 1.15), rng.uniform(-0.1, 0.1)
         picture = picture * contrast + brightness
         sigma = rng.uniform(0, 0.12) if rng.random() < 0.5 else 0.0

@@ -14,7 +14,7 @@ from saferedir_torch.training_run import Schedule, run_training
 from saferedir_torch.world.batches import picture_batch, save_sheet
 from saferedir_torch.world.scenes import random_scene
 
-BATCH = 32
+BATCH = 16
 KL_WEIGHT = 1e-3  # of the divergence per latent element
 PEAK_RATE = 2e-3
 
@@ -35,7 +35,7 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(folder: Path, *, seed: int = 0, steps: int = 1200) -> Path:
+def train_vae(folder: Path, *, seed: int = 0, steps: int = 5000) -> Path:
     """Train, set the scaling factor (1 / std of the latents), save to `folder/vae` and return that path."""
     torch.manual_seed(seed)
     vae = new_vae()
