@@ -39,6 +39,8 @@ VALIDATE_EVERY = 250
 SWAP_SHARE = 0.3
 #: Share of detector cases whose prompt is one of the pairs', which are many more than the recorded runs'.
 PAIRED_SHARE = 0.5
+#: Share of the concepts a prompt does not ask for that the redirector is told are active all the same.
+FALSELY_ACTIVE_SHARE = 0.2
 #: A threshold lies this far above the highest clean score (in logits) where the scores of unsafe runs leave room.
 THRESHOLD_MARGIN = 0.5
 #: Share of held-out unsafe runs whose highest score a threshold may exceed.
@@ -137,7 +139,7 @@ class _Learner:
         held[torch.from_numpy(rng.permutation(run_count)[: int(run_count * VALIDATION_SHARE)])] = True
         row_held = held[bank.run]
         self.train_rows, self.held_rows = torch.where(~row_held)[0], torch.where(row_held)[0]
-        order = torch.from_numpy(rng.permutation(len(pairs.concept)))
+        order = torch.from_numpy(rng.permutation(len(pairs.asked)))
         cut = int(len(order) * VALIDATION_SHARE)
         self.held_pairs, self.train_pairs = order[:cut], order[cut:]
         self.noise_scale = PROMPT_NOISE * float(pairs.original.float().std())
@@ -151,7 +153,7 @@ class _Learner:
         paired = torch.from_numpy(rng.random(STEP_BATCH) < PAIRED_SHARE)
         named = self.train_pairs[torch.from_numpy(rng.integers(len(self.train_pairs), size=STEP_BATCH))]
         prompt = torch.where(paired[:, None, None], self.pairs.original[named], self._prompts(rows))
-        asked = torch.where(paired[:, None], self._asked_by_pairs(named), self.bank.asked[rows])
+        asked = torch.where(paired[:, None], self.pairs.asked[named], self.bank.asked[rows])
         detected = self._detection(prompt, asked, torch.where(swap | paired, other, rows), generator)
         chosen = self.train_pairs[torch.from_numpy(rng.integers(len(self.train_pairs), size=PAIR_BATCH))]
         shown = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=PAIR_BATCH))]
@@ -192,7 +194,7 @@ class _Learner:
         return thresholds
 
     def _highest_of_pairs(self, index: int, clean_rows: Tensor, rng: np.random.Generator) -> float:
-        benign = self.held_pairs[self.pairs.concept[self.held_pairs] < 0]
+        benign = self.held_pairs[self.pairs.asked[self.held_pairs].sum(dim=1) == 0]
         runs = torch.unique(self.bank.run[clean_rows]).numpy()
         highest = -math.inf
         for pair in benign:
@@ -203,12 +205,6 @@ class _Learner:
 
     def _prompts(self, rows: Tensor) -> Tensor:
         return self.bank.prompts[self.bank.prompt[rows]]
-
-    def _asked_by_pairs(self, chosen: Tensor) -> Tensor:
-        concept = self.pairs.concept[chosen]
-        asked = torch.zeros(len(chosen), len(self.module.config.concepts))
-        asked[torch.arange(len(chosen)), concept.clamp(min=0)] = (concept >= 0).float()
-        return asked
 
     def _detection(self, prompt: Tensor, asked: Tensor, latent_rows: Tensor, generator: torch.Generator | None) -> Tensor:
         bank = self.bank
@@ -227,13 +223,19 @@ class _Learner:
         mask = changed_tokens(original, clean, TAU)
         # The target stays clean: what is strange about a name is to be removed, not carried over.
         original, target = self._noisy(original, generator), clean
-        count = len(self.module.config.concepts)
-        concept = pairs.concept[chosen]
-        random = torch.from_numpy(rng.integers(count, size=len(chosen)))
-        active = torch.nn.functional.one_hot(torch.where(concept >= 0, concept, random), count).float()
+        active = self._active(chosen, rng)
         joint = self.module.detector.joint_feature(self.bank.latent[shown].float(), self.bank.timestep[shown])
         redirection = self.module.redirection(original, joint, active)
         return redirection_loss(redirection, original, target, mask, strength=STRENGTH)
+
+    def _active(self, chosen: Tensor, rng: np.random.Generator) -> Tensor:
+        """Concepts that are active with each pair: those that its target is without, and by chance such as it does not
+        ask for; at least one."""
+        asked, replaced = self.pairs.asked[chosen], self.pairs.replaced[chosen]
+        by_chance = torch.from_numpy(rng.random(asked.shape) < FALSELY_ACTIVE_SHARE).float() * (1 - asked)
+        active = torch.maximum(replaced, by_chance)
+        one = torch.nn.functional.one_hot(torch.from_numpy(rng.integers(asked.shape[1], size=len(chosen))), asked.shape[1])
+        return torch.where(active.sum(dim=1, keepdim=True) > 0, active, one.float())
 
     def _noisy(self, prompt: Tensor, generator: torch.Generator | None) -> Tensor:
         if generator is None:

@@ -33,11 +33,16 @@ SAMPLINGS = ((25, 5.0), (25, 3.0), (15, 5.0), (40, 7.5))
 
 @dataclass
 class PairBank:
-    """Prompt embeddings and their aligned safe targets, [P, T, D] fp16; `concept` [P] is -1 where nothing is to change."""
+    """Prompt embeddings and their aligned safe targets, [P, T, D] fp16.
+
+    `asked` [P, N]: the prompt asks for the concept. `replaced` [P, N]: the target is without it, which is what a
+    redirection with these concepts active should draw. Both are 0 where nothing is to change.
+    """
 
     original: Tensor
     target: Tensor
-    concept: Tensor
+    asked: Tensor
+    replaced: Tensor
 
 
 @dataclass
@@ -62,19 +67,21 @@ def make_pairs(
     pipeline: StableDiffusionPipeline, concepts: Sequence[WorldConcept], split: Split, *, count: int, seed: int
 ) -> PairBank:
     """`count` pairs a concept, and half as many safe rewrites and `count` benign prompts, to be left alone."""
-    originals, targets, owners = [], [], []
+    originals, targets, asked, replaced = [], [], [], []
     end_id = pipeline.tokenizer.eos_token_id
     for index, concept in enumerate(concepts):
         rng = np.random.default_rng([seed, 21, index])
-        pairs = [training_pair(concept, rng, split) for _ in range(count)]
+        pairs = [training_pair(concept, rng, split, _others(concepts, index)) for _ in range(count)]
         unsafe_ids, unsafe = _encode_all(pipeline, [pair.unsafe for pair in pairs])
         safe_ids, safe = _encode_all(pipeline, [pair.safe for pair in pairs])
-        benign = _benign(concepts, rng, split, count)
-        untouched = torch.cat([safe[: count // 2], _encode_all(pipeline, benign)[1]])
+        clean = [row for row, pair in enumerate(pairs) if pair.asked == pair.replaced][: count // 2]
+        untouched = torch.cat([safe[clean], _encode_all(pipeline, _benign(concepts, rng, split, count))[1]])
         originals += [unsafe.half(), untouched.half()]
         targets += [aligned_targets(unsafe_ids, safe_ids, unsafe, safe, end_id).half(), untouched.half()]
-        owners += [torch.full((len(unsafe),), index), torch.full((len(untouched),), -1)]
-    return PairBank(torch.cat(originals), torch.cat(targets), torch.cat(owners))
+        nothing = torch.zeros(len(untouched), len(concepts))
+        asked += [_flags([pair.asked for pair in pairs], concepts), nothing]
+        replaced += [_flags([pair.replaced for pair in pairs], concepts), nothing]
+    return PairBank(torch.cat(originals), torch.cat(targets), torch.cat(asked), torch.cat(replaced))
 
 
 def record_runs(
@@ -99,7 +106,7 @@ def record_runs(
     for done, (index, (steps, guidance)) in enumerate(jobs):
         rng = np.random.default_rng([seed, 22, done])
         share = max(2, count // len(SAMPLINGS))
-        pairs = [training_pair(concepts[index], rng, split) for _ in range(share)]
+        pairs = [training_pair(concepts[index], rng, split, _others(concepts, index)) for _ in range(share)]
         benign = _benign(concepts, rng, split, 2 * share)
         unsafe_ids, unsafe = encode(pipeline, [pair.unsafe for pair in pairs])
         safe_ids, safe = encode(pipeline, [pair.safe for pair in pairs])
@@ -113,12 +120,14 @@ def record_runs(
         drawn = sample(
             pipeline, started, empty, noise, steps=steps, guidance_scale=guidance, redirected=later, redirect_at=switch
         )
-        asks = torch.zeros(len(started), len(concepts))
-        asks[:share, index] = 1
-        asks[-half:, index] = 1
+        asked = _flags([pair.asked for pair in pairs], concepts)
+        left = asked - _flags([pair.replaced for pair in pairs], concepts)
+        nothing = torch.zeros(2 * share, len(concepts))
+        asks = torch.cat([asked, left[:half], nothing, asked[:half]])
+        asks_later = torch.cat([asked, left[:half], nothing, left[:half]])
         base = sum(len(part) for part in prompts)
         prompts += [started.half(), later.half()]
-        rows.append(_label(drawn.latents, drawn.timesteps, asks, switch, base, runs))
+        rows.append(_label(drawn.latents, drawn.timesteps, asks, asks_later, switch, base, runs))
         runs += len(started)
         if on_progress is not None:
             on_progress(done + 1, len(jobs))
@@ -138,18 +147,20 @@ def cached_runs(path: Path, make: Callable[[], LatentBank]) -> LatentBank:
     return bank
 
 
-def _label(latents: Tensor, timesteps: Tensor, asks: Tensor, switch: Tensor, base: int, first_run: int) -> dict[str, Tensor]:
-    """One row a step: latents [R, steps, ...], asks [R, N] what the run started with, switch [R] the step it changed at."""
+def _label(
+    latents: Tensor, timesteps: Tensor, asks: Tensor, asks_later: Tensor, switch: Tensor, base: int, first_run: int
+) -> dict[str, Tensor]:
+    """One row a step: latents [R, steps, ...]; asks and asks_later [R, N], what the prompt asks for before and from the
+    step `switch` [R] on."""
     runs, steps = latents.shape[:2]
     index = torch.arange(steps)
     switched = index[None] >= switch[:, None]  # [R, steps]
-    asked = asks[:, None] * (~switched)[..., None]  # [R, steps, N]
+    asked = torch.where(switched[..., None], asks_later[:, None], asks[:, None])  # [R, steps, N]
     # Shown: the run asked for it so far, and has come far enough for the latent to tell.
-    clear = (timesteps < PICTURE_SHOWS)[None, :, None].expand(runs, -1, asks.shape[1])
-    shown = torch.where(clear, asked, torch.full_like(asked, -1.0))
-    shown = torch.where((asks == 0)[:, None].expand_as(shown), torch.zeros_like(shown), shown)
+    clear = (timesteps < PICTURE_SHOWS)[None, :, None]
+    shown = torch.where(clear | (asks == 0)[:, None], asked, torch.full_like(asked, -1.0))
     switch_time = timesteps[switch.clamp(max=steps - 1)]
-    late = (switched & (switch_time < LATEST_CLEAN_SWITCH)[:, None])[..., None] & (asks > 0)[:, None]
+    late = (switched & (switch_time < LATEST_CLEAN_SWITCH)[:, None])[..., None] & (asks > asks_later)[:, None]
     shown = torch.where(late, torch.full_like(shown, -1.0), shown)
     prompt = base + torch.arange(runs)[:, None] + torch.where(switched, runs, 0)
     return {
@@ -160,6 +171,15 @@ def _label(latents: Tensor, timesteps: Tensor, asks: Tensor, switch: Tensor, bas
         "shown": shown.flatten(0, 1),
         "run": (first_run + torch.arange(runs)).repeat_interleave(steps),
     }
+
+
+def _others(concepts: Sequence[WorldConcept], index: int) -> list[WorldConcept]:
+    return [concept for other, concept in enumerate(concepts) if other != index]
+
+
+def _flags(names: Sequence[Sequence[str]], concepts: Sequence[WorldConcept]) -> Tensor:
+    """[len(names), N]: 1 where the concept is named."""
+    return torch.tensor([[float(concept.name in row) for concept in concepts] for row in names])
 
 
 def _benign(concepts: Sequence[WorldConcept], rng: np.random.Generator, split: Split, count: int) -> list[str]:

@@ -67,7 +67,7 @@ def test_a_style_is_replaced_and_its_object_stays() -> None:
     for pair in evaluation_pairs(concept, split, "held_out", 50, seed=0):
         assert pair.name in split.held_out_names["ink"]
         assert pair.unsafe.replace(pair.name, "in glossy style") == pair.safe
-        assert pair.companion == pair.scene.objects[0]
+        assert pair.companion in pair.scene.objects
         assert pair.scene.style == "glossy"
 
 
@@ -80,6 +80,21 @@ def test_every_member_and_the_word_of_a_category_are_asked_for() -> None:
         assert pair.name in pair.unsafe
         assert "a balloon" in pair.safe
         assert not set(pair.scene.objects) & set(concept.members)
+
+
+def test_joint_pairs_ask_for_several_concepts_and_replace_some() -> None:
+    split, rng = load_split(), np.random.default_rng(0)
+    church, *others = CONCEPTS.values()
+    shown = {name: set(concept.shown_by) for name, concept in CONCEPTS.items()}
+    seen = set()
+    for _ in range(400):
+        pair = training_pair(church, rng, split, others)
+        left = set(pair.scene.objects) | {pair.scene.style}
+        assert set(pair.replaced) <= set(pair.asked)
+        assert {name for name, keys in shown.items() if keys & left} == set(pair.asked) - set(pair.replaced)
+        seen.add((pair.asked, pair.replaced))
+    assert (("church", "ink", "weapons"), ("church",)) in seen
+    assert len(seen) == 9
 
 
 def test_benign_prompts_never_show_the_concept() -> None:

@@ -13,6 +13,8 @@ from saferedir_torch.world.scenes import Scene
 from saferedir_torch.world.split import Split
 from saferedir_torch.world.vocabulary import load_vocabulary
 
+#: Share of training pairs of one concept that ask for another one as well, for each other.
+JOINT_SHARE = 0.25
 #: Share of benign prompts that deny a concept ("a cat, no church"), besides the few that do so by chance.
 DENIED_SHARE = 0.05
 
@@ -73,6 +75,10 @@ class PromptPair:
     companion: str | None
     #: What the rewrite asks for.
     scene: Scene
+    #: Concepts that the unsafe prompt asks for, by name.
+    asked: tuple[str, ...]
+    #: Those of them that the rewrite replaces.
+    replaced: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -82,46 +88,80 @@ class BenignPrompt:
 
 
 def pair_prompt(
-    concept: WorldConcept,
+    wanted: Sequence[WorldConcept],
     rng: np.random.Generator,
     names: Names,
     companions: Sequence[str],
     *,
+    replaced: Sequence[WorldConcept] | None = None,
+    avoid: Sequence[WorldConcept] = (),
     misspellings: bool = True,
 ) -> PromptPair:
-    """A random pair, phrased with `names`; an object concept stands half of the time beside one of `companions`."""
+    """A random pair that asks for every concept of `wanted`, phrased with `names`; its rewrite replaces `replaced`.
+
+    At most two of `wanted` may be objects and one a style. A single object concept stands half of the time beside one of
+    `companions`; a style is drawn on one or two of them. Nothing of `avoid` is asked for besides.
+    """
+    vocabulary = load_vocabulary()
+    unwanted = {key for concept in avoid for key in concept.shown_by} | {concept.replacement for concept in wanted}
+    pool = [key for key in companions if key not in unwanted]
+    objects = [concept.members[rng.integers(len(concept.members))] for concept in wanted if concept.members]
+    companion = None
+    if len(objects) < 2 and (not objects or rng.random() < 0.5):
+        companion = pool[rng.integers(len(pool))]
+        objects.append(companion)
+    if objects == [companion] and rng.random() < 0.4:
+        others = [key for key in pool if key != companion]
+        objects.append(others[rng.integers(len(others))])
+    if rng.random() < 0.5:
+        objects.reverse()
+    free = [key for key in vocabulary.style_keys if key not in {concept.style for concept in avoid}]
+    asked_style = next((concept.style for concept in wanted if concept.style), "")
+    style, background = _look(rng, free, vocabulary.background_keys)
+    scene = Scene(tuple(objects), asked_style or style, background)
+    unsafe = _without_contradiction(draft(scene, rng, names, misspellings=misspellings), wanted)
+    safe, drawn = _replace(unsafe, scene, wanted if replaced is None else replaced)
+    return PromptPair(
+        unsafe=unsafe.text,
+        safe=safe.text,
+        removed=_remove(unsafe, scene, wanted).text.strip(),
+        name=_name_of(unsafe, scene, wanted[0]),
+        companion=companion,
+        scene=drawn,
+        asked=tuple(concept.name for concept in wanted),
+        replaced=tuple(concept.name for concept in (wanted if replaced is None else replaced)),
+    )
+
+
+def _replace(prompt: Draft, scene: Scene, concepts: Sequence[WorldConcept]) -> tuple[Draft, Scene]:
+    """Prompt and scene with what shows `concepts` replaced, the rest to the letter."""
+    vocabulary = load_vocabulary()
+    for concept in concepts:
+        if concept.style and scene.style == concept.style:
+            prompt = replace(prompt, style=vocabulary.styles[concept.replacement][0])
+            scene = replace(scene, style=concept.replacement)
+        if concept.members:
+            phrase = vocabulary.objects[concept.replacement].names[0]
+            shown = [key in concept.members for key in scene.objects]
+            phrases = zip(prompt.objects, shown, strict=True)
+            prompt = replace(prompt, objects=tuple(phrase if hit else name for name, hit in phrases))
+            keys = zip(scene.objects, shown, strict=True)
+            scene = replace(scene, objects=tuple(concept.replacement if hit else key for key, hit in keys))
+    return prompt, scene
+
+
+def _remove(prompt: Draft, scene: Scene, concepts: Sequence[WorldConcept]) -> Draft:
+    """The prompt without the words that ask for `concepts`."""
+    members = {key for concept in concepts for key in concept.members}
+    kept = tuple(name for name, key in zip(prompt.objects, scene.objects, strict=True) if key not in members)
+    styled = any(concept.style == scene.style for concept in concepts)
+    return replace(prompt, objects=kept, style="" if styled else prompt.style)
+
+
+def _name_of(prompt: Draft, scene: Scene, concept: WorldConcept) -> str:
     if concept.style:
-        return _style_pair(concept, rng, names, companions, misspellings=misspellings)
-    vocabulary = load_vocabulary()
-    member = concept.members[rng.integers(len(concept.members))]
-    pool = [key for key in companions if key != concept.replacement]
-    companion = pool[rng.integers(len(pool))] if rng.random() < 0.5 else None
-    objects: tuple[str, ...] = (member,) if companion is None else (member, companion)
-    if companion is not None and rng.random() < 0.5:
-        objects = (companion, member)
-    scene = Scene(objects, *_look(rng, vocabulary.style_keys, vocabulary.background_keys))
-    unsafe = _without_contradiction(draft(scene, rng, names, misspellings=misspellings), concept)
-    where = objects.index(member)
-    safe_name = vocabulary.objects[concept.replacement].names[0]
-    safe = _with_object(unsafe, where, safe_name)
-    removed = replace(unsafe, objects=unsafe.objects[:where] + unsafe.objects[where + 1 :])
-    drawn = replace(scene, objects=tuple(concept.replacement if key == member else key for key in objects))
-    return PromptPair(unsafe.text, safe.text, removed.text.strip(), unsafe.objects[where], companion, drawn)
-
-
-def _style_pair(
-    concept: WorldConcept, rng: np.random.Generator, names: Names, companions: Sequence[str], *, misspellings: bool
-) -> PromptPair:
-    vocabulary = load_vocabulary()
-    first = companions[int(rng.integers(len(companions)))]
-    others = [key for key in companions if key != first]
-    objects: tuple[str, ...] = (first,) if rng.random() < 0.6 else (first, others[rng.integers(len(others))])
-    scene = Scene(objects, concept.style, vocabulary.background_keys[rng.integers(len(vocabulary.backgrounds))])
-    unsafe = draft(scene, rng, names, misspellings=misspellings)
-    safe = replace(unsafe, style=vocabulary.styles[concept.replacement][0])
-    removed = replace(unsafe, style="")
-    drawn = replace(scene, style=concept.replacement)
-    return PromptPair(unsafe.text, safe.text, removed.text.strip(), unsafe.style, first, drawn)
+        return prompt.style
+    return next(name for name, key in zip(prompt.objects, scene.objects, strict=True) if key in concept.members)
 
 
 def benign_prompt(
@@ -150,9 +190,16 @@ def benign_prompt(
     return BenignPrompt(prompt.text, scene)
 
 
-def training_pair(concept: WorldConcept, rng: np.random.Generator, split: Split) -> PromptPair:
-    """A pair that training may see: seen names, seen companions, some misspellings."""
-    return pair_prompt(concept, rng, split.names, split.companions)
+def training_pair(
+    concept: WorldConcept, rng: np.random.Generator, split: Split, others: Sequence[WorldConcept] = ()
+) -> PromptPair:
+    """A pair that training may see: seen names, seen companions, some misspellings.
+
+    Some ask for one or more of `others` as well, of which the rewrite replaces some: whatever has fired by then.
+    """
+    wanted = [concept, *(other for other in others if rng.random() < JOINT_SHARE)]
+    replaced = [concept, *(other for other in wanted[1:] if rng.random() < 0.5)]
+    return pair_prompt(wanted, rng, split.names, split.companions, replaced=replaced, avoid=[concept, *others])
 
 
 def evaluation_pairs(concept: WorldConcept, split: Split, part: Part, count: int, *, seed: int) -> Iterator[PromptPair]:
@@ -169,17 +216,14 @@ def evaluation_pairs(concept: WorldConcept, split: Split, part: Part, count: int
         if concept.category:
             names[concept.category] = [name]
         one = concept if concept.style else replace(concept, members=(member,))
-        yield pair_prompt(one, rng, names, split.held_out_companions, misspellings=False)
+        yield pair_prompt([one], rng, names, split.held_out_companions, misspellings=False)
 
 
 def _look(rng: np.random.Generator, styles: list[str], backgrounds: list[str]) -> tuple[str, str]:
     return styles[rng.integers(len(styles))], backgrounds[rng.integers(len(backgrounds))]
 
 
-def _with_object(prompt: Draft, where: int, phrase: str) -> Draft:
-    return replace(prompt, objects=prompt.objects[:where] + (phrase,) + prompt.objects[where + 1 :])
-
-
-def _without_contradiction(prompt: Draft, concept: WorldConcept) -> Draft:
+def _without_contradiction(prompt: Draft, concepts: Sequence[WorldConcept]) -> Draft:
     """A pair must not forbid what its rewrite asks for."""
-    return replace(prompt, absent=None, negation="") if prompt.absent == concept.replacement else prompt
+    contradicts = prompt.absent in {concept.replacement for concept in concepts}
+    return replace(prompt, absent=None, negation="") if contradicts else prompt
