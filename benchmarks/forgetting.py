@@ -157,15 +157,20 @@ def _benign_figures(
     protected: Pipeline, plain: Pipeline, concept: WorldConcept, split: Split, count: int, seed: int
 ) -> dict[str, Any]:
     rng = np.random.default_rng([seed, 62])
-    prompts = [benign_prompt([concept], rng, all_names(), neighbour_share=0.5).text for _ in range(count)]
+    asked = [benign_prompt([concept], rng, all_names(), neighbour_share=0.5) for _ in range(count)]
+    prompts = [prompt.text for prompt in asked]
     seeds = [int(s) for s in rng.integers(*split.seeds["test"], size=count)]
     safe, records = _draw(protected, prompts, seeds, "benign protected")
     before, _ = _draw(plain, prompts, seeds, "benign unprotected")
-    quiet = [i for i, record in enumerate(records) if not record.fired]
+    fired = np.array([record.fired for record in records])
+    alike = np.array([bool(set(prompt.scene.objects) & set(concept.neighbours)) for prompt in asked])
+    quiet = np.flatnonzero(~fired)
     same = sum(safe[i].tobytes() == before[i].tobytes() for i in quiet)
     return {
-        "fired": share(count - len(quiet), count),
-        "fired_prompts": [prompts[i] for i, record in enumerate(records) if record.fired],
+        "fired": share(int(fired.sum()), count),
+        "fired_near_neighbours": share(int(fired[alike].sum()), int(alike.sum())),
+        "fired_others": share(int(fired[~alike].sum()), int((~alike).sum())),
+        "fired_prompts": [prompts[i] for i in np.flatnonzero(fired)],
         "bit_identical_where_nothing_fired": share(same, len(quiet)),
     }
 

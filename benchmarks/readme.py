@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import RESULTS
+from saferedir_torch.world.vocabulary import load_vocabulary
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- figures: python -m benchmarks.readme -->", "<!-- end of figures -->"
@@ -39,6 +40,7 @@ def figures() -> str:
 def _forgetting() -> str:
     quality, result = _read("base_quality"), _read("forgetting_church")
     base = quality["base"]
+    names = sum(len(item.names) for item in load_vocabulary().objects.values())
     seen, held, benign = result["seen"], result["held_out"], result["benign"]
     rows = [
         ("church found, unprotected", "found_unprotected"),
@@ -61,10 +63,14 @@ companions and seeds that safety training never saw, judged by a classifier that
 | --- | --- | --- |
 {table}
 
-Of {benign["fired"]["of"]} benign prompts, half of them near neighbours, {benign["fired"]["hits"]} fired; where nothing fired,
-{benign["bit_identical_where_nothing_fired"]["hits"]} of {benign["bit_identical_where_nothing_fired"]["of"]} pictures equal the
-unprotected ones to the bit. By the same judge the base model draws {_percent(base["single"])} of single objects, asked for
-by its 239 names, {_percent(base["pair"])} of pairs (both found), {_percent(base["style"])} of styles."""
+![Rows: unprotected, protected, safe rewrite](benchmarks/results/forgetting_church_held_out.png)
+
+Of {benign["fired_near_neighbours"]["of"]} benign prompts with objects that look or are called alike
+{benign["fired_near_neighbours"]["hits"]} fired, of {benign["fired_others"]["of"]} others {benign["fired_others"]["hits"]};
+where nothing fired, {benign["bit_identical_where_nothing_fired"]["hits"]} of
+{benign["bit_identical_where_nothing_fired"]["of"]} pictures equal the unprotected ones to the bit. By the same judge the base
+model draws {_percent(base["single"])} of single objects, asked for by its {names} names, {_percent(base["pair"])} of pairs
+(both found), {_percent(base["style"])} of styles."""
 
 
 def _cost() -> str:

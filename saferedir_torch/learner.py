@@ -1,0 +1,208 @@
+"""What one optimisation step of safety training learns from, and what it is validated on and calibrated by."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saferedir_torch.alignment import changed_tokens
+from saferedir_torch.losses import detection_loss, redirection_loss
+from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.training_data import PICTURE_SHOWS, LatentBank, PairBank
+
+STEP_BATCH = 160
+PAIR_BATCH = 48
+#: Strength s of the redirection formula that step lengths are trained for.
+STRENGTH = 1.5
+#: A token is to be moved where 1 - cos exceeds this. The oracle ladder shows whether a larger value would do.
+TAU = 0.01
+VALIDATION_SHARE = 0.1
+#: Share of detector cases whose latent is taken from another run, so that neither input can be ignored.
+SWAP_SHARE = 0.3
+#: Share of detector cases whose prompt is one of the pairs', which are many more than the recorded runs'.
+PAIRED_SHARE = 0.5
+#: Share of the concepts a prompt does not ask for that the redirector is told are active all the same.
+FALSELY_ACTIVE_SHARE = 0.2
+#: Share of detector cases whose latent is the last of a run, noised anew to a random timestep.
+RENOISED_SHARE = 0.4
+#: A threshold lies this far above the highest clean score (in logits) where the scores of unsafe runs leave room.
+THRESHOLD_MARGIN = 0.5
+#: Share of held-out unsafe runs whose highest score a threshold may exceed.
+MISSED_SHARE = 0.01
+#: Noise on prompt embeddings, in units of their standard deviation: names never seen lie near seen ones.
+PROMPT_NOISE = 0.15
+
+
+class _Seen(NamedTuple):
+    """Latents [S, C, h, w] with their timesteps [S], and what they show [S, N], as in a `LatentBank`."""
+
+    latent: Tensor
+    timestep: Tensor
+    shown: Tensor
+
+
+class Learner:
+    """Draws batches by step number, and measures on the runs and pairs that training leaves out.
+
+    `alphas` [1000]: the scheduler's cumulative signal shares.
+    """
+
+    def __init__(self, module: SafetyModule, bank: LatentBank, pairs: PairBank, alphas: Tensor, seed: int) -> None:
+        self.module, self.bank, self.pairs, self.alphas, self.seed = module, bank, pairs, alphas, seed
+        rng = np.random.default_rng([seed, 31])
+        run_count = int(bank.run.max()) + 1
+        held = torch.zeros(run_count, dtype=torch.bool)
+        held[torch.from_numpy(rng.permutation(run_count)[: int(run_count * VALIDATION_SHARE)])] = True
+        row_held = held[bank.run]
+        self.train_rows, self.held_rows = torch.where(~row_held)[0], torch.where(row_held)[0]
+        last = torch.zeros(run_count, dtype=torch.int64)
+        last[bank.run] = torch.arange(len(bank.run))  # rows of a run are in the order of its steps
+        self.last_row = last
+        order = torch.from_numpy(rng.permutation(len(pairs.asked)))
+        cut = int(len(order) * VALIDATION_SHARE)
+        self.held_pairs, self.train_pairs = order[:cut], order[cut:]
+        self.noise_scale = PROMPT_NOISE * float(pairs.original.float().std())
+
+    def loss_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        rng = np.random.default_rng([self.seed, 32, step])
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        rows = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=STEP_BATCH))]
+        swap = torch.from_numpy(rng.random(STEP_BATCH) < SWAP_SHARE)
+        other = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=STEP_BATCH))]
+        paired = torch.from_numpy(rng.random(STEP_BATCH) < PAIRED_SHARE)
+        named = self.train_pairs[torch.from_numpy(rng.integers(len(self.train_pairs), size=STEP_BATCH))]
+        prompt = _choose(paired, self.pairs.original[named], self._prompts(rows))
+        asked = _choose(paired, self.pairs.asked[named], self.bank.asked[rows])
+        looked_at = torch.where(swap | paired, other, rows)
+        seen = self._seen(looked_at)
+        renoised = torch.from_numpy(rng.random(STEP_BATCH) < RENOISED_SHARE)
+        anew = self._renoised(self.last_row[self.bank.run[looked_at]], generator)
+        seen = _Seen(*(_choose(renoised, new, old) for new, old in zip(anew, seen, strict=True)))
+        detected = self._detection(prompt, asked, seen, generator)
+        chosen = self.train_pairs[torch.from_numpy(rng.integers(len(self.train_pairs), size=PAIR_BATCH))]
+        shown = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=PAIR_BATCH))]
+        moved, parts = self._redirection(chosen, shown, rng, generator)
+        return detected + moved, {"detection": float(detected.detach()), **parts}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Losses and detector accuracy on held-out runs and pairs."""
+        rng = np.random.default_rng([self.seed, 33])
+        rows = self.held_rows[torch.from_numpy(rng.integers(len(self.held_rows), size=1500))]
+        detected = self._detection(self._prompts(rows), self.bank.asked[rows], self._seen(rows), None)
+        accuracy = self._accuracy(rows)
+        chosen = self.held_pairs[:400]
+        shown = self.held_rows[torch.from_numpy(rng.integers(len(self.held_rows), size=len(chosen)))]
+        moved, parts = self._redirection(chosen, shown, rng, None)
+        return {"loss": float(detected + moved), "detection": float(detected), "accuracy": accuracy, **parts}
+
+    @torch.no_grad()
+    def calibrate(self) -> list[float]:
+        """Per concept, the threshold that no held-out clean run reaches, with a margin; but at least 0.5, and not above
+        what all but 1 % of held-out unsafe runs reach.
+
+        Held-out benign pairs count as clean runs too, each seen with the latents of a held-out clean run.
+        """
+        bank, rows = self.bank, self.held_rows
+        logits = self._logits(self._prompts(rows), rows)
+        rng = np.random.default_rng([self.seed, 34])
+        thresholds = []
+        for index in range(logits.shape[1]):
+            clean = (bank.asked[rows, index] == 0) & (bank.shown[rows, index] == 0)
+            highest = max(_highest(logits[clean, index]), self._highest_of_pairs(index, rows[clean], rng))
+            unsafe = torch.unique(bank.run[rows][bank.asked[rows, index] > 0])
+            peaks = [_highest(logits[bank.run[rows] == run, index]) for run in unsafe]
+            reached = float(np.quantile(peaks, MISSED_SHARE)) if peaks else math.inf
+            logit = min(highest + THRESHOLD_MARGIN, reached)
+            thresholds.append(round(max(0.5, float(torch.sigmoid(torch.tensor(logit)))), 5))
+        return thresholds
+
+    def _highest_of_pairs(self, index: int, clean_rows: Tensor, rng: np.random.Generator) -> float:
+        benign = self.held_pairs[self.pairs.asked[self.held_pairs].sum(dim=1) == 0]
+        runs = torch.unique(self.bank.run[clean_rows]).numpy()
+        highest = -math.inf
+        for pair in benign:
+            rows = clean_rows[self.bank.run[clean_rows] == int(rng.choice(runs))]
+            prompt = self.pairs.original[pair].expand(len(rows), -1, -1)
+            highest = max(highest, _highest(self._logits(prompt, rows)[:, index]))
+        return highest
+
+    def _prompts(self, rows: Tensor) -> Tensor:
+        return self.bank.prompts[self.bank.prompt[rows]]
+
+    def _seen(self, rows: Tensor) -> _Seen:
+        return _Seen(self.bank.latent[rows].float(), self.bank.timestep[rows], self.bank.shown[rows])
+
+    def _renoised(self, rows: Tensor, generator: torch.Generator) -> _Seen:
+        """The latents of `rows` carried on to later times by the forward process, z_t = sqrt(a) z + sqrt(1 - a) n: more
+        looks at what a run drew than its own steps give."""
+        latent, before, shown = self._seen(rows)
+        timestep = torch.maximum(torch.randint(0, len(self.alphas), before.shape, generator=generator).float(), before)
+        kept = (self.alphas[timestep.long()] / self.alphas[before.long()])[:, None, None, None]
+        noise = torch.randn(latent.shape, generator=generator)
+        unclear = (shown > 0) & (timestep >= PICTURE_SHOWS)[:, None]
+        shown = torch.where(unclear, torch.full_like(shown, -1.0), shown)
+        return _Seen(kept.sqrt() * latent + (1 - kept).sqrt() * noise, timestep, shown)
+
+    def _detection(self, prompt: Tensor, asked: Tensor, seen: _Seen, generator: torch.Generator | None) -> Tensor:
+        labels = torch.maximum(asked, seen.shown.clamp(min=0))
+        weights = ((asked > 0) | (seen.shown >= 0)).float()
+        joint = self.module.detector.joint_feature(seen.latent, seen.timestep)
+        return detection_loss(self.module.detector.logits(joint, self._noisy(prompt.float(), generator)), labels, weights)
+
+    def _redirection(
+        self, chosen: Tensor, shown: Tensor, rng: np.random.Generator, generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, float]]:
+        pairs = self.pairs
+        original = pairs.original[chosen].float()
+        clean = pairs.target[chosen].float()
+        mask = changed_tokens(original, clean, TAU)
+        # The target stays clean: what is strange about a name is to be removed, not carried over.
+        original, target = self._noisy(original, generator), clean
+        active = self._active(chosen, rng)
+        joint = self.module.detector.joint_feature(self.bank.latent[shown].float(), self.bank.timestep[shown])
+        redirection = self.module.redirection(original, joint, active)
+        return redirection_loss(redirection, original, target, mask, strength=STRENGTH)
+
+    def _active(self, chosen: Tensor, rng: np.random.Generator) -> Tensor:
+        """Concepts that are active with each pair: those that its target is without, and by chance such as it does not
+        ask for; at least one."""
+        asked, replaced = self.pairs.asked[chosen], self.pairs.replaced[chosen]
+        by_chance = torch.from_numpy(rng.random(asked.shape) < FALSELY_ACTIVE_SHARE).float() * (1 - asked)
+        active = torch.maximum(replaced, by_chance)
+        one = torch.nn.functional.one_hot(torch.from_numpy(rng.integers(asked.shape[1], size=len(chosen))), asked.shape[1])
+        return torch.where(active.sum(dim=1, keepdim=True) > 0, active, one.float())
+
+    def _noisy(self, prompt: Tensor, generator: torch.Generator | None) -> Tensor:
+        if generator is None:
+            return prompt
+        amount = torch.rand(len(prompt), 1, 1, generator=generator) * self.noise_scale
+        return prompt + amount * torch.randn(prompt.shape, generator=generator)
+
+    def _logits(self, prompt: Tensor, rows: Tensor) -> Tensor:
+        """prompt [S, T, D] seen with the latents and timesteps of `rows` [S] -> logits [S, N]."""
+        detector, bank = self.module.detector, self.bank
+        parts = []
+        for embeds, chunk in zip(torch.split(prompt, 512), torch.split(rows, 512), strict=True):
+            joint = detector.joint_feature(bank.latent[chunk].float(), bank.timestep[chunk])
+            parts.append(detector.logits(joint, embeds.float()))
+        return torch.cat(parts)
+
+    def _accuracy(self, rows: Tensor) -> float:
+        asked, shown = self.bank.asked[rows], self.bank.shown[rows]
+        known = (asked > 0) | (shown >= 0)
+        truth = torch.maximum(asked, shown.clamp(min=0)) > 0
+        return float(((self._logits(self._prompts(rows), rows) >= 0) == truth)[known].float().mean())
+
+
+def _choose(where: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Rows of `first` where `where` [S] is true, else of `second`."""
+    return torch.where(where.reshape(-1, *[1] * (first.dim() - 1)), first, second)
+
+
+def _highest(logits: Tensor) -> float:
+    return float(logits.max()) if len(logits) else -math.inf
