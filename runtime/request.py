@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,7 @@ def build_requests(
     """
     if (prompts is None) == (prompt_embeds is None):
         raise RequestError("give either prompts or prompt_embeds, not both")
-    if num_images_per_prompt < 1:
+    if as_integer("num_images_per_prompt", num_images_per_prompt) < 1:
         raise RequestError(f"num_images_per_prompt is {num_images_per_prompt}; expected 1 or more")
     texts: list[str | None]
     embeds: list[Embeds | None]
@@ -90,14 +91,33 @@ def check_guidance(guidance_scale: float) -> float:
     Raises:
         RequestError: not a finite number, or negative (which would draw the negative prompt).
     """
-    value = float(guidance_scale)
+    try:
+        value = float(guidance_scale)
+    except (TypeError, ValueError):
+        value = math.nan
     if not math.isfinite(value) or value < 0:
-        raise RequestError(f"guidance_scale is {guidance_scale}; expected a finite number of 0 or more")
+        raise RequestError(f"guidance_scale is {guidance_scale!r}; expected a finite number of 0 or more")
     return value
 
 
+def as_integer(field: str, value: Any) -> int:
+    """`value` as an int, of whatever integer type it is.
+
+    Raises:
+        RequestError: it is no integer.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise RequestError(f"{field} is {value!r}; expected an integer") from None
+
+
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    seeds = [seed + index for index in range(count)] if isinstance(seed, int) else [int(value) for value in seed]
+    if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str):
+        seeds = [as_integer("seed", value) for value in seed]
+    else:
+        first = as_integer("seed", seed)
+        seeds = [first + index for index in range(count)]
     if len(seeds) != count:
         raise RequestError(f"seed holds {len(seeds)} values for {count} pictures")
     for value in seeds:
@@ -115,7 +135,10 @@ def _per_prompt(field: str, value: str | Sequence[str] | None, count: int) -> li
 
 
 def _embeddings(field: str, value: Any, manifest: Manifest) -> Embeds:
-    array: Embeds = np.asarray(value, np.float32)
+    try:
+        array: Embeds = np.asarray(value, np.float32)
+    except (TypeError, ValueError):
+        raise RequestError(f"{field} is no array of numbers") from None
     expected = (manifest.model.prompt_tokens, manifest.model.prompt_width)
     if array.ndim == 2:
         array = array[None]

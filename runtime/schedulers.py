@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from saferedir.engines.errors import RequestError
 from saferedir.engines.manifest import SchedulerInfo
+from saferedir.runtime.request import as_integer
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -41,7 +42,7 @@ def make_schedule(info: SchedulerInfo, prediction_type: str, num_inference_steps
         RequestError: the number of steps is not in 1..999, or the sampler or prediction type is not known here.
     """
     most = info.num_train_timesteps - 1
-    if not 1 <= num_inference_steps <= most:
+    if not 1 <= as_integer("num_inference_steps", num_inference_steps) <= most:
         raise RequestError(f"num_inference_steps is {num_inference_steps}; expected 1 to {most}")
     if info.kind != "ddim":
         raise RequestError(f"scheduler {info.kind!r} is not known to this version; known: ddim")

@@ -53,6 +53,10 @@ class PromptTokenizer:
             raise RequestError(f"prompt is {type(prompt).__name__}; expected text")
         if len(prompt) > LONGEST_PROMPT:
             raise RequestError(f"prompt has {len(prompt)} characters; expected at most {LONGEST_PROMPT}")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"prompt holds half of a surrogate pair at character {error.start}; expected text") from None
         encoding = self._tokenizer.encode(prompt)
         ids, tokens = list(encoding.ids), list(encoding.tokens)
         cut = max(0, len(ids) - self._length)

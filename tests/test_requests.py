@@ -30,6 +30,14 @@ WIDTH = (77, 128)
         ({"prompts": "a", "guidance_scale": -2.0}, "guidance_scale is -2"),
         ({"prompts": "a" * 10_001}, "10001 characters"),
         ({"prompts": [3]}, "expected text"),
+        ({"prompts": "cat \ud800"}, "surrogate pair at character 4"),
+        ({"prompts": "a", "seed": 1.5}, "seed is 1.5"),
+        ({"prompts": "a", "seed": "7"}, "seed is '7'"),
+        ({"prompts": ["a", "b"], "seed": [1, None]}, "seed is None"),
+        ({"prompts": "a", "num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
+        ({"prompts": "a", "num_images_per_prompt": "two"}, "num_images_per_prompt is 'two'"),
+        ({"prompts": "a", "guidance_scale": "much"}, "guidance_scale is 'much'"),
+        ({"prompt_embeds": [["a"]]}, "no array of numbers"),
         ({"prompts": ["a", "b"], "negative_prompt": ["c"]}, "negative_prompt holds 1 texts for 2"),
         ({"prompt_embeds": np.zeros((1, 77, 64))}, r"\(1, 77, 64\)"),
         ({"prompt_embeds": np.full((1, *WIDTH), np.nan)}, "NaN"),
@@ -78,6 +86,13 @@ def test_weakening_is_logged(pipeline: Pipeline, caplog: pytest.LogCaptureFixtur
         resolve(SafetyPolicy(enabled=()), pipeline.manifest.safety)
     assert "switched OFF" in caplog.text
     assert "does not look for: church" in caplog.text
+
+
+def test_seeds_of_numpy_are_seeds(pipeline: Pipeline) -> None:
+    one = pipeline("a cat", seed=np.int64(3), num_inference_steps=2)  # type: ignore[arg-type]
+    many = pipeline("a cat", seed=np.array([3]), num_inference_steps=2)  # type: ignore[arg-type]
+    assert one.records[0].seed == many.records[0].seed == 3
+    assert one.images[0].tobytes() == many.images[0].tobytes()
 
 
 def test_empty_prompt_is_a_prompt(pipeline: Pipeline) -> None:
