@@ -106,19 +106,18 @@ def scheduler_info(config: Any) -> SchedulerInfo:
 def _write_engines(
     pipeline: Any, safety: SafetyModule, folder: Path, on_engine: Callable[[str], None] | None
 ) -> dict[str, EngineInfo]:
-    unet_file, safety_file = WeightFile("unet.weights"), WeightFile("safety.weights")
-    choose = {"unet.": unet_file, "denoiser.": unet_file, "controller.": safety_file}
+    files = [
+        WeightFile("text_encoder.safetensors", pipeline.text_encoder),
+        WeightFile("unet.safetensors", pipeline.unet),
+        WeightFile("vae.safetensors", pipeline.vae),
+        WeightFile("safety.safetensors", safety),
+    ]
     engines = {}
-    files = [unet_file, safety_file]
     for name, graph in all_graphs(pipeline, safety).items():
         if on_engine is not None:
             on_engine(name)
         model = to_onnx(name, graph)
-        own = WeightFile(f"{name}.weights")
-        default = {"text_encoder": own, "vae_decoder": own, "safety": safety_file}.get(name, unet_file)
-        used = externalise(model, choose, default)
-        if default is own:
-            files.append(own)
+        used = externalise(model, files)
         path = folder / f"{name}.onnx"
         path.write_bytes(model.SerializeToString(deterministic=True))
         engines[name] = EngineInfo(path.name, tuple(used), tensor_infos(model.graph.input), tensor_infos(model.graph.output))

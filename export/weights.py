@@ -1,86 +1,122 @@
-"""Weights out of the graphs: stored once in fp16, beside the graphs, in a file that several graphs may share."""
+"""Weights out of the graphs: the model's own safetensors files, which every graph points into.
+
+ONNX keeps large tensors as a file, an offset and a length, and a safetensors file holds tensors as plain bytes behind a
+header. So one file serves both: several graphs share it, and any safetensors reader opens it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
+import torch
 from onnx import numpy_helper
+from safetensors.torch import save
+from torch import nn
 
 #: Smaller tensors stay inside the graph.
 SMALLEST = 1024
-ALIGNMENT = 64
+
+
+class Place(NamedTuple):
+    """Where a tensor's bytes lie."""
+
+    file: str
+    offset: int
+    length: int
 
 
 class WeightFile:
-    """An external data file. Equal tensors are stored once, whichever graph they come from."""
+    """A module's parameters as a safetensors file, as `save_pretrained` writes it for a model in fp16.
 
-    def __init__(self, name: str) -> None:
+    Parameters are stored in fp16 where that loses nothing, in their own type elsewhere.
+    """
+
+    def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
-        self._chunks: list[bytes] = []
-        self._size = 0
-        self._offsets: dict[str, int] = {}
+        self._data = save({key: _stored(value) for key, value in module.state_dict().items()}, metadata={"format": "pt"})
+        header_length = int.from_bytes(self._data[:8], "little")
+        header: dict[str, Any] = json.loads(self._data[8 : 8 + header_length])
+        self._places = {}
+        for key, entry in header.items():
+            if key != "__metadata__":
+                start, end = (8 + header_length + offset for offset in entry["data_offsets"])
+                self._places[_digest(self._data[start:end])] = Place(name, start, end - start)
 
-    def add(self, array: Any) -> tuple[int, int]:
-        """Offset and length of `array` in the file."""
-        data = np.ascontiguousarray(array).tobytes()
-        key = hashlib.sha256(str(array.dtype).encode() + data).hexdigest()
-        if key not in self._offsets:
-            padding = -self._size % ALIGNMENT
-            self._chunks += [bytes(padding), data]
-            self._offsets[key] = self._size + padding
-            self._size += padding + len(data)
-        return self._offsets[key], len(data)
+    def find(self, array: Any) -> Place | None:
+        """Where `array` lies in the file, or None."""
+        return self._places.get(_digest(np.ascontiguousarray(array).tobytes()))
 
     def write(self, folder: Path) -> None:
         partial = folder / f"{self.name}.partial"
-        with partial.open("wb") as file:
-            file.writelines(self._chunks)
+        partial.write_bytes(self._data)
         os.replace(partial, folder / self.name)
 
 
-def externalise(model: Any, choose: dict[str, WeightFile], default: WeightFile) -> list[str]:
-    """Move large fp32 initialisers of `model` to weight files, as fp16 where that loses nothing, and cast them back.
+def externalise(model: Any, files: Iterable[WeightFile]) -> list[str]:
+    """Point large initialisers of `model` at the weights they came from, cast back to fp32 and transposed where needed.
 
-    `choose` maps a prefix of the initialiser's name to its file. Returns the names of the files used.
+    The exporter transposes the weights of linear layers; a runtime folds casts and transposes once, at loading.
+    Constants that are in no file stay in the graph. Returns the names of the files used.
     """
+    files = list(files)
     used: dict[str, None] = {}
-    casts, initialisers = [], []
+    restoring, initialisers = [], []
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor)
-        if array.dtype != np.float32 or array.nbytes < SMALLEST:
+        found = _find(array, files) if array.dtype == np.float32 and array.nbytes >= SMALLEST else None
+        if found is None:
             initialisers.append(tensor)
             continue
-        file = next((chosen for prefix, chosen in choose.items() if tensor.name.startswith(prefix)), default)
-        half = array.astype(np.float16)
-        exact = bool((half.astype(np.float32) == array).all())
-        stored = half if exact else array
-        name = f"{tensor.name}.fp16" if exact else tensor.name
-        initialisers.append(_external(name, stored, file))
-        used[file.name] = None
-        if exact:
-            casts.append(
-                onnx.helper.make_node("Cast", [name], [tensor.name], name=f"{tensor.name}.cast", to=onnx.TensorProto.FLOAT)
-            )
+        stored, transposed, place = found
+        used[place.file] = None
+        name = f"{tensor.name}.stored"
+        initialisers.append(_external(name, stored, place))
+        cast = tensor.name if not transposed else f"{tensor.name}.cast"
+        restoring.append(onnx.helper.make_node("Cast", [name], [cast], name=f"{name}.cast", to=onnx.TensorProto.FLOAT))
+        if transposed:
+            restoring.append(onnx.helper.make_node("Transpose", [cast], [tensor.name], name=f"{name}.transpose", perm=[1, 0]))
     del model.graph.initializer[:]
     model.graph.initializer.extend(initialisers)
-    nodes = [*casts, *model.graph.node]
+    nodes = [*restoring, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     return list(used)
 
 
-def _external(name: str, array: Any, file: WeightFile) -> Any:
-    offset, length = file.add(array)
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    half = tensor.detach().half()
+    return (half if torch.equal(half.to(tensor.dtype), tensor) else tensor.detach()).contiguous()
+
+
+def _find(array: Any, files: list[WeightFile]) -> tuple[Any, bool, Place] | None:
+    """The array as it is stored, whether that is its transpose, and where."""
+    half = array.astype(np.float16)
+    stored = half if bool((half.astype(np.float32) == array).all()) else array
+    for file in files:
+        if (place := file.find(stored)) is not None:
+            return stored, False, place
+        if stored.ndim == 2 and (place := file.find(stored.T)) is not None:
+            return stored.T, True, place
+    return None
+
+
+def _external(name: str, array: Any, place: Place) -> Any:
     tensor = onnx.TensorProto()
     tensor.name = name
     tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
     tensor.dims.extend(array.shape)
     tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in {"location": file.name, "offset": str(offset), "length": str(length)}.items():
+    for key, value in {"location": place.file, "offset": str(place.offset), "length": str(place.length)}.items():
         tensor.external_data.add(key=key, value=value)
     return tensor
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()

@@ -18,8 +18,9 @@ STEP_BATCH = 160
 PAIR_BATCH = 48
 #: Strength s of the redirection formula that step lengths are trained for.
 STRENGTH = 1.5
-#: A token is to be moved where 1 - cos exceeds this. The oracle ladder shows whether a larger value would do.
-TAU = 0.01
+#: A token is to be moved where 1 - cos exceeds this: the largest value of the oracle ladder at which exact targets forget
+#: as well as the full rewrite.
+TAU = 0.1
 VALIDATION_SHARE = 0.1
 #: Share of detector cases whose latent is taken from another run, so that neither input can be ignored.
 SWAP_SHARE = 0.3

@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from saferedir_torch.alignment import aligned_targets, changed_tokens, exact_redirection
+from saferedir_torch.learner import TAU
 from saferedir_torch.redirector import redirect
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.trajectories import decode, encode, initial_noise, sample
@@ -70,9 +71,8 @@ def oracle_ladder(
         mask = changed_tokens(unsafe, target, tau)
         rows.append(rung(f"exact targets, tau {tau}", torch.where(mask.bool().unsqueeze(-1), target, unsafe), mask))
     for strength in STRENGTHS:
-        for tau in (TAUS[0], TAUS[-1]):
-            embeds = exact_redirection(unsafe, target, tau, strength)
-            rows.append(rung(f"formula, s {strength}, tau {tau}", embeds, changed_tokens(unsafe, target, tau)))
+        embeds = exact_redirection(unsafe, target, TAU, strength)
+        rows.append(rung(f"formula, s {strength}, tau {TAU}", embeds, changed_tokens(unsafe, target, TAU)))
     if safety is not None:
         rows.append(rung("learned, from the first step", _learned(safety, unsafe, noise, concept)))
     return rows

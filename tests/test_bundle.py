@@ -30,7 +30,7 @@ def test_manifest_survives_a_round_trip() -> None:
 def test_unet_and_step_share_one_weight_file() -> None:
     engines = open_bundle("emoji-diffusion").manifest.engines
     assert set(engines["unet"].weights) <= set(engines["step"].weights)
-    assert "safety.weights" in engines["step"].weights
+    assert "safety.safetensors" in engines["step"].weights
 
 
 def test_unknown_name_lists_what_is_embedded(tmp_path: Path) -> None:
@@ -43,14 +43,14 @@ def test_folder_without_manifest(tmp_path: Path) -> None:
         open_bundle(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["unet.weights", "step.onnx", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["unet.safetensors", "step.onnx", "tokenizer.json"])
 def test_missing_file_is_named(bundle_copy: Path, name: str) -> None:
     (bundle_copy / name).unlink()
     with pytest.raises(BundleMissingFileError, match=name):
         open_bundle(bundle_copy)
 
 
-@pytest.mark.parametrize("name", ["safety.weights", "unet.onnx", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["safety.safetensors", "unet.onnx", "tokenizer.json"])
 def test_one_changed_byte_is_found(bundle_copy: Path, name: str) -> None:
     data = bytearray((bundle_copy / name).read_bytes())
     data[len(data) // 2] ^= 1
@@ -60,9 +60,9 @@ def test_one_changed_byte_is_found(bundle_copy: Path, name: str) -> None:
 
 
 def test_cut_file_is_found_without_reading_it(bundle_copy: Path) -> None:
-    data = (bundle_copy / "unet.weights").read_bytes()
-    (bundle_copy / "unet.weights").write_bytes(data[:-1])
-    with pytest.raises(BundleAlteredError, match=r"unet\.weights has \d+ bytes"):
+    data = (bundle_copy / "unet.safetensors").read_bytes()
+    (bundle_copy / "unet.safetensors").write_bytes(data[:-1])
+    with pytest.raises(BundleAlteredError, match=r"unet\.safetensors has \d+ bytes"):
         open_bundle(bundle_copy, check_hashes=False)
 
 

@@ -15,7 +15,6 @@ from saferedir.engines import open_bundle
 from saferedir.engines.errors import SafetyMismatchError, VerificationError
 from saferedir.export.bundle_export import export_bundle, scheduler_info
 from saferedir.export.onnx_export import ExportError
-from saferedir.export.weights import WeightFile
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
@@ -144,10 +143,19 @@ def test_clipping_scheduler_is_refused() -> None:
         scheduler_info({"clip_sample": True})
 
 
-def test_equal_weights_are_stored_once(tmp_path: Path) -> None:
-    file = WeightFile("w")
-    first = file.add(torch.arange(600).float().numpy())
-    file.add(torch.ones(5).numpy())
-    assert file.add(torch.arange(600).float().numpy()) == first
-    file.write(tmp_path)
-    assert (tmp_path / "w").stat().st_size == 2432 + 20
+def test_weight_files_are_those_of_the_model_folder(exported: Path, folder: Path) -> None:
+    stored = {
+        "text_encoder": folder / "model" / "text_encoder" / "model.safetensors",
+        "unet": folder / "model" / "unet" / "diffusion_pytorch_model.safetensors",
+        "vae": folder / "model" / "vae" / "diffusion_pytorch_model.safetensors",
+        "safety": folder / "safety" / "model.safetensors",
+    }
+    for name, path in stored.items():
+        assert (exported / f"{name}.safetensors").read_bytes() == path.read_bytes()
+
+
+def test_no_large_constant_stays_in_a_graph(exported: Path) -> None:
+    for path in exported.glob("*.onnx"):
+        inside = onnx.load(path, load_external_data=False).graph.initializer
+        floats = [t for t in inside if t.data_type == onnx.TensorProto.FLOAT and len(t.raw_data) > 4096]
+        assert not floats, f"{path.name}: {[t.name for t in floats]}"

@@ -82,9 +82,9 @@ def test_raising_gives_no_picture(pipeline: Pipeline, at: int) -> None:
 
 
 def test_nan_weights_give_no_picture(bundle_copy: Path, rehash: Callable[[Path, str], None]) -> None:
-    weights = bundle_copy / "safety.weights"
+    weights = bundle_copy / "safety.safetensors"
     weights.write_bytes(np.full(weights.stat().st_size // 2, np.nan, np.float16).tobytes())
-    rehash(bundle_copy, "safety.weights")
+    rehash(bundle_copy, "safety.safetensors")
     with pytest.raises(NonFiniteError):
         Pipeline.from_bundle(bundle_copy)("a cat", num_inference_steps=2)
 
