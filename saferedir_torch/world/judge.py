@@ -7,6 +7,7 @@ with safety training, and is never consulted by either.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from saferedir_torch.world.vocabulary import load_vocabulary
 JUDGE_FILE = "judge.safetensors"
 BATCH = 96
 PAIR_SHARE = 0.65  # small objects are the harder ones
+BLANK_SHARE = 0.05  # a picture of nothing must not look like anything
 JUDGE_STREAM = 7  # this word of the seed sequence keeps the judge's pictures apart from all others
 
 
@@ -94,13 +96,15 @@ def train_judge(folder: Path, *, seed: int = 0, steps: int = 3600) -> Path:
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([seed, JUDGE_STREAM, step])
         scenes = [random_scene(rng, PAIR_SHARE) for _ in range(BATCH)]
+        scenes = [replace(scene, objects=()) if rng.random() < BLANK_SHARE else scene for scene in scenes]
         pictures = augment(picture_batch(scenes, rng), rng)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             objects, style, background = (logits.float() for logits in judge(pictures))
         labels = label(scenes)
+        styled = labels.objects.any(dim=1).float()  # nothing has no style
         loss = (
             10 * F.binary_cross_entropy_with_logits(objects, labels.objects)
-            + F.cross_entropy(style, labels.style.argmax(1))
+            + (F.cross_entropy(style, labels.style.argmax(1), reduction="none") * styled).sum() / styled.sum()
             + F.cross_entropy(background, labels.background.argmax(1))
         )
         return loss, {}

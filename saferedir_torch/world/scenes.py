@@ -21,7 +21,7 @@ JITTER = 3
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. Of two objects the first stands on the left."""
+    """What a picture shows: no, one or two objects. Of two the first stands on the left."""
 
     objects: tuple[str, ...]
     style: str
@@ -43,8 +43,8 @@ def draw(scene: Scene, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     colour = load_vocabulary().backgrounds[scene.background]
     canvas = np.empty((PICTURE_SIZE, PICTURE_SIZE, 3), np.float32)
     canvas[:] = colour
-    if len(scene.objects) == 1:
-        centres = [PICTURE_SIZE // 2]
+    if len(scene.objects) < 2:
+        centres = [PICTURE_SIZE // 2] * len(scene.objects)
         sizes = SINGLE_SIZES
         jitter = JITTER
     else:
