@@ -100,6 +100,11 @@ def test_inspect_says_what_is_in_the_bundle() -> None:
     assert json.loads(run("inspect", "--json").stdout)["name"] == "emoji-diffusion"
 
 
+def test_doctor_names_the_extra_that_is_missing() -> None:
+    said = b" ".join(run("doctor").stdout.split())
+    assert b"saferedir[gpu]" in said
+
+
 def test_doctor_lists_backends() -> None:
     result = run("doctor", "--json")
     assert result.returncode == 0, result.stderr

@@ -28,7 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-console = Console()
+# Without markup: square brackets in messages are meant, as in saferedir[cpu].
+console = Console(markup=False)
 progress_console = Console(stderr=True)
 
 BundleOption = Annotated[str, typer.Option("--bundle", help="Bundle folder, or the name of an embedded one.")]
@@ -149,7 +150,7 @@ def inspect(
         return
     total = sum(info.bytes for info in manifest.files.values())
     console.print(
-        f"[bold]{manifest.name}[/bold]  {manifest.model_family}, {total / 1e6:.1f} MB in {opened.folder}",
+        f"{manifest.name}  {manifest.model_family}, {total / 1e6:.1f} MB in {opened.folder}",
         soft_wrap=True,
     )
     console.print(
@@ -160,7 +161,7 @@ def inspect(
     console.print("safety trained with " + ("another UNet (transfer)" if transfer else "this UNet"))
     for concept in manifest.safety.concepts:
         console.print(
-            f"concept [bold]{concept.name}[/bold] → {concept.replacement}, threshold {concept.threshold:g}, "
+            f"concept {concept.name} → {concept.replacement}, threshold {concept.threshold:g}, "
             f"alpha_scale {concept.alpha_scale:g}"
         )
     table = Table("engine", "MB", "inputs", "outputs")
