@@ -21,7 +21,7 @@ from saferedir.runtime.loop import Batch, Denoised, StepCallback, denoise
 from saferedir.runtime.noise import torch_noise
 from saferedir.runtime.policy import ResolvedPolicy, SafetyPolicy, Tightening, resolve
 from saferedir.runtime.record import SafetyRecord, StepRecord
-from saferedir.runtime.request import ImageRequest, build_requests, check_guidance
+from saferedir.runtime.request import ImageRequest, Seeds, build_requests, check_guidance
 from saferedir.runtime.schedulers import make_schedule
 from saferedir.runtime.tokenizer import PromptTokenizer, Tokenised
 
@@ -71,7 +71,7 @@ class Pipeline:
         prompt_embeds: npt.ArrayLike | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         negative_prompt_embeds: npt.ArrayLike | None = None,
-        seed: int | Sequence[int] = 0,
+        seed: Seeds = 0,
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 25,
         guidance_scale: float = 5.0,

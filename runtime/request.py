@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ from saferedir.engines.errors import RequestError
 from saferedir.runtime.noise import LARGEST_SEED
 
 Embeds = npt.NDArray[np.float32]
+#: One integer of any type, or one for each picture.
+Seeds = SupportsIndex | Sequence[SupportsIndex] | npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ def build_requests(
     prompt_embeds: npt.ArrayLike | None,
     negative_prompt: str | Sequence[str] | None,
     negative_prompt_embeds: npt.ArrayLike | None,
-    seed: int | Sequence[int],
+    seed: Seeds,
     num_images_per_prompt: int,
 ) -> list[ImageRequest]:
     """One request a picture, prompts repeated `num_images_per_prompt` times in a row.
@@ -112,7 +114,7 @@ def as_integer(field: str, value: Any) -> int:
         raise RequestError(f"{field} is {value!r}; expected an integer") from None
 
 
-def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+def _seeds(seed: Seeds, count: int) -> list[int]:
     if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str):
         seeds = [as_integer("seed", value) for value in seed]
     else:

@@ -89,8 +89,8 @@ def test_weakening_is_logged(pipeline: Pipeline, caplog: pytest.LogCaptureFixtur
 
 
 def test_seeds_of_numpy_are_seeds(pipeline: Pipeline) -> None:
-    one = pipeline("a cat", seed=np.int64(3), num_inference_steps=2)  # type: ignore[arg-type]
-    many = pipeline("a cat", seed=np.array([3]), num_inference_steps=2)  # type: ignore[arg-type]
+    one = pipeline("a cat", seed=np.int64(3), num_inference_steps=2)
+    many = pipeline("a cat", seed=np.array([3]), num_inference_steps=2)
     assert one.records[0].seed == many.records[0].seed == 3
     assert one.images[0].tobytes() == many.images[0].tobytes()
 

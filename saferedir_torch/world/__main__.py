@@ -46,7 +46,7 @@ def tokenizer(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0) -> None:
 
 @app.command()
 def vae(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -> None:
-    """Train the autoencoder. About 6 minutes on two cores."""
+    """Train the autoencoder. About 13 minutes on two cores."""
     from saferedir_torch.world.vae import train_vae
 
     typer.echo(train_vae(folder, seed=seed, **_given(steps)))
@@ -62,7 +62,7 @@ def clip(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -
 
 @app.command()
 def latents(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0) -> None:
-    """Draw the training pictures and encode them with the autoencoder. Minutes."""
+    """Draw the training pictures and encode them with the autoencoder. About 2 minutes."""
     from saferedir_torch.world.base import encode_bank
 
     typer.echo(encode_bank(folder, seed=seed))
@@ -70,7 +70,7 @@ def latents(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0) -> None:
 
 @app.command()
 def base(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -> None:
-    """Train UNet and text encoder, save the Stable Diffusion folder. About 45 minutes on two cores."""
+    """Train UNet and text encoder, save the Stable Diffusion folder. About 52 minutes on two cores."""
     from saferedir_torch.world.base import train_base
 
     typer.echo(train_base(folder, seed=seed) if steps is None else train_base(folder, seed=seed, steps=steps))
@@ -78,7 +78,7 @@ def base(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -
 
 @app.command()
 def judge(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -> None:
-    """Train the judge and report its accuracy on held-out renderings. Minutes."""
+    """Train the judge and report its accuracy on held-out renderings. About 6 minutes on two cores."""
     from saferedir_torch.world.judge import Judge, judge_accuracy, train_judge
 
     out = train_judge(folder, seed=seed, **_given(steps))
