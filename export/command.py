@@ -26,23 +26,30 @@ def export_folder(
         BundleError: a graph cannot be exported.
         OutputError: `out` cannot be written.
     """
-    done = 0
+    done, engines = 0, len(REQUIRED_ENGINES)
 
     def count(_: str) -> None:
         nonlocal done
-        on_step(done, len(REQUIRED_ENGINES))
+        on_step(done, engines)
         done += 1
 
     if not (model / "model_index.json").is_file():
         raise RequestError(f"{model} holds no model_index.json; expected a diffusers folder of Stable Diffusion 1.x")
     try:
         module = SafetyModule.load(safety)
-        return export_bundle(load_pipeline(model), module, out, name=name, max_batch=max_batch, on_engine=count)
     except SafetyConfigError as error:
         raise RequestError(str(error)) from error
+    try:
+        pipeline = load_pipeline(model)
+    except Exception as error:  # diffusers, transformers and safetensors raise several types of their own
+        raise RequestError(f"{model} cannot be opened as a diffusers pipeline: {str(error).splitlines()[0]}") from error
+    try:
+        export_bundle(pipeline, module, out, name=name, max_batch=max_batch, on_engine=count)
     except protect.SafetyMismatchError as error:
         raise SafetyMismatchError(str(error)) from error
     except ExportError as error:
         raise BundleError(str(error)) from error
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error}") from error
+    on_step(engines, engines)
+    return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from saferedir.engines import open_bundle
-from saferedir.engines.errors import SafetyMismatchError, VerificationError
+from saferedir.engines.errors import OutputError, RequestError, SafetyMismatchError, VerificationError
 from saferedir.export.bundle_export import export_bundle, scheduler_info
+from saferedir.export.command import export_folder
 from saferedir.export.onnx_export import ExportError
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.verify import verify_bundle
@@ -68,9 +70,12 @@ def small(folder: Path) -> tuple[Any, SafetyModule]:
 
 @pytest.fixture(scope="module")
 def exported(small: tuple[Any, SafetyModule], folder: Path) -> Path:
-    named: list[str] = []
-    out = export_bundle(*small, folder / "bundle", name="small", max_batch=3, on_engine=named.append)
-    assert len(named) == 8
+    steps: list[tuple[int, int]] = []
+    out = export_folder(
+        folder / "model", folder / "safety", folder / "bundle", name="small", max_batch=3,
+        on_step=lambda done, total: steps.append((done, total)),
+    )  # fmt: skip
+    assert steps == [(done, 8) for done in range(9)]
     return out
 
 
@@ -136,6 +141,28 @@ def test_interrupted_export_leaves_nothing(small: tuple[Any, SafetyModule], tmp_
     with pytest.raises(KeyboardInterrupt):
         export_bundle(*small, tmp_path / "bundle", name="x", on_engine=interrupt)
     assert list(tmp_path.iterdir()) == []
+
+
+def export_to(model: Path, safety: Path, out: Path) -> Path:
+    return export_folder(model, safety, out, name="x", max_batch=3, on_step=lambda done, total: None)
+
+
+def test_folders_that_are_not_what_they_should_be(small: tuple[Any, SafetyModule], folder: Path, tmp_path: Path) -> None:
+    assert small
+    model, safety, out = folder / "model", folder / "safety", tmp_path / "bundle"
+    with pytest.raises(RequestError, match=r"model_index\.json"):
+        export_to(tmp_path, safety, out)
+    with pytest.raises(RequestError, match=r"config\.json"):
+        export_to(model, tmp_path, out)
+    with pytest.raises(SafetyMismatchError, match="made for"):
+        export_to(SHIPPED_MODEL, safety, out)
+    with pytest.raises(OutputError, match="cannot be written"):
+        export_to(model, safety, folder / "model" / "model_index.json" / "bundle")
+    damaged = shutil.copytree(model, tmp_path / "damaged")
+    (damaged / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(RequestError, match="damaged cannot be opened"):
+        export_to(damaged, safety, out)
+    assert not out.exists()
 
 
 def test_clipping_scheduler_is_refused() -> None:
