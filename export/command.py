@@ -42,7 +42,8 @@ def export_folder(
     try:
         pipeline = load_pipeline(model)
     except Exception as error:  # diffusers, transformers and safetensors raise several types of their own
-        raise RequestError(f"{model} cannot be opened as a diffusers pipeline: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise RequestError(f"{model} cannot be opened as a diffusers pipeline: {reason}") from error
     try:
         export_bundle(pipeline, module, out, name=name, max_batch=max_batch, on_engine=count)
     except protect.SafetyMismatchError as error:
