@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEMO := .venv-demo
 DEV := .venv
 
-.PHONY: demo test check lint types bundle speed forgetting parity latent_use clean
+.PHONY: demo test check lint types bundle speed parity latent_use evaluate clean
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/saferedir demo --out demo-output
@@ -25,8 +25,14 @@ bundle: $(DEV)/.installed
 	$(DEV)/bin/saferedir export saferedir_torch/shipped/emoji-diffusion --safety saferedir_torch/shipped/safety \
 		--out engines/emoji_diffusion
 
-speed forgetting parity latent_use: $(DEV)/.installed
+speed parity latent_use: $(DEV)/.installed
 	$(DEV)/bin/python -m benchmarks.$@
+
+# Every table of the method that is measured from shipped weights, and the report. Hours; goes on where it was.
+EVALUATE := $(DEV)/bin/python -m benchmarks.evaluate
+evaluate: $(DEV)/.installed
+	for task in church ink weapons; do $(EVALUATE) forgetting --task $$task && $(EVALUATE) forgetting --task $$task --alone || exit 1; done
+	for table in benign unfamiliar interference strength cooldown added words report; do $(EVALUATE) $$table || exit 1; done
 
 # The runtime alone: no torch.
 $(DEMO)/.installed: pyproject.toml constraints.txt

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.report import save, share
+from benchmarks.report import save
+from saferedir_torch.evaluation.intervals import share
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.trajectories import encode, initial_noise, sample

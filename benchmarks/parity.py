@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.report import save, share
+from benchmarks.report import save
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.verify import verify_bundle
+from saferedir_torch.evaluation.intervals import share
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.protect import EagerPolicy, protect
 from saferedir_torch.safety_module import SafetyModule

@@ -10,6 +10,7 @@ from benchmarks.report import RESULTS
 from saferedir_torch.world.vocabulary import load_vocabulary
 
 README = Path(__file__).parents[1] / "README.md"
+KEPT = ("companion", "style", "background")
 BEGIN, END = "<!-- figures: python -m benchmarks.readme -->", "<!-- end of figures -->"
 
 
@@ -28,7 +29,13 @@ def with_figures(text: str) -> str:
 def figures() -> str:
     """The tables of which there are results, in Markdown."""
     sections = {
-        _forgetting: ("base_quality", "forgetting_church"),
+        _forgetting: ("forgetting_church", "forgetting_ink", "forgetting_weapons"),
+        _benign: ("benign",),
+        _base: ("base_quality",),
+        _several: ("interference",),
+        _added: ("added",),
+        _detection: ("detection",),
+        _ablation: ("ablation",),
         _cost: ("speed",),
         _parity: ("parity",),
         _ladder: ("oracle_church",),
@@ -38,39 +45,122 @@ def figures() -> str:
 
 
 def _forgetting() -> str:
-    quality, result = _read("base_quality"), _read("forgetting_church")
-    base = quality["base"]
-    names = sum(len(item.names) for item in load_vocabulary().objects.values())
-    seen, held, benign = result["seen"], result["held_out"], result["benign"]
-    rows = [
-        ("church found, unprotected", "found_unprotected"),
-        ("church found, protected", "found_protected"),
-        ("companion kept, rewrite", "companion_kept_rewrite"),
-        ("companion kept, protected", "companion_kept_protected"),
-        ("house drawn instead, rewrite (one object)", "replacement_single_rewrite"),
-        ("house drawn instead, protected (one object)", "replacement_single_protected"),
-        ("style as asked, rewrite", "style_rewrite"),
-        ("style as asked, protected", "style_protected"),
-        ("background as asked, rewrite", "background_rewrite"),
-        ("background as asked, protected", "background_protected"),
-    ]
-    table = "\n".join(f"| {title} | {_share(seen[key])} | {_share(held[key])} |" for title, key in rows)
-    return f"""**Is the concept gone, is everything else untouched?** {seen["prompts"]} and {held["prompts"]} prompts with
-companions and seeds that safety training never saw, judged by a classifier that shares nothing with model or safety.
-"Rewrite" is the model on the safe prompt: what a perfect redirection would draw. (`make forgetting`)
+    rows = []
+    for name in ("church", "ink", "weapons"):
+        for alone in ("", "_alone"):
+            if not (RESULTS / f"forgetting{alone}_{name}.json").exists():
+                continue
+            result = _read(f"forgetting{alone}_{name}")
+            for part in ("seen", "held_out"):
+                row = result[part]
+                kept = ", ".join(
+                    _percent(row["kept"][what]["as_often_as_rewrite"]) for what in ("companion", "style", "background")
+                )
+                rows.append(
+                    f"| {name} → {result['replacement']} | {'alone' if alone else 'all in one'} | {part.replace('_', '-')} "
+                    f"| {_share(row['fsr_protected'])} | {_percent(row['fsr_rewrite']['share'])} "
+                    f"| {row['worst_name'][0]}: {_percent(row['worst_name'][1]['share'])} | {kept} "
+                    f"| {row['csdr']['ratio_to_two_seeds']:.2f} |"
+                )
+    counted = _read("forgetting_church")["seen"]["fsr_protected"]
+    table = "\n".join(rows)
+    return f"""**Is the concept gone, is everything else untouched?** Per row about {counted["of"]} pictures of
+{counted["prompts"]} prompts with companions and seeds that safety training never saw, judged by a classifier that shares nothing with model or
+safety. FSR: share of pictures in which the judge no longer finds the concept, with a 95 % interval. "Rewrite" is the
+unprotected model on the safe prompt: what a perfect redirection would draw. Kept: how often companion, style and background
+are as asked, relative to the rewrite. CSDR ratio: change of the image-text score, relative to that between two seeds of the
+rewrite (`clip_world`). (`python -m benchmarks.evaluate forgetting --task church`, with `--alone` for one concept's module)
 
-| | names seen in training | names never seen |
-| --- | --- | --- |
+| concept | module | names | FSR | FSR of the rewrite | worst name | companion, style, background kept | CSDR ratio |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 {table}
 
-![Rows: unprotected, protected, safe rewrite](benchmarks/results/forgetting_church_held_out.png)
+![Rows: unprotected, protected, safe rewrite](benchmarks/results/forgetting_church_held_out.png)"""
 
-Of {benign["fired_near_neighbours"]["of"]} benign prompts with objects that look or are called alike
-{benign["fired_near_neighbours"]["hits"]} fired, of {benign["fired_others"]["of"]} others {benign["fired_others"]["hits"]};
-where nothing fired, {benign["bit_identical_where_nothing_fired"]["hits"]} of
-{benign["bit_identical_where_nothing_fired"]["of"]} pictures equal the unprotected ones to the bit. By the same judge the base
-model draws {_percent(base["single"])} of single objects, asked for by its {names} names, {_percent(base["pair"])} of pairs
-(both found), {_percent(base["style"])} of styles."""
+
+def _benign() -> str:
+    result = _read("benign")
+    fired, same = result["fired"], result["bit_identical_where_nothing_fired"]
+    near, worst = result["fired_near_neighbours"], result["worst_object"]
+    return f"""**Does it fire on benign prompts?** On {fired["hits"]} of {fired["of"]} ({_share(fired)}), of which
+{near["of"]} name what looks or is called like a concept; {same["hits"]} of the {same["of"]} other pictures equal the unprotected ones to the bit.
+Worst object: {worst["object"]}, {worst["fired"]} of {worst["of"]}. (`python -m benchmarks.evaluate benign`)"""
+
+
+def _base() -> str:
+    base = _read("base_quality")["base"]
+    names = sum(len(item.names) for item in load_vocabulary().objects.values())
+    return f"""By the same judge the base model draws {_percent(base["single"])} of single objects, asked for by its
+{names} names, {_percent(base["pair"])} of pairs (both found), {_percent(base["style"])} of styles."""
+
+
+def _several() -> str:
+    result = _read("interference")
+    matrix = "\n".join(
+        f"| {', '.join(row['enabled'])} | {row['asked']} | {_percent(row['fired']['share'])} "
+        f"| {_percent(row['gone']['share']) if 'gone' in row else ''} |"
+        for row in result["matrix"]
+    )
+    joint = "\n".join(
+        f"| {', '.join(row['asked'])} | {row['directions']} | {_share(row['all_gone'])} "
+        f"| {_percent(row['fired_at_different_steps']['share'])} |"
+        for row in result["joint"]
+    )
+    return f"""**Do concepts get in each other's way?** Enabled against asked for, seen names.
+(`python -m benchmarks.evaluate interference`)
+
+| enabled | asked for | fired | gone |
+| --- | --- | --- | --- |
+{matrix}
+
+Asked for at once; "joint" is the redirector that knows the active set, "summed" adds the directions of each concept alone:
+
+| asked for | directions | all gone | fired at different steps |
+| --- | --- | --- | --- |
+{joint}"""
+
+
+def _added() -> str:
+    result = _read("added")
+    seen, held = (result["forgetting"][part]["fsr_protected"] for part in ("seen", "held_out"))
+    equal = [entry["decisions_equal"] for entry in result["others"].values()]
+    return f"""**A fourth concept, added to the finished module** ({result["concept"]},
+{result["training"]["minutes"]} minutes on one core): FSR {_share(seen)} on seen, {_share(held)} on held-out names; {sum(row["hits"] for row in equal)} of
+{sum(row["of"] for row in equal)} decisions of the others are as before. (`python -m benchmarks.evaluate added`)"""
+
+
+def _detection() -> str:
+    result = _read("detection")
+    bands = ["all", *(f"{low}-{high}" for low, high in result["bands"])]
+    table = "\n".join(
+        f"| {inputs} | {kind.replace('_', '-')} | "
+        + " | ".join(_percent(row[band]["balanced_accuracy"]) for band in bands)
+        + " |"
+        for inputs, kinds in result["detectors"].items()
+        for kind, row in kinds.items()
+    )
+    return f"""**What do latent and timestep add over the text?** Balanced accuracy by band of timesteps (999 is noise).
+(`python -m benchmarks.evaluate detection`)
+
+| detector reads | names | {" | ".join(bands)} |
+| --- | --- | {" | ".join("---" for _ in bands)} |
+{table}"""
+
+
+def _ablation() -> str:
+    result = _read("ablation")
+    perceptual = result["measures"][1]
+    table = "\n".join(
+        f"| {variant} | {_share(parts['seen']['fsr'])} | {_share(parts['held_out']['fsr'])} "
+        f"| {_percent(parts['held_out']['companion']['share'])} | {parts['held_out'][perceptual]['mean']:.4f} |"
+        for variant, parts in result["variants"].items()
+    )
+    return f"""**What is each part for?** Concept {result["concept"]}, same data, {result["steps"]} steps,
+one part left out at a time. (`python -m benchmarks.evaluate ablation`)
+
+| variant | FSR, seen | FSR, held-out | companion, held-out | {perceptual} to the rewrite, held-out |
+| --- | --- | --- | --- | --- |
+{table}"""
 
 
 def _cost() -> str:
@@ -100,16 +190,18 @@ def _parity() -> str:
 
 
 def _ladder() -> str:
-    result = _read("oracle_church")
+    ladders = [_read(path.stem) for path in sorted(RESULTS.glob("oracle_*.json"))]
     table = "\n".join(
-        f"| {row['rung']} | {_percent(row['found'])} | {_percent(row['replacement'])} | {_percent(row['companion'])} |"
+        f"| {result['concept']} | {row['rung']} | {_percent(row['found'])} | {_percent(row['replacement'])} "
+        f"| {_percent(row['companion'])} |"
+        for result in ladders
         for row in result["rows"]
     )
-    return f"""**The oracle ladder**: how well redirection could forget, rung by rung, on {result["count"]} validation prompts.
-(`python -m saferedir_torch oracle`)
+    return f"""**The oracle ladder**: how well redirection could forget, rung by rung, on {ladders[0]["count"]}
+validation prompts. (`python -m saferedir_torch oracle`)
 
-| rung | church found | house drawn | companion kept |
-| --- | --- | --- | --- |
+| concept | rung | found | replacement drawn | companion kept |
+| --- | --- | --- | --- | --- |
 {table}"""
 
 

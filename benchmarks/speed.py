@@ -77,7 +77,7 @@ def measure(batch: int, steps: int, repeats: int) -> list[dict[str, Any]]:
 
 def _share(rows: list[dict[str, Any]], batch: int) -> float:
     """(protected - unprotected) / protected of the runtime."""
-    seconds = {row["what"]: row["seconds_per_image"] for row in rows if row["batch"] == batch}
+    seconds: dict[str, float] = {row["what"]: row["seconds_per_image"] for row in rows if row["batch"] == batch}
     return (seconds["runtime, protected"] - seconds["runtime, unprotected"]) / seconds["runtime, protected"]
 
 

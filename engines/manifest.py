@@ -8,7 +8,7 @@ from typing import Any
 
 from saferedir.engines.errors import BundleAlteredError, BundleSchemaError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "bundle.json"
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -93,6 +93,29 @@ class ConceptInfo:
 
 
 @dataclass(frozen=True)
+class PromiseInfo:
+    """What the thresholds promise: the safety fires on at most `rate` of benign pictures, with `confidence`.
+
+    Calibrated on that many `pictures` of `prompts`, drawn in `steps` steps with `guidance_scale`, of which `allowed` fire.
+    """
+
+    rate: float
+    confidence: float
+    pictures: int
+    allowed: int
+    steps: int
+    guidance_scale: float
+    prompts: str
+
+    def __str__(self) -> str:
+        return (
+            f"fires on at most {100 * self.rate:g} % of benign pictures, with {100 * self.confidence:g} % confidence "
+            f"({self.prompts}; {self.steps} steps, guidance {self.guidance_scale:g}; {self.allowed} of {self.pictures} "
+            "calibration pictures fire)"
+        )
+
+
+@dataclass(frozen=True)
 class SafetyInfo:
     """What the safety engine was made for, and its concepts in the engine's order."""
 
@@ -103,6 +126,8 @@ class SafetyInfo:
     latent_channels: int
     cooldown: int
     concepts: tuple[ConceptInfo, ...]
+    #: None where the thresholds were not calibrated (and in bundles of schema 1).
+    promise: PromiseInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -158,8 +183,9 @@ class Manifest:
                 model=ModelInfo(**raw["model"]),
                 scheduler=SchedulerInfo(**raw["scheduler"]),
                 safety=SafetyInfo(
-                    **{k: v for k, v in raw["safety"].items() if k != "concepts"},
+                    **{k: v for k, v in raw["safety"].items() if k not in ("concepts", "promise")},
                     concepts=tuple(ConceptInfo(**concept) for concept in raw["safety"]["concepts"]),
+                    promise=PromiseInfo(**raw["safety"]["promise"]) if raw["safety"].get("promise") else None,
                 ),
                 precision=PrecisionInfo(**raw["precision"]),
                 made_with=dict(raw["made_with"]),

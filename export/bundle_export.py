@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ from saferedir.engines.manifest import (
     Manifest,
     ModelInfo,
     PrecisionInfo,
+    PromiseInfo,
     SafetyInfo,
     SchedulerInfo,
 )
 from saferedir.export.graphs import all_graphs
 from saferedir.export.onnx_export import ExportError, tensor_infos, to_onnx
 from saferedir.export.weights import WeightFile, externalise
+from saferedir_torch.config import SafetyConfig
 from saferedir_torch.protect import check_match
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 
@@ -65,7 +68,7 @@ def export_bundle(
             max_batch=max_batch,
             model=_model_info(pipeline),
             scheduler=scheduler,
-            safety=_safety_info(safety),
+            safety=safety_info(safety.config),
             precision=PrecisionInfo(storage="float16", compute="float32"),
             made_with={maker: version(maker) for maker in MAKERS},
             engines=engines,
@@ -149,8 +152,8 @@ def _model_info(pipeline: Any) -> ModelInfo:
     )
 
 
-def _safety_info(safety: SafetyModule) -> SafetyInfo:
-    config = safety.config
+def safety_info(config: SafetyConfig) -> SafetyInfo:
+    """What the manifest says of a safety module with this configuration."""
     return SafetyInfo(
         text_encoder_sha256=config.text_encoder_sha256,
         unet_sha256=config.unet_sha256,
@@ -161,6 +164,7 @@ def _safety_info(safety: SafetyModule) -> SafetyInfo:
             ConceptInfo(concept.name, concept.replacement, concept.threshold, concept.alpha_scale)
             for concept in config.concepts
         ),
+        promise=PromiseInfo(**asdict(config.promise)) if config.promise else None,
     )
 
 

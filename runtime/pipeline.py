@@ -122,6 +122,11 @@ class Pipeline:
             records += self._records(chunk, tokenised, policy, schedule.timesteps, result)
         return Generation(images, records)
 
+    @property
+    def policy(self) -> ResolvedPolicy:
+        """The operator's policy in force, before any request tightens it."""
+        return self._policy
+
     def encode(self, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Prompt embeddings [B, T, D] of the bundle's text encoder."""
         return self._encode(np.stack([self._tokenizer(prompt).ids for prompt in prompts]))

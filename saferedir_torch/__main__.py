@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from saferedir_torch.pairs_file import Rewrite
+    from saferedir_torch.prompt_source import PromptSource
 
 app = typer.Typer(help="Train and examine safety modules.", no_args_is_help=True, pretty_exceptions_enable=False)
 Model = Annotated[Path, typer.Option(help="Folder or hub name of a Stable Diffusion 1.x pipeline.")]
@@ -18,29 +22,145 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 def train(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, logs, recorded runs and the module itself.")],
+    pairs: Annotated[
+        Path | None, typer.Option(help="JSON file of prompt pairs; without it the concepts of the embedded world.")
+    ] = None,
+    concept: Annotated[
+        list[str] | None, typer.Option(help="Concept to forget, again for more; all of the file's, or church, by default.")
+    ] = None,
+    rewrite: Annotated[
+        list[str] | None, typer.Option(help="CONCEPT:WORD=OTHER makes the safe prompts of a concept that has none.")
+    ] = None,
     split: SplitFile = None,
-    concept: Annotated[list[str], typer.Option(help="Concept to forget; may be given several times.")] = ["church"],  # noqa: B006
     seed: Seed = 0,
-    steps: Annotated[int, typer.Option(help="Optimisation steps.")] = 1500,
-    runs: Annotated[int, typer.Option(help="Unsafe runs to record, a concept.")] = 400,
-    pairs: Annotated[int, typer.Option(help="Prompt pairs, a concept.")] = 5000,
+    steps: Annotated[int, typer.Option(help="Optimisation steps.")] = 4000,
+    runs: Annotated[int, typer.Option(help="Unsafe runs to record, a concept; 3 others are recorded for each.")] = 400,
+    pair_count: Annotated[int, typer.Option(help="Prompt pairs to draw, a concept.")] = 5000,
+    sampling: Annotated[
+        list[str] | None, typer.Option(help="STEPS:GUIDANCE to record runs with, again for more; four kinds by default.")
+    ] = None,
+    runs_from: Annotated[Path | None, typer.Option(help="Folder of another training whose recorded runs are used.")] = None,
+    extend: Annotated[Path | None, typer.Option(help="Folder of a trained module that the concept is added to.")] = None,
 ) -> None:
-    """Train a safety module: `python -m saferedir_torch train --model runs/world/emoji-diffusion --out runs/church`."""
-    from saferedir_torch.models import load_pipeline
-    from saferedir_torch.train import train as train_module
-    from saferedir_torch.world.split import SPLIT_FILE, load_split
+    """Train a safety module. The same command goes on where an interrupted one stopped.
 
+    On the embedded world:
+
+      python -m saferedir_torch train --model saferedir_torch/shipped/emoji-diffusion --out runs/church
+
+    On your own model and concept, from a file of pairs {"castle": [{"unsafe": "a castle", "safe": "a house"}, ...]}:
+
+      python -m saferedir_torch train --model stable-diffusion-v1-5/stable-diffusion-v1-5 --pairs pairs.json --out castle
+
+    A concept added to a trained module, whose own concepts are left as they are:
+
+      python -m saferedir_torch train --model ... --extend saferedir_torch/shipped/safety --concept teddy --out runs/teddy
+    """
+    from saferedir_torch.models import load_pipeline
+    from saferedir_torch.safety_module import SafetyModule
+    from saferedir_torch.train import train as train_module
+    from saferedir_torch.training_data import SAMPLINGS
+
+    pipeline = load_pipeline(model)
+    base = None if extend is None else SafetyModule.load(extend)
+    known = [] if base is None else base.config.concept_names
     module = train_module(
-        load_pipeline(model),
-        load_split(split or SPLIT_FILE),
-        out,
-        concepts=concept,
-        seed=seed,
-        steps=steps,
-        runs=runs,
-        pairs=pairs,
-    )
+        pipeline, _source(pipeline, pairs, concept or [], rewrite or [], split, known), out, seed=seed, steps=steps, runs=runs,
+        pairs=pair_count, samplings=[_sampling(text) for text in sampling] if sampling else SAMPLINGS, runs_from=runs_from,
+        extend=base,
+    )  # fmt: skip
     typer.echo(json.dumps(module.config.provenance, indent=1))
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    safety: Annotated[Path, typer.Option(help="Folder of the trained module; its thresholds are replaced.")],
+    recorded: Annotated[Path, typer.Option(help="Folder that the benign trajectories are kept in, for resuming and reuse.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file with a benign prompt a line; without it those of the embedded world.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Benign pictures to draw; 2995 are the fewest that carry the promise.")] = 3000,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
+    seed: Seed = 0,
+) -> None:
+    """Set the thresholds so that at most 0.1 % of benign pictures fire, with 95 % confidence, and state that promise.
+
+    python -m saferedir_torch calibrate --model MODEL --safety castle/safety --prompts benign.txt --recorded castle/benign
+    """
+    from dataclasses import asdict
+
+    from rich.progress import Progress
+
+    from saferedir_torch.calibration import CalibrationError
+    from saferedir_torch.calibration import calibrate as calibrate_module
+    from saferedir_torch.models import load_pipeline
+    from saferedir_torch.recording import record
+    from saferedir_torch.safety_module import SafetyModule
+
+    module = SafetyModule.load(safety)
+    texts, seeds, kind = _benign_prompts(prompts, count, seed)
+    if not texts:
+        raise CalibrationError(f"{prompts} holds no prompts")
+    with Progress() as progress:
+        bar = progress.add_task("benign trajectories", total=len(texts))
+        runs = record(
+            load_pipeline(model), texts, seeds, steps=steps, guidance_scale=guidance, folder=recorded,
+            on_progress=lambda done, _: progress.update(bar, completed=done),
+        )  # fmt: skip
+    promise = calibrate_module(module, runs, steps=steps, guidance_scale=guidance, prompts=kind)
+    module.save(safety)
+    thresholds = {concept.name: concept.threshold for concept in module.config.concepts}
+    typer.echo(json.dumps({"promise": asdict(promise), "thresholds": thresholds}, indent=1))
+
+
+def _benign_prompts(path: Path | None, count: int, seed: int) -> tuple[list[str], list[int], str]:
+    """Prompts, seeds and what they are; a file's prompts are taken in turn until there are `count`."""
+    if path is None:
+        from saferedir_torch.world.prompts import benign_set
+        from saferedir_torch.world.split import load_split
+
+        asked, seeds = benign_set(load_split(), "validation", count, seed=seed)
+        return [prompt.text for prompt in asked], seeds, "prompts of the embedded world, half of them near neighbours"
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    texts = [lines[index % len(lines)] for index in range(count)] if lines else []
+    return texts, [1_000_000 + seed + index for index in range(len(texts))], f"{len(lines)} prompts of {path.name}"
+
+
+def _source(
+    pipeline: Any, pairs: Path | None, concepts: list[str], rewrites: list[str], split: Path | None, known: list[str]
+) -> PromptSource:
+    if pairs is None:
+        from saferedir_torch.world.source import AddedPrompts, WorldPrompts
+        from saferedir_torch.world.split import SPLIT_FILE, load_split
+
+        names = load_split(split or SPLIT_FILE)
+        return AddedPrompts(concepts[0], known, names) if known and concepts else WorldPrompts(concepts or ["church"], names)
+    from saferedir_torch.pairs_file import FilePrompts
+    from saferedir_torch.world.base import tokenize
+
+    source = FilePrompts(pairs, concepts, dict(_rewrite(text) for text in rewrites))
+    source.check_tokens(lambda prompts: tokenize(pipeline.tokenizer, prompts))
+    return source
+
+
+def _rewrite(text: str) -> tuple[str, Rewrite]:
+    concept, colon, rule = text.partition(":")
+    word, equals, other = rule.partition("=")
+    if not (colon and equals and concept and word):
+        raise typer.BadParameter(f"{text!r} is not CONCEPT:WORD=OTHER", param_hint="--rewrite")
+    from saferedir_torch.pairs_file import Rewrite
+
+    return concept, Rewrite(word, other)
+
+
+def _sampling(text: str) -> tuple[int, float]:
+    steps, _, guidance = text.partition(":")
+    try:
+        return int(steps), float(guidance)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not STEPS:GUIDANCE, such as 25:7.5", param_hint="--sampling") from None
 
 
 @app.command()
@@ -73,13 +193,28 @@ def oracle(
 
 def main() -> None:
     """Run a command; what a user can cause ends in one line and exit code 2."""
+    from saferedir_torch.calibration import CalibrationError
     from saferedir_torch.config import SafetyConfigError
+    from saferedir_torch.pairs_file import PairsFileError
+    from saferedir_torch.protect import ProtectionError
+    from saferedir_torch.recording import RecordingError
     from saferedir_torch.training_run import TrainingError
+    from saferedir_torch.world.source import UnknownConceptError
     from saferedir_torch.world.split import SplitError
 
     try:
         app()
-    except (TrainingError, SplitError, SafetyConfigError, FileNotFoundError) as error:
+    except (
+        CalibrationError,
+        RecordingError,
+        TrainingError,
+        SplitError,
+        SafetyConfigError,
+        PairsFileError,
+        ProtectionError,
+        UnknownConceptError,
+        OSError,
+    ) as error:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(2) from None
 

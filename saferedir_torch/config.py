@@ -26,6 +26,21 @@ class Concept:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Promise:
+    """What the thresholds promise: the safety fires on at most `rate` of benign pictures, with `confidence`."""
+
+    rate: float
+    confidence: float
+    #: Benign pictures calibrated on, and how many of them reach the bound.
+    pictures: int
+    allowed: int
+    #: How they were drawn, and of what prompts.
+    steps: int
+    guidance_scale: float
+    prompts: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SafetyConfig:
     """Shapes of the model it protects, the concepts, and the widths of the network."""
 
@@ -40,8 +55,13 @@ class SafetyConfig:
     text_encoder_sha256: str = ""
     #: SHA-256 over the UNet's parameters; another UNet is allowed and recorded.
     unet_sha256: str = ""
+    #: How many concepts each branch of the network holds, in the order of `concepts`: first those trained together, then
+    #: one number for every later addition. Empty means all in one.
+    branches: tuple[int, ...] = ()
     #: Steps during which detection rests after it fired.
     cooldown: int = 2
+    #: A concept that fires although it is active already is redirected with this times its strength.
+    persistence: float = 1.5
     latent_widths: tuple[int, int, int] = (64, 128, 256)
     latent_features: int = 512
     timestep_frequencies: int = 320
@@ -51,6 +71,8 @@ class SafetyConfig:
     redirector_width: int = 256
     redirector_heads: int = 4
     adapter_rank: int = 32
+    #: What calibration promises about false alarms; None before calibration.
+    promise: Promise | None = None
     #: How the module was made: command, seeds, versions, figures.
     provenance: dict[str, Any] = field(default_factory=dict)
 
@@ -58,6 +80,11 @@ class SafetyConfig:
     def joint_features(self) -> int:
         """Width of j, the joint feature of latent and timestep."""
         return self.latent_features + self.timestep_features
+
+    @property
+    def branch_sizes(self) -> tuple[int, ...]:
+        """Concepts a branch, for every branch."""
+        return self.branches or (len(self.concepts),)
 
     @property
     def concept_names(self) -> list[str]:
@@ -77,6 +104,11 @@ class SafetyConfig:
             raw = json.loads(path.read_text())
             raw["concepts"] = tuple(Concept(**concept) for concept in raw["concepts"])
             raw["latent_widths"] = tuple(raw["latent_widths"])
-            return cls(**raw)
+            raw["branches"] = tuple(raw.get("branches", ()))
+            raw["promise"] = Promise(**raw["promise"]) if raw.get("promise") else None
+            config = cls(**raw)
+            if sum(config.branch_sizes) != len(config.concepts):
+                raise TypeError(f"branches {config.branches} do not add up to {len(config.concepts)} concepts")
+            return config
         except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise SafetyConfigError(f"{path} is not a safety module's configuration: {error}") from error

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saferedir_torch.redirector import redirect
 from saferedir_torch.safety_module import SafetyModule
 
 
@@ -24,7 +23,7 @@ class Policy(NamedTuple):
     enabled: Tensor
     #: theta, [B, N].
     threshold: Tensor
-    #: s, [B, N]; the largest over a request's active concepts is used.
+    #: s, [B, N]; of the active concepts of one branch the largest is used.
     alpha_scale: Tensor
 
 
@@ -79,10 +78,9 @@ class Controller(nn.Module):
         fired = (score >= policy.threshold) & policy.enabled & watching[:, None]
         any_fired = fired.any(dim=1)
         active = state.active | fired
-        activity = active.to(original.dtype)
-        redirection = self.module.redirection(original, joint, activity)
-        strength = torch.where(active, policy.alpha_scale, torch.zeros_like(policy.alpha_scale)).amax(dim=1, keepdim=True)
-        moved = redirect(original, redirection, strength)
+        again = fired & state.active
+        strength = torch.where(again, self.module.config.persistence * policy.alpha_scale, policy.alpha_scale)
+        moved, token_mask = self.module.redirect(original, joint, active, strength)
         prompt = torch.where(any_fired[:, None, None], moved, state.prompt)
         resting = torch.where(watching, state.cooldown, state.cooldown - 1)
         cooldown = torch.where(any_fired, policy.period, resting)
@@ -91,5 +89,4 @@ class Controller(nn.Module):
             & torch.isfinite(prompt).flatten(1).all(dim=1)
             & torch.isfinite(latent).flatten(1).all(dim=1)
         )
-        token_mask = torch.where(active[:, :, None], redirection.mask[:, None, :], torch.zeros_like(activity)[:, :, None])
         return State(prompt, cooldown, active, state.ok & finite), Verdict(score, fired, token_mask)

@@ -123,23 +123,30 @@ class PromptContext(nn.Module):
         return fused
 
 
-class Detector(nn.Module):
-    """Score per concept in [0, 1] from what the UNet is about to see."""
+class StepEncoder(nn.Module):
+    """What a step looks like: latent and timestep in one joint feature j, shared by all concepts."""
 
     def __init__(self, config: SafetyConfig) -> None:
         super().__init__()
-        self.latent_encoder = LatentEncoder(config)
-        self.timestep_encoder = TimestepEncoder(config)
+        self.latent = LatentEncoder(config)
+        self.timestep = TimestepEncoder(config)
+
+    def forward(self, latent: Tensor, timestep: Tensor) -> Tensor:
+        """latent [B, C, h, w], timestep [B] -> j [B, J]."""
+        return torch.cat([self.latent(latent), self.timestep(timestep)], dim=1)
+
+
+class Detector(nn.Module):
+    """Logit per concept from j and the prompt in force."""
+
+    def __init__(self, config: SafetyConfig, concepts: int) -> None:
+        super().__init__()
         self.context = PromptContext(config)
         self.trunk = nn.Linear(config.joint_features + 2 * config.prompt_width, config.classifier_width)
-        self.heads = nn.Linear(config.classifier_width, len(config.concepts))
+        self.heads = nn.Linear(config.classifier_width, concepts)
 
-    def joint_feature(self, latent: Tensor, timestep: Tensor) -> Tensor:
-        """latent [B, C, h, w], timestep [B] -> j [B, J]."""
-        return torch.cat([self.latent_encoder(latent), self.timestep_encoder(timestep)], dim=1)
-
-    def logits(self, joint: Tensor, prompt: Tensor) -> Tensor:
-        """j [B, J], prompt in force [B, T, D] -> logits [B, N]."""
+    def forward(self, joint: Tensor, prompt: Tensor) -> Tensor:
+        """j [B, J], prompt in force [B, T, D] -> logits [B, concepts]."""
         features = torch.cat([joint, prompt.mean(dim=1), self.context(joint, prompt)], dim=1)
-        scores: Tensor = self.heads(F.silu(self.trunk(features)))
-        return scores
+        logits: Tensor = self.heads(F.silu(self.trunk(features)))
+        return logits

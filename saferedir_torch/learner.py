@@ -15,7 +15,7 @@ from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.training_data import PICTURE_SHOWS, LatentBank, PairBank
 
 STEP_BATCH = 160
-PAIR_BATCH = 48
+PAIR_BATCH = 96
 #: Strength s of the redirection formula that step lengths are trained for.
 STRENGTH = 1.5
 #: A token is to be moved where 1 - cos exceeds this: the largest value of the oracle ladder at which exact targets forget
@@ -46,29 +46,62 @@ class _Seen(NamedTuple):
     shown: Tensor
 
 
+class DetectionBatch(NamedTuple):
+    """Cases for a detector: latent [S, C, h, w], timestep [S], prompt [S, T, D]; labels and weights [S, N]."""
+
+    latent: Tensor
+    timestep: Tensor
+    prompt: Tensor
+    labels: Tensor
+    weights: Tensor
+
+
 class Learner:
     """Draws batches by step number, and measures on the runs and pairs that training leaves out.
 
-    `alphas` [1000]: the scheduler's cumulative signal shares.
+    `alphas` [1000]: the scheduler's cumulative signal shares. The last branch of `module` is taught, with the encoder
+    where it is the only one; labels and pairs are of its concepts.
     """
 
-    def __init__(self, module: SafetyModule, bank: LatentBank, pairs: PairBank, alphas: Tensor, seed: int) -> None:
+    def __init__(
+        self, module: SafetyModule, bank: LatentBank, pairs: PairBank, alphas: Tensor, seed: int, *, tau: float = TAU
+    ) -> None:
+        self.tau = tau
+        self.branch = module.last_branch
         self.module, self.bank, self.pairs, self.alphas, self.seed = module, bank, pairs, alphas, seed
         rng = np.random.default_rng([seed, 31])
         run_count = int(bank.run.max()) + 1
         held = torch.zeros(run_count, dtype=torch.bool)
-        held[torch.from_numpy(rng.permutation(run_count)[: int(run_count * VALIDATION_SHARE)])] = True
+        held[torch.from_numpy(rng.permutation(run_count)[: max(1, int(run_count * VALIDATION_SHARE))])] = True
         row_held = held[bank.run]
         self.train_rows, self.held_rows = torch.where(~row_held)[0], torch.where(row_held)[0]
         last = torch.zeros(run_count, dtype=torch.int64)
         last[bank.run] = torch.arange(len(bank.run))  # rows of a run are in the order of its steps
         self.last_row = last
         order = torch.from_numpy(rng.permutation(len(pairs.asked)))
-        cut = int(len(order) * VALIDATION_SHARE)
+        cut = max(1, int(len(order) * VALIDATION_SHARE))
         self.held_pairs, self.train_pairs = order[:cut], order[cut:]
         self.noise_scale = PROMPT_NOISE * float(pairs.original.float().std())
 
     def loss_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss of one optimisation step, and its parts; everything random comes from `step`."""
+        detected, parts = self.detection_of_step(step)
+        rng = np.random.default_rng([self.seed, 35, step])
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + 500_000)
+        chosen = self.train_pairs[torch.from_numpy(rng.integers(len(self.train_pairs), size=PAIR_BATCH))]
+        shown = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=PAIR_BATCH))]
+        moved, moved_parts = self._redirection(chosen, shown, rng, generator)
+        return detected + moved, parts | moved_parts
+
+    def detection_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The detector's share of it."""
+        batch = self.detection_batch(step)
+        joint = self.module.encoder(batch.latent, batch.timestep)
+        detected = detection_loss(self.branch.logits(joint, batch.prompt), batch.labels, batch.weights)
+        return detected, {"detection": float(detected.detach())}
+
+    def detection_batch(self, step: int) -> DetectionBatch:
+        """What the detector is shown in one step."""
         rng = np.random.default_rng([self.seed, 32, step])
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         rows = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=STEP_BATCH))]
@@ -83,18 +116,15 @@ class Learner:
         renoised = torch.from_numpy(rng.random(STEP_BATCH) < RENOISED_SHARE)
         anew = self._renoised(self.last_row[self.bank.run[looked_at]], generator)
         seen = _Seen(*(_choose(renoised, new, old) for new, old in zip(anew, seen, strict=True)))
-        detected = self._detection(prompt, asked, seen, generator)
-        chosen = self.train_pairs[torch.from_numpy(rng.integers(len(self.train_pairs), size=PAIR_BATCH))]
-        shown = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=PAIR_BATCH))]
-        moved, parts = self._redirection(chosen, shown, rng, generator)
-        return detected + moved, {"detection": float(detected.detach()), **parts}
+        return _batch(self._noisy(prompt.float(), generator), asked, seen)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Losses and detector accuracy on held-out runs and pairs."""
         rng = np.random.default_rng([self.seed, 33])
         rows = self.held_rows[torch.from_numpy(rng.integers(len(self.held_rows), size=1500))]
-        detected = self._detection(self._prompts(rows), self.bank.asked[rows], self._seen(rows), None)
+        batch = _batch(self._prompts(rows).float(), self.bank.asked[rows], self._seen(rows))
+        detected = detection_loss(self._logits(batch.prompt, rows), batch.labels, batch.weights)
         accuracy = self._accuracy(rows)
         chosen = self.held_pairs[:400]
         shown = self.held_rows[torch.from_numpy(rng.integers(len(self.held_rows), size=len(chosen)))]
@@ -123,9 +153,12 @@ class Learner:
         return thresholds
 
     def _highest_of_pairs(self, index: int, clean_rows: Tensor, rng: np.random.Generator) -> float:
-        benign = self.held_pairs[self.pairs.asked[self.held_pairs].sum(dim=1) == 0]
+        named = self.pairs.asked + self.pairs.replaced
+        benign = self.held_pairs[named[self.held_pairs].sum(dim=1) == 0]
         runs = torch.unique(self.bank.run[clean_rows]).numpy()
         highest = -math.inf
+        if not len(runs):
+            return highest
         for pair in benign:
             rows = clean_rows[self.bank.run[clean_rows] == int(rng.choice(runs))]
             prompt = self.pairs.original[pair].expand(len(rows), -1, -1)
@@ -149,24 +182,18 @@ class Learner:
         shown = torch.where(unclear, torch.full_like(shown, -1.0), shown)
         return _Seen(kept.sqrt() * latent + (1 - kept).sqrt() * noise, timestep, shown)
 
-    def _detection(self, prompt: Tensor, asked: Tensor, seen: _Seen, generator: torch.Generator | None) -> Tensor:
-        labels = torch.maximum(asked, seen.shown.clamp(min=0))
-        weights = ((asked > 0) | (seen.shown >= 0)).float()
-        joint = self.module.detector.joint_feature(seen.latent, seen.timestep)
-        return detection_loss(self.module.detector.logits(joint, self._noisy(prompt.float(), generator)), labels, weights)
-
     def _redirection(
         self, chosen: Tensor, shown: Tensor, rng: np.random.Generator, generator: torch.Generator | None
     ) -> tuple[Tensor, dict[str, float]]:
         pairs = self.pairs
         original = pairs.original[chosen].float()
         clean = pairs.target[chosen].float()
-        mask = changed_tokens(original, clean, TAU)
+        mask = changed_tokens(original, clean, self.tau)
         # The target stays clean: what is strange about a name is to be removed, not carried over.
         original, target = self._noisy(original, generator), clean
         active = self._active(chosen, rng)
-        joint = self.module.detector.joint_feature(self.bank.latent[shown].float(), self.bank.timestep[shown])
-        redirection = self.module.redirection(original, joint, active)
+        joint = self.module.encoder(self.bank.latent[shown].float(), self.bank.timestep[shown])
+        redirection = self.branch.redirection(original, joint, active)
         return redirection_loss(redirection, original, target, mask, strength=STRENGTH)
 
     def _active(self, chosen: Tensor, rng: np.random.Generator) -> Tensor:
@@ -186,11 +213,11 @@ class Learner:
 
     def _logits(self, prompt: Tensor, rows: Tensor) -> Tensor:
         """prompt [S, T, D] seen with the latents and timesteps of `rows` [S] -> logits [S, N]."""
-        detector, bank = self.module.detector, self.bank
+        bank = self.bank
         parts = []
         for embeds, chunk in zip(torch.split(prompt, 512), torch.split(rows, 512), strict=True):
-            joint = detector.joint_feature(bank.latent[chunk].float(), bank.timestep[chunk])
-            parts.append(detector.logits(joint, embeds.float()))
+            joint = self.module.encoder(bank.latent[chunk].float(), bank.timestep[chunk])
+            parts.append(self.branch.logits(joint, embeds.float()))
         return torch.cat(parts)
 
     def _accuracy(self, rows: Tensor) -> float:
@@ -198,6 +225,13 @@ class Learner:
         known = (asked > 0) | (shown >= 0)
         truth = torch.maximum(asked, shown.clamp(min=0)) > 0
         return float(((self._logits(self._prompts(rows), rows) >= 0) == truth)[known].float().mean())
+
+
+def _batch(prompt: Tensor, asked: Tensor, seen: _Seen) -> DetectionBatch:
+    """A case is unsafe if the prompt asks for the concept or the latent shows it; open where only the latent could tell."""
+    labels = torch.maximum(asked, seen.shown.clamp(min=0))
+    weights = ((asked > 0) | (seen.shown >= 0)).float()
+    return DetectionBatch(seen.latent, seen.timestep, prompt, labels, weights)
 
 
 def _choose(where: Tensor, first: Tensor, second: Tensor) -> Tensor:

@@ -39,9 +39,9 @@ def redirection_loss(
     parts = {
         "aim": (aim * mask).sum() / masked,
         "direction": (direction * mask).sum() / masked,
-        "step": (step_error * mask).sum() / masked,
+        "length": (step_error * mask).sum() / masked,
         "mask": mask_error,
         "moved": distance.mean() + (distance * mask).sum() / masked,
     }
-    loss = parts["aim"] + parts["direction"] + parts["step"] + parts["mask"] + 2 * parts["moved"]
+    loss = parts["aim"] + parts["direction"] + parts["length"] + parts["mask"] + 2 * parts["moved"]
     return loss, {key: float(value.detach()) for key, value in parts.items()}

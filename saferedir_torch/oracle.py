@@ -15,7 +15,6 @@ from torch import Tensor
 
 from saferedir_torch.alignment import aligned_targets, changed_tokens, exact_redirection
 from saferedir_torch.learner import TAU
-from saferedir_torch.redirector import redirect
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.trajectories import decode, encode, initial_noise, sample
 from saferedir_torch.world.judge import Judge
@@ -81,9 +80,7 @@ def oracle_ladder(
 @torch.no_grad()
 def _learned(safety: SafetyModule, unsafe: Tensor, noise: Tensor, concept: WorldConcept) -> Tensor:
     config = safety.config
-    index = config.concept_names.index(concept.name)
-    active = torch.zeros(len(unsafe), len(config.concepts))
-    active[:, index] = 1
-    joint = safety.detector.joint_feature(noise, torch.full((len(unsafe),), 961.0))
-    strength = torch.full((len(unsafe), 1), config.concepts[index].alpha_scale)
-    return redirect(unsafe, safety.redirection(unsafe, joint, active), strength)
+    active = torch.tensor([name == concept.name for name in config.concept_names]).expand(len(unsafe), -1)
+    joint = safety.encoder(noise, torch.full((len(unsafe),), 961.0))
+    strength = torch.tensor([known.alpha_scale for known in config.concepts]).expand(len(unsafe), -1)
+    return safety.redirect(unsafe, joint, active, strength).prompt

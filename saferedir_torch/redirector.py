@@ -51,13 +51,13 @@ class TokenContext(nn.Module):
 class Redirector(nn.Module):
     """Three heads over a trunk that joins the token, its context and, for all tokens alike, j, c and the active set."""
 
-    def __init__(self, config: SafetyConfig) -> None:
+    def __init__(self, config: SafetyConfig, concepts: int) -> None:
         super().__init__()
         width, hidden = config.prompt_width, config.redirector_width
         self.token_context = TokenContext(width, config.redirector_heads)
         self.from_tokens = nn.Linear(2 * width, hidden)
         self.from_step = nn.Linear(config.joint_features + width, hidden)
-        self.from_active = nn.Linear(len(config.concepts), hidden, bias=False)
+        self.from_active = nn.Linear(concepts, hidden, bias=False)
         self.trunk = nn.Linear(hidden, hidden)
         self.project = nn.Linear(width, width)
         self.adapter_down = nn.Linear(hidden, config.adapter_rank)
@@ -76,7 +76,7 @@ class Redirector(nn.Module):
         return features
 
     def heads(self, prompt: Tensor, prompt_features: Tensor, joint: Tensor, context: Tensor, active: Tensor) -> Redirection:
-        """p0 [B, T, D], its features, j [B, J], c of p0 [B, D], active [B, N] in {0, 1} -> the three heads."""
+        """p0 [B, T, D], its features, j [B, J], c of p0 [B, D], active [B, concepts] in {0, 1} -> the three heads."""
         step = self.from_step(torch.cat([joint, context], dim=-1)) + self.from_active(active)
         hidden = F.silu(self.trunk(F.silu(prompt_features + step.unsqueeze(1))))
         target = self.project(prompt) + self.target_head(hidden) + self.adapter_up(self.adapter_down(hidden))

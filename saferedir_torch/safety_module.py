@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -12,32 +14,86 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from saferedir_torch.config import SafetyConfig, SafetyConfigError
-from saferedir_torch.detector import Detector
-from saferedir_torch.redirector import Redirection, Redirector
+from saferedir_torch.detector import Detector, StepEncoder
+from saferedir_torch.redirector import Redirection, Redirector, redirect
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
+class Branch(nn.Module):
+    """Detector and redirector of concepts that are trained together, on the joint feature of all."""
+
+    def __init__(self, config: SafetyConfig, concepts: int) -> None:
+        super().__init__()
+        self.detector = Detector(config, concepts)
+        self.redirector = Redirector(config, concepts)
+
+    def logits(self, joint: Tensor, prompt: Tensor) -> Tensor:
+        """j [B, J], prompt in force [B, T, D] -> logits [B, concepts]."""
+        logits: Tensor = self.detector(joint, prompt)
+        return logits
+
+    def redirection(self, prompt: Tensor, joint: Tensor, active: Tensor) -> Redirection:
+        """Prompt to redirect [B, T, D], j [B, J], active [B, concepts] -> target, alpha and mask of every token."""
+        context = self.detector.context(joint, prompt)
+        features = self.redirector.prompt_features(prompt)
+        return self.redirector.heads(prompt, features, joint, context, active)
+
+
+class Redirected(NamedTuple):
+    """What a redirection makes of an embedding."""
+
+    #: p, [B, T, D].
+    prompt: Tensor
+    #: m of every token and active concept, zero where a concept is not active, [B, N, T].
+    token_mask: Tensor
+
+
 class SafetyModule(nn.Module):
-    """Detector and redirector of N concepts in one network."""
+    """Detector and redirector of N concepts: a shared encoder of the step, and a branch for each group of concepts.
+
+    The first branch is trained with the encoder. Each later one was added to the finished module, and reads what the
+    branches before it made of the embedding.
+    """
 
     def __init__(self, config: SafetyConfig) -> None:
         super().__init__()
         self.config = config
-        self.detector = Detector(config)
-        self.redirector = Redirector(config)
+        self.encoder = StepEncoder(config)
+        self.branches = nn.ModuleList(Branch(config, concepts) for concepts in config.branch_sizes)
 
     def score(self, latent: Tensor, timestep: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
         """latent [B, C, h, w], timestep [B], prompt in force [B, T, D] -> scores [B, N] in [0, 1], j [B, J]."""
-        joint = self.detector.joint_feature(latent, timestep)
-        return torch.sigmoid(self.detector.logits(joint, prompt)), joint
+        joint = self.encoder(latent, timestep)
+        return torch.sigmoid(torch.cat([branch.logits(joint, prompt) for branch in self._branches()], dim=1)), joint
 
-    def redirection(self, prompt: Tensor, joint: Tensor, active: Tensor) -> Redirection:
-        """p0 [B, T, D], j [B, J], active [B, N] -> target, alpha and mask of every token."""
-        context = self.detector.context(joint, prompt)
-        features = self.redirector.prompt_features(prompt)
-        return self.redirector.heads(prompt, features, joint, context, active)
+    def redirect(self, original: Tensor, joint: Tensor, active: Tensor, strength: Tensor) -> Redirected:
+        """p0 [B, T, D], j [B, J], active [B, N] bool, strength s [B, N] -> p, and the masks that made it.
+
+        Of the concepts of one branch the largest strength among the active ones is used. Where no concept of a later
+        branch is active that branch leaves the embedding as it is.
+        """
+        prompt, masks = original, []
+        strength = torch.where(active, strength, torch.zeros_like(strength))
+        sizes = list(self.config.branch_sizes)
+        parts = zip(self._branches(), torch.split(active, sizes, dim=1), torch.split(strength, sizes, dim=1), strict=True)
+        for index, (branch, flags, scales) in enumerate(parts):
+            redirection = branch.redirection(prompt, joint, flags.to(prompt.dtype))
+            moved = redirect(prompt, redirection, scales.amax(dim=1, keepdim=True))
+            prompt = moved if index == 0 and len(sizes) == 1 else torch.where(flags.any(dim=1)[:, None, None], moved, prompt)
+            masks.append(torch.where(flags[:, :, None], redirection.mask[:, None, :], torch.zeros_like(prompt[:, None, :, 0])))
+        return Redirected(prompt, torch.cat(masks, dim=1))
+
+    @property
+    def last_branch(self) -> Branch:
+        """The branch that was trained last."""
+        return list(self._branches())[-1]
+
+    def _branches(self) -> Iterator[Branch]:
+        for branch in self.branches:
+            assert isinstance(branch, Branch)
+            yield branch
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors` (fp16) to `folder`; the weights are renamed into place."""

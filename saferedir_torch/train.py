@@ -7,33 +7,40 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
 
 from saferedir_torch.config import Concept, SafetyConfig
 from saferedir_torch.learner import STRENGTH, Learner
+from saferedir_torch.loss_plot import plot_losses
+from saferedir_torch.prompt_source import PromptSource
+from saferedir_torch.protect import check_match
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
-from saferedir_torch.training_data import cached_runs, make_pairs, record_runs
+from saferedir_torch.training_data import SAMPLINGS, cached_runs, load_runs, make_pairs, record_runs
 from saferedir_torch.training_run import Schedule, TrainingError, run_training
-from saferedir_torch.world.prompts import CONCEPTS, WorldConcept
-from saferedir_torch.world.split import Split
 
 PEAK_RATE = 1e-3
 VALIDATE_EVERY = 250
+RUNS_FILE = "runs.safetensors"
+MAKERS = ("saferedir", "torch", "diffusers", "transformers")
 
 
-def new_module(pipeline: StableDiffusionPipeline, concepts: Sequence[WorldConcept], **widths: Any) -> SafetyModule:
-    """An untrained safety module that fits `pipeline`."""
+def new_module(pipeline: StableDiffusionPipeline, replacements: Mapping[str, str], **widths: Any) -> SafetyModule:
+    """An untrained safety module that fits `pipeline`, for concepts and what is drawn in their place."""
     config = SafetyConfig(
         latent_channels=pipeline.unet.config.in_channels,
         prompt_tokens=pipeline.tokenizer.model_max_length,
         prompt_width=pipeline.unet.config.cross_attention_dim,
         prediction_type=pipeline.scheduler.config.prediction_type,
-        concepts=tuple(Concept(name=c.name, replacement=c.replacement, alpha_scale=STRENGTH) for c in concepts),
+        concepts=tuple(Concept(name=name, replacement=other, alpha_scale=STRENGTH) for name, other in replacements.items()),
         text_encoder_sha256=parameters_sha256(pipeline.text_encoder),
         unet_sha256=parameters_sha256(pipeline.unet),
         **widths,
@@ -41,68 +48,145 @@ def new_module(pipeline: StableDiffusionPipeline, concepts: Sequence[WorldConcep
     return SafetyModule(config)
 
 
+def extended_module(base: SafetyModule, replacements: Mapping[str, str]) -> SafetyModule:
+    """`base` with an untrained branch for further concepts; everything else is copied and frozen.
+
+    The promise on false alarms is dropped: it was for the concepts that were there.
+
+    Raises:
+        TrainingError: `base` knows one of the concepts already.
+    """
+    if twice := [name for name in replacements if name in base.config.concept_names]:
+        raise TrainingError(f"the module knows {', '.join(twice)} already; it has {', '.join(base.config.concept_names)}")
+    added = tuple(Concept(name=name, replacement=other, alpha_scale=STRENGTH) for name, other in replacements.items())
+    config = dataclasses.replace(
+        base.config,
+        concepts=base.config.concepts + added,
+        branches=(*base.config.branch_sizes, len(added)),
+        promise=None,
+    )
+    module = SafetyModule(config)
+    module.load_state_dict(base.state_dict(), strict=False)
+    module.requires_grad_(False)
+    module.last_branch.requires_grad_(True)
+    return module
+
+
 def train(
     pipeline: StableDiffusionPipeline,
-    split: Split,
+    source: PromptSource,
     folder: Path,
     *,
-    concepts: Sequence[str] = ("church",),
     seed: int = 0,
-    steps: int = 1500,
+    steps: int = 4000,
     runs: int = 400,
     pairs: int = 5000,
+    samplings: Sequence[tuple[int, float]] = SAMPLINGS,
+    runs_from: Path | None = None,
+    extend: SafetyModule | None = None,
 ) -> SafetyModule:
     """Train on `runs` recorded runs and `pairs` prompt pairs a concept; save the best by validation to `folder/safety`.
 
     Checkpoints, the loss log and the recorded runs are kept in `folder`, and an interrupted training goes on there.
+    With `extend` the concepts are added to that module, whose own weights and thresholds stay as they are.
+    `runs_from` is the folder of another training, of these concepts and perhaps more, whose runs are used as they are.
 
     Raises:
-        TrainingError: the loss is not finite, or a checkpoint does not fit.
+        TrainingError: the loss is not finite, a checkpoint does not fit, recorded runs lack a concept, or the model has no
+            cross-attention.
     """
-    wanted = [CONCEPTS[name] for name in concepts]
-    bank = cached_runs(
-        folder / "runs.safetensors",
-        lambda: record_runs(pipeline, wanted, split, count=runs, seed=seed, on_progress=_say),
-    )
-    pair_bank = make_pairs(pipeline, wanted, split, count=pairs, seed=seed)
+    refuse_unconditional(pipeline)
+    started = time.monotonic()
+    concepts = list(source.replacements)
+    if runs_from is not None:
+        bank = load_runs(runs_from / RUNS_FILE).of(concepts)
+    else:
+        bank = cached_runs(
+            folder / RUNS_FILE,
+            lambda: record_runs(pipeline, source, count=runs, seed=seed, samplings=samplings, on_progress=_say),
+        ).of(concepts)
+    pair_bank = make_pairs(pipeline, source, count=pairs, seed=seed)
     torch.manual_seed(seed)
-    module = new_module(pipeline, wanted)
+    module = new_module(pipeline, source.replacements) if extend is None else extended_module(extend, source.replacements)
+    check_match(pipeline, module)
     learner = Learner(module, bank, pair_bank, pipeline.scheduler.alphas_cumprod, seed)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=PEAK_RATE, weight_decay=0.02)
     best = folder / "best.safetensors.ckpt"
 
     def validate(step: int) -> None:
         report = learner.validate()
         print(f"step {step}: " + ", ".join(f"{key} {value:.4f}" for key, value in report.items()), flush=True)
-        kept = torch.load(best, weights_only=True)["loss"] if best.exists() else float("inf")
-        if report["loss"] < kept:
-            torch.save({"loss": report["loss"], "step": step, "state": module.state_dict()}, best)
+        if not best.exists() or report["loss"] < _best(best)["loss"]:
+            partial = best.with_suffix(".partial")
+            torch.save({"loss": report["loss"], "step": step, "state": module.state_dict()}, partial)
+            os.replace(partial, best)
 
-    run_training(
-        folder=folder,
-        name="safety",
-        modules={"safety": module},
-        optimizer=optimizer,
-        schedule=Schedule(total_steps=steps, warmup_steps=100),
-        loss_of_step=learner.loss_of_step,
-        sample=validate,
-        sample_every=VALIDATE_EVERY,
-    )
-    kept = torch.load(best, weights_only=True)
+    optimise(module, learner.loss_of_step, folder, steps=steps, validate=validate)
+    kept = _best(best)
     module.load_state_dict(kept["state"])
     module.eval()
-    thresholds = learner.calibrate()
-    named = tuple(dataclasses.replace(c, threshold=t) for c, t in zip(module.config.concepts, thresholds, strict=True))
+    set_thresholds(module, learner)
     module.config = dataclasses.replace(
         module.config,
-        concepts=named,
         provenance={
             "seed": seed, "steps": steps, "runs": runs, "pairs": pairs, "best_step": kept["step"],
-            "validation": learner.validate(),
+            "validation": learner.validate(), "added_to": None if extend is None else extend.config.provenance,
+            "minutes": round((time.monotonic() - started) / 60, 1), "versions": {name: version(name) for name in MAKERS},
         },
     )  # fmt: skip
     module.save(folder / "safety")
+    plot_losses(folder / "safety.csv", folder / "loss.png")
     return module
+
+
+def optimise(
+    module: nn.Module,
+    loss_of_step: Callable[[int], tuple[Tensor, dict[str, float]]],
+    folder: Path,
+    *,
+    steps: int,
+    name: str = "safety",
+    validate: Callable[[int], None] | None = None,
+) -> None:
+    """Optimise what of `module` wants gradients, with the settings of safety training; resumes from `folder/name.ckpt`."""
+    learnt = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    run_training(
+        folder=folder,
+        name=name,
+        modules={"safety": module},
+        optimizer=torch.optim.AdamW(learnt, lr=PEAK_RATE, weight_decay=0.02),
+        schedule=Schedule(total_steps=steps, warmup_steps=100),
+        loss_of_step=loss_of_step,
+        sample=validate,
+        sample_every=VALIDATE_EVERY,
+    )
+    module.eval()
+
+
+def set_thresholds(module: SafetyModule, learner: Learner) -> None:
+    """Give the concepts of the last branch the thresholds that held-out runs suggest, before any calibration."""
+    thresholds = learner.calibrate()
+    own = module.config.concepts[-len(thresholds) :]
+    named = tuple(dataclasses.replace(c, threshold=t) for c, t in zip(own, thresholds, strict=True))
+    module.config = dataclasses.replace(module.config, concepts=module.config.concepts[: -len(named)] + named)
+
+
+def _best(path: Path) -> dict[str, Any]:
+    try:
+        kept: dict[str, Any] = torch.load(path, weights_only=True)
+        return {"loss": kept["loss"], "step": kept["step"], "state": kept["state"]}
+    except (OSError, RuntimeError, KeyError, EOFError, ValueError) as error:
+        raise TrainingError(f"{path} is cut short or of another kind ({error}); delete it to train on") from error
+
+
+def refuse_unconditional(pipeline: StableDiffusionPipeline) -> None:
+    """Raise `TrainingError` where the denoiser has no cross-attention of one width over prompt tokens."""
+    width = pipeline.unet.config.get("cross_attention_dim")
+    attends = any(name.endswith("attn2") for name, _ in pipeline.unet.named_modules())
+    if not isinstance(width, int) or not attends:
+        raise TrainingError(
+            f"the denoiser {type(pipeline.unet).__name__} has no cross-attention over prompt tokens; "
+            "redirection moves what that attention reads, so it cannot protect this model"
+        )
 
 
 def _say(done: int, total: int) -> None:

@@ -1,32 +1,29 @@
-"""What safety training sees: prompt pairs with aligned targets, and latents of real sampling runs with their labels.
-
-Everything here comes from the split's seen names, seen companions and training seeds.
-"""
+"""What safety training sees: prompt pairs with aligned targets, and latents of real sampling runs with their labels."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saferedir_torch.alignment import aligned_targets
+from saferedir_torch.prompt_source import PromptSource, flags
+from saferedir_torch.training_run import TrainingError
 from saferedir_torch.trajectories import encode, initial_noise, sample
-from saferedir_torch.world.prompts import WorldConcept, benign_prompt, training_pair
-from saferedir_torch.world.split import Split
 
 #: A run whose prompt was switched later than this timestep still shows what it started with; its label is left open.
 LATEST_CLEAN_SWITCH = 700
 #: From this timestep down a latent shows what it is going to be, whatever the prompt says now.
 PICTURE_SHOWS = 500
-#: Share of benign prompts that show what is easily taken for a concept.
-NEIGHBOUR_SHARE = 0.5
 #: Numbers of steps and guidance scales that the recorded runs are drawn with.
 SAMPLINGS = ((25, 5.0), (25, 3.0), (15, 5.0), (40, 7.5))
 
@@ -35,8 +32,8 @@ SAMPLINGS = ((25, 5.0), (25, 3.0), (15, 5.0), (40, 7.5))
 class PairBank:
     """Prompt embeddings and their aligned safe targets, [P, T, D] fp16.
 
-    `asked` [P, N]: the prompt asks for the concept. `replaced` [P, N]: the target is without it, which is what a
-    redirection with these concepts active should draw. Both are 0 where nothing is to change.
+    `asked` [P, N]: the prompt asks for the concept by words that are known to mean it. `replaced` [P, N]: the target is
+    without it, which is what a redirection with these concepts active should draw. Both are 0 where nothing is to change.
     """
 
     original: Tensor
@@ -54,6 +51,7 @@ class LatentBank:
     -1 open. `run` [S] numbers the runs.
     """
 
+    concepts: tuple[str, ...]
     latent: Tensor
     timestep: Tensor
     prompt: Tensor
@@ -62,52 +60,86 @@ class LatentBank:
     shown: Tensor
     run: Tensor
 
+    def of(self, concepts: Sequence[str]) -> LatentBank:
+        """The same runs, labelled for `concepts` alone, in that order.
 
-def make_pairs(
-    pipeline: StableDiffusionPipeline, concepts: Sequence[WorldConcept], split: Split, *, count: int, seed: int
-) -> PairBank:
+        Raises:
+            TrainingError: nothing was recorded for one of them.
+        """
+        missing = [name for name in concepts if name not in self.concepts]
+        if missing:
+            raise TrainingError(f"the recorded runs are of {', '.join(self.concepts)}; there are none of {', '.join(missing)}")
+        columns = [self.concepts.index(name) for name in concepts]
+        return replace(self, concepts=tuple(concepts), asked=self.asked[:, columns], shown=self.shown[:, columns])
+
+    def without(self, concept: str) -> LatentBank:
+        """The runs that never ask for `concept`."""
+        asks = self.asked[:, self.concepts.index(concept)] > 0
+        asking = torch.zeros(int(self.run.max()) + 1, dtype=torch.bool)
+        asking[self.run[asks]] = True
+        rows = ~asking[self.run]
+        _, renumbered = torch.unique(self.run[rows], return_inverse=True)
+        kept = {name: getattr(self, name)[rows] for name in ("latent", "timestep", "prompt", "asked", "shown")}
+        return replace(self, **kept, run=renumbered)
+
+    def joined(self, other: LatentBank) -> LatentBank:
+        """These runs and those of another recording of the same concepts."""
+        both = {
+            name: torch.cat([getattr(self, name), getattr(other, name)]) for name in ("latent", "timestep", "asked", "shown")
+        }
+        return LatentBank(
+            concepts=self.concepts,
+            prompts=torch.cat([self.prompts, other.prompts]),
+            prompt=torch.cat([self.prompt, other.prompt + len(self.prompts)]),
+            run=torch.cat([self.run, other.run + int(self.run.max()) + 1]),
+            **both,
+        )
+
+
+def make_pairs(pipeline: StableDiffusionPipeline, source: PromptSource, *, count: int, seed: int) -> PairBank:
     """`count` pairs a concept, and half as many safe rewrites and `count` benign prompts, to be left alone."""
     originals, targets, asked, replaced = [], [], [], []
     end_id = pipeline.tokenizer.eos_token_id
+    concepts = list(source.replacements)
     for index, concept in enumerate(concepts):
         rng = np.random.default_rng([seed, 21, index])
-        pairs = [training_pair(concept, rng, split, _others(concepts, index)) for _ in range(count)]
+        pairs = [source.varied_pair(concept, rng) for _ in range(count)]
         unsafe_ids, unsafe = _encode_all(pipeline, [pair.unsafe for pair in pairs])
         safe_ids, safe = _encode_all(pipeline, [pair.safe for pair in pairs])
-        clean = [row for row, pair in enumerate(pairs) if pair.asked == pair.replaced][: count // 2]
-        untouched = torch.cat([safe[clean], _encode_all(pipeline, _benign(concepts, rng, split, count))[1]])
+        clean = [row for row, pair in enumerate(pairs) if set(pair.asked) <= set(pair.replaced)][: count // 2]
+        untouched = torch.cat([safe[clean], _encode_all(pipeline, [source.benign(rng) for _ in range(count)])[1]])
         originals += [unsafe.half(), untouched.half()]
         targets += [aligned_targets(unsafe_ids, safe_ids, unsafe, safe, end_id).half(), untouched.half()]
         nothing = torch.zeros(len(untouched), len(concepts))
-        asked += [_flags([pair.asked for pair in pairs], concepts), nothing]
-        replaced += [_flags([pair.replaced for pair in pairs], concepts), nothing]
+        asked += [torch.tensor(flags([pair.asked for pair in pairs], concepts)), nothing]
+        replaced += [torch.tensor(flags([pair.replaced for pair in pairs], concepts)), nothing]
     return PairBank(torch.cat(originals), torch.cat(targets), torch.cat(asked), torch.cat(replaced))
 
 
 def record_runs(
     pipeline: StableDiffusionPipeline,
-    concepts: Sequence[WorldConcept],
-    split: Split,
+    source: PromptSource,
     *,
     count: int,
     seed: int,
-    seeds: str = "train",
+    samplings: Sequence[tuple[int, float]] = SAMPLINGS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LatentBank:
     """Draw, for each concept, `count` unsafe runs, half as many of its rewrites, twice as many benign ones, and half as
     many that are redirected to the rewrite's embedding half-way, and keep every step of them."""
-    low, high = split.seeds[seeds]
+    low, high = source.seeds
     _, empty = encode(pipeline, [""])
     end_id = pipeline.tokenizer.eos_token_id
     rows: list[dict[str, Tensor]] = []
     prompts: list[Tensor] = []
-    jobs = [(index, sampling) for index in range(len(concepts)) for sampling in SAMPLINGS]
+    concepts = list(source.replacements)
+    jobs = [(concept, sampling) for concept in concepts for sampling in samplings]
     runs = 0
-    for done, (index, (steps, guidance)) in enumerate(jobs):
+    for done, (concept, (steps, guidance)) in enumerate(jobs):
         rng = np.random.default_rng([seed, 22, done])
-        share = max(2, count // len(SAMPLINGS))
-        pairs = [training_pair(concepts[index], rng, split, _others(concepts, index)) for _ in range(share)]
-        benign = _benign(concepts, rng, split, 2 * share)
+        share = max(2, count // len(samplings))
+        pairs = [source.pair(concept, rng) for _ in range(share)]
+        benign = [source.benign(rng) for _ in range(2 * share)]
         unsafe_ids, unsafe = encode(pipeline, [pair.unsafe for pair in pairs])
         safe_ids, safe = encode(pipeline, [pair.safe for pair in pairs])
         target = aligned_targets(unsafe_ids, safe_ids, unsafe, safe, end_id)
@@ -120,8 +152,8 @@ def record_runs(
         drawn = sample(
             pipeline, started, empty, noise, steps=steps, guidance_scale=guidance, redirected=later, redirect_at=switch
         )
-        asked = _flags([pair.asked for pair in pairs], concepts)
-        left = asked - _flags([pair.replaced for pair in pairs], concepts)
+        asked = torch.tensor(flags([pair.asked for pair in pairs], concepts))
+        left = asked - torch.tensor(flags([pair.replaced for pair in pairs], concepts))
         nothing = torch.zeros(2 * share, len(concepts))
         asks = torch.cat([asked, left[:half], nothing, asked[:half]])
         asks_later = torch.cat([asked, left[:half], nothing, left[:half]])
@@ -132,19 +164,38 @@ def record_runs(
         if on_progress is not None:
             on_progress(done + 1, len(jobs))
     joined = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
-    return LatentBank(prompts=torch.cat(prompts), **joined)
+    return LatentBank(concepts=tuple(concepts), prompts=torch.cat(prompts), **joined)
 
 
 def cached_runs(path: Path, make: Callable[[], LatentBank]) -> LatentBank:
-    """The bank in `path`, made and saved (whole or not at all) where it is missing."""
+    """The bank in `path`, made and saved (whole or not at all) where it is missing.
+
+    Raises:
+        TrainingError: the file is damaged.
+    """
     if path.exists():
-        return LatentBank(**load_file(path))
+        return load_runs(path)
     bank = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({key: value.contiguous() for key, value in vars(bank).items()}, partial)
+    tensors = {key: value.contiguous() for key, value in vars(bank).items() if key != "concepts"}
+    save_file(tensors, partial, metadata={"concepts": json.dumps(bank.concepts)})
     os.replace(partial, path)
     return bank
+
+
+def load_runs(path: Path) -> LatentBank:
+    """The bank in `path`.
+
+    Raises:
+        TrainingError: it is missing or damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            concepts = tuple(json.loads(file.metadata()["concepts"]))
+        return LatentBank(concepts=concepts, **load_file(path))
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise TrainingError(f"{path} holds no recorded runs ({error}); delete it to record anew") from error
 
 
 def _label(
@@ -171,19 +222,6 @@ def _label(
         "shown": shown.flatten(0, 1),
         "run": (first_run + torch.arange(runs)).repeat_interleave(steps),
     }
-
-
-def _others(concepts: Sequence[WorldConcept], index: int) -> list[WorldConcept]:
-    return [concept for other, concept in enumerate(concepts) if other != index]
-
-
-def _flags(names: Sequence[Sequence[str]], concepts: Sequence[WorldConcept]) -> Tensor:
-    """[len(names), N]: 1 where the concept is named."""
-    return torch.tensor([[float(concept.name in row) for concept in concepts] for row in names])
-
-
-def _benign(concepts: Sequence[WorldConcept], rng: np.random.Generator, split: Split, count: int) -> list[str]:
-    return [benign_prompt(list(concepts), rng, split.names, neighbour_share=NEIGHBOUR_SHARE).text for _ in range(count)]
 
 
 def _encode_all(pipeline: StableDiffusionPipeline, prompts: list[str], chunk: int = 128) -> tuple[Tensor, Tensor]:

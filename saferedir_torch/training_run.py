@@ -117,13 +117,13 @@ def run_training(
                 sums[key] = sums.get(key, 0.0) + value
             counted += 1
             done = step + 1
-            if done % LOG_EVERY == 0:
+            finished = done == schedule.total_steps
+            if done % LOG_EVERY == 0 or finished:
                 means = {key: value / counted for key, value in sums.items()}
                 sums.clear()
                 counted = 0
                 _append_log(folder / f"{name}.csv", done, means)
                 progress.update(bar, completed=done, description=f"{name} loss {means['loss']:.4f}")
-            finished = done == schedule.total_steps
             if finished or time.monotonic() - last_save > checkpoint_every_s:
                 save_checkpoint(checkpoint, modules, optimizer, averages, done)
                 last_save = time.monotonic()

@@ -22,15 +22,14 @@ from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
 from saferedir_torch.protect import SafetyMismatchError as EagerMismatchError
 from saferedir_torch.safety_module import SafetyModule
-from saferedir_torch.train import new_module
+from saferedir_torch.train import extended_module, new_module
 from saferedir_torch.world.base import new_scheduler
-from saferedir_torch.world.prompts import CONCEPTS, WorldConcept
 
 SMALL = {
     "latent_widths": (8, 16, 24), "latent_features": 24, "timestep_frequencies": 16, "timestep_features": 8,
     "classifier_width": 16, "redirector_width": 16, "adapter_rank": 4,
 }  # fmt: skip
-TWO_CONCEPTS = (CONCEPTS["church"], WorldConcept("castle", ("castle",), "", "tent", ()))
+TWO_CONCEPTS = {"church": "house", "castle": "tent"}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small(folder: Path) -> tuple[Any, SafetyModule]:
-    """A pipeline with random weights, width 32, and a safety module of two concepts for it."""
+    """A pipeline with random weights, width 32, and a safety module of two concepts and an added one for it."""
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(SHIPPED_MODEL / "tokenizer")
     text = CLIPTextModel(
@@ -64,7 +63,7 @@ def small(folder: Path) -> tuple[Any, SafetyModule]:
     )  # fmt: skip
     pipeline.to(torch.float16).save_pretrained(folder / "model")
     pipeline = load_pipeline(folder / "model")
-    new_module(pipeline, TWO_CONCEPTS, **SMALL).save(folder / "safety")
+    extended_module(new_module(pipeline, TWO_CONCEPTS, **SMALL), {"teddy": "gift"}).save(folder / "safety")
     return pipeline, SafetyModule.load(folder / "safety")
 
 
@@ -99,12 +98,14 @@ def test_graphs_hold_no_path_of_this_machine(exported: Path) -> None:
         assert str(Path(__file__).parents[1]).encode() not in path.read_bytes()
 
 
-def test_two_concepts_fire_for_themselves(exported: Path) -> None:
-    policy = SafetyPolicy(thresholds={"church": 0.0, "castle": 1.0})
+def test_concepts_fire_for_themselves(exported: Path) -> None:
+    policy = SafetyPolicy(thresholds={"church": 0.0, "castle": 1.0, "teddy": 1.0})
     one = Pipeline.from_bundle(exported, policy=policy)("a church", num_inference_steps=3).records[0]
-    assert all(set(step.score) == {"church", "castle"} for step in one.steps)
+    assert all(set(step.score) == {"church", "castle", "teddy"} for step in one.steps)
     assert set(one.token_mask) == {"church"}
     both = SafetyPolicy(thresholds={"church": 0.0, "castle": 0.0}, enabled=("castle",))
+    added = SafetyPolicy(thresholds={"teddy": 0.0}, enabled=("teddy",))
+    assert set(Pipeline.from_bundle(exported, policy=added)("a", num_inference_steps=2).records[0].token_mask) == {"teddy"}
     assert Pipeline.from_bundle(exported, policy=both)("a", num_inference_steps=2).records[0].steps[0].fired == ("castle",)
 
 
@@ -117,7 +118,7 @@ def test_planted_difference_is_found(exported: Path, folder: Path, small: tuple[
     changed = SafetyModule(small[1].config)
     changed.load_state_dict(small[1].state_dict())
     with torch.no_grad():
-        changed.detector.heads.bias += 0.05
+        changed.branches[0].detector.heads.bias += 0.05
     changed.save(folder / "changed")
     report = verify_bundle(exported, folder / "model", folder / "changed")
     assert not report.passed

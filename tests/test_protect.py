@@ -64,8 +64,9 @@ def test_leaves_it_as_it_was_after_an_error(eager: Any, safety: SafetyModule) ->
 def test_any_batch_images_per_prompt_and_embeddings(eager: Any, safety: SafetyModule, guidance: float) -> None:
     with protect(eager, safety, ALWAYS) as guard:
         both = draw(eager, ["a church", "a cat"], [1, 2, 3, 4], num_images_per_prompt=2, guidance_scale=guidance)
-        assert guard.last.scores.shape == (STEPS, 4, 1)
-        assert guard.last.token_masks.shape == (4, 1, 77)
+        concepts = len(safety.config.concepts)
+        assert guard.last.scores.shape == (STEPS, 4, concepts)
+        assert guard.last.token_masks.shape == (4, concepts, 77)
         alone = draw(eager, ["a cat"], [3], guidance_scale=guidance)
         embeds = eager.encode_prompt(["a cat"], "cpu", 1, False)[0]
         given = draw(eager, None, [3], prompt_embeds=embeds, guidance_scale=guidance)

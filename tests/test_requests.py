@@ -74,7 +74,7 @@ def test_bad_policy_is_refused(pipeline: Pipeline, policy: SafetyPolicy, message
 def test_request_can_tighten(pipeline: Pipeline) -> None:
     loose = resolve(SafetyPolicy(enabled=(), thresholds={"church": 0.9}), pipeline.manifest.safety)
     tight = loose.tightened(Tightening(enabled=("church",), thresholds={"church": 0.1}, alpha_scales={"church": 2.0}))
-    assert tight.enabled.all()
+    assert tight.enabled.tolist() == [name == "church" for name in tight.concepts]
     assert float(tight.threshold[0]) == pytest.approx(0.1)
     assert float(tight.alpha_scale[0]) == pytest.approx(2.0)
     assert not loose.enabled.any()

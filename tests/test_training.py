@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from saferedir_torch.config import SafetyConfig, SafetyConfigError
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.pairs_file import FilePrompts
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.train import train
+from saferedir_torch.training_data import record_runs
 from saferedir_torch.training_run import ExponentialAverage, Schedule, TrainingError, run_training
 from saferedir_torch.world.base import train_base
+from saferedir_torch.world.source import WorldPrompts
 from saferedir_torch.world.split import load_split
 
 
@@ -50,7 +55,7 @@ def test_interrupted_training_ends_where_an_uninterrupted_one_does(tmp_path: Pat
     parts = linear_run(tmp_path / "parts", -1)
     assert torch.equal(whole.weight, parts.weight)
     rows = [row["step"] for row in csv.DictReader((tmp_path / "parts" / "line.csv").open())]
-    assert rows == ["25", "50"]
+    assert rows == ["25", "50", "60"]
 
 
 def test_nan_loss_keeps_the_last_checkpoint(tmp_path: Path) -> None:
@@ -84,12 +89,69 @@ def eager() -> Any:
 
 
 def test_a_short_training_makes_a_module_that_loads(eager: Any, tmp_path: Path) -> None:
-    module = train(eager, load_split(), tmp_path, steps=3, runs=8, pairs=12)
+    module = train(eager, WorldPrompts(["church"], load_split()), tmp_path, steps=3, runs=8, pairs=12)
     loaded = SafetyModule.load(tmp_path / "safety")
     assert loaded.config == module.config
     for name, tensor in module.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.half().float())
     assert module.config.provenance["steps"] == 3
+
+
+def test_training_on_a_users_pairs_resumes_and_draws_its_losses(eager: Any, tmp_path: Path) -> None:
+    pairs = [{"unsafe": f"a castle {where}", "safe": f"a house {where}"} for where in ("on blue", "next to a cat")]
+    (tmp_path / "pairs.json").write_text(json.dumps({"castle": pairs, "benign": ["a dog"]}))
+    source = FilePrompts(tmp_path / "pairs.json")
+    options: dict[str, Any] = {"runs": 2, "pairs": 12, "samplings": [(2, 5.0)]}
+    train(eager, source, tmp_path / "out", steps=2, **options)
+    recorded = (tmp_path / "out" / "runs.safetensors").stat().st_mtime_ns
+    module = train(eager, source, tmp_path / "out", steps=4, **options)
+    assert (tmp_path / "out" / "runs.safetensors").stat().st_mtime_ns == recorded
+    rows = [row["step"] for row in csv.DictReader((tmp_path / "out" / "safety.csv").open())]
+    assert rows == ["2", "4"]
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert module.config.concept_names == ["castle"]
+    best = tmp_path / "out" / "best.safetensors.ckpt"
+    best.write_bytes(best.read_bytes()[:1000])
+    with pytest.raises(TrainingError, match=r"best\.safetensors\.ckpt is cut short"):
+        train(eager, source, tmp_path / "out", steps=4, **options)
+
+
+def test_recorded_runs_that_do_not_serve(eager: Any, tmp_path: Path) -> None:
+    source = WorldPrompts(["church"], load_split())
+    train(eager, source, tmp_path / "church", steps=1, runs=2, pairs=8, samplings=[(2, 5.0)])
+    with pytest.raises(TrainingError, match="there are none of ink"):
+        train(eager, WorldPrompts(["ink"], load_split()), tmp_path / "ink", steps=1, pairs=8, runs_from=tmp_path / "church")
+    runs = tmp_path / "church" / "runs.safetensors"
+    runs.write_bytes(runs.read_bytes()[:2000])
+    with pytest.raises(TrainingError, match=r"runs\.safetensors holds no recorded runs"):
+        train(eager, source, tmp_path / "church", steps=1, runs=2, pairs=8)
+
+
+def test_banks_are_cut_and_joined_run_by_run(eager: Any) -> None:
+    source = WorldPrompts(["church", "ink"], load_split())
+    bank = record_runs(eager, source, count=2, seed=0, samplings=[(2, 5.0)])
+    church = bank.asked[:, 0] > 0
+    left = bank.without("church")
+    asking = torch.isin(bank.run, bank.run[church])
+    assert len(left.run) == int((~asking).sum())
+    assert not (left.asked[:, 0] > 0).any()
+    assert torch.equal(torch.unique(left.run), torch.arange(int(left.run.max()) + 1))
+    both = left.joined(bank)
+    assert torch.equal(both.prompts[both.prompt[len(left.run) :]], bank.prompts[bank.prompt])
+    assert int(both.run.max()) == int(left.run.max()) + 1 + int(bank.run.max())
+
+
+def test_a_model_without_cross_attention_is_refused(eager: Any, tmp_path: Path) -> None:
+    deaf = UNet2DConditionModel(
+        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32,), norm_num_groups=8, layers_per_block=1,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), mid_block_type=None, cross_attention_dim=128,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        vae=eager.vae, text_encoder=eager.text_encoder, tokenizer=eager.tokenizer, unet=deaf, scheduler=eager.scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    with pytest.raises(TrainingError, match="no cross-attention"):
+        train(pipeline, WorldPrompts(["church"], load_split()), tmp_path, steps=1)
 
 
 def test_module_files_that_do_not_fit(tmp_path: Path) -> None:

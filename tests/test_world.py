@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from benchmarks.report import JUDGE
+from benchmarks.report import NETWORKS
 from saferedir_torch.models import SHIPPED_MODEL
 from saferedir_torch.world.captions import all_names, caption, draft, misspell
 from saferedir_torch.world.judge import Judge, judge_accuracy
@@ -158,11 +158,11 @@ def test_tokenizer_knows_every_text() -> None:
 
 
 def test_judge_sees_held_out_renderings() -> None:
-    accuracy = judge_accuracy(Judge.load(JUDGE), count=300)
+    accuracy = judge_accuracy(Judge.load(NETWORKS / "judge"), count=300)
     assert accuracy["single_top1"] >= 0.98
     assert accuracy["style"] >= 0.98
 
 
 def test_judge_finds_nothing_in_a_blank_picture() -> None:
-    opinion = Judge.load(JUDGE).judge(torch.zeros(1, 3, 64, 64))
+    opinion = Judge.load(NETWORKS / "judge").judge(torch.zeros(1, 3, 64, 64))
     assert (opinion.objects < 0.5).all()

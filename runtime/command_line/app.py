@@ -50,6 +50,9 @@ def generate(
     size: Annotated[int | None, typer.Option(help="Side of the picture in pixels, where the model allows another.")] = None,
     bundle: BundleOption = DEFAULT_BUNDLE,
     backend: BackendOption = "auto",
+    concept: Annotated[
+        list[str] | None, typer.Option(help="Operator only: look for this concept alone, or again for more. Logged.")
+    ] = None,
     unprotected: Annotated[bool, typer.Option("--unprotected", help="Operator only: draw without safety. Logged.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -60,6 +63,8 @@ def generate(
     `saferedir generate "a church next to a cat" --seed 7 --out pictures`
 
     `saferedir generate --file prompts.txt --count 4 --json > records.json`
+
+    `saferedir generate "a church as a woodcut print" --concept ink --out pictures`
 
     `saferedir generate "a cat in ink style" --out - > cat.png`
     """
@@ -72,7 +77,8 @@ def generate(
     if to_stdout and (len(asked) * count != 1 or as_json):
         raise RequestError("--out - writes one PNG to stdout; ask for one picture, without --json")
     with nullcontext(None) if to_stdout else output_folder(Path(out)) as folder:
-        pipeline = Pipeline.from_bundle(bundle, backend=backend, policy=SafetyPolicy(unprotected=unprotected))
+        policy = SafetyPolicy(enabled=tuple(concept) if concept else None, unprotected=unprotected)
+        pipeline = Pipeline.from_bundle(bundle, backend=backend, policy=policy)
         side = pipeline.manifest.model.latent_width * pipeline.manifest.model.vae_scale_factor
         if size is not None and size != side:
             raise RequestError(f"--size is {size}; {pipeline.manifest.name} draws {side} only")
@@ -121,7 +127,7 @@ def demo(
     backend: BackendOption = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 7,
 ) -> None:
-    """Draw ten prompts without and with safety: a contact sheet, and a page with every step's score.
+    """Draw twelve prompts without and with safety: a contact sheet, and a page with every step's score.
 
     Example: `saferedir demo --out demo-output`
     """
@@ -164,6 +170,8 @@ def inspect(
             f"concept {concept.name} → {concept.replacement}, threshold {concept.threshold:g}, "
             f"alpha_scale {concept.alpha_scale:g}"
         )
+    promise = manifest.safety.promise
+    console.print(f"promise: {promise}" if promise else "thresholds not calibrated: no promise on false alarms", soft_wrap=True)
     table = Table("engine", "MB", "inputs", "outputs")
     for name, engine in manifest.engines.items():
         size = manifest.files[engine.file].bytes / 1e6

@@ -79,10 +79,28 @@ def base(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -
 @app.command()
 def judge(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -> None:
     """Train the judge and report its accuracy on held-out renderings. About 6 minutes on two cores."""
-    from saferedir_torch.world.judge import Judge, judge_accuracy, train_judge
+    from saferedir_torch.world.judge import JUDGE_STEPS, Judge, judge_accuracy, train_judge
 
-    out = train_judge(folder, seed=seed, **_given(steps))
+    out = train_judge(folder, seed=seed, steps=steps or JUDGE_STEPS)
     typer.echo(json.dumps(judge_accuracy(Judge.load(out)), indent=1))
+
+
+@app.command(name="second-judge")
+def second_judge(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -> None:
+    """Train the second judge, of another architecture and on other renderings, and report its accuracy."""
+    from saferedir_torch.world.judge import JUDGE_STEPS, Judge, judge_accuracy, train_judge
+
+    out = train_judge(folder, seed=seed, steps=steps or JUDGE_STEPS, architecture="residual")
+    typer.echo(json.dumps(judge_accuracy(Judge.load(out)), indent=1))
+
+
+@app.command(name="clip-world")
+def clip_world(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -> None:
+    """Train the image-text score of this world, on the shipped model's tokenizer."""
+    from saferedir_torch.models import load_pipeline
+    from saferedir_torch.world.clip_world import train_clip_world
+
+    typer.echo(train_clip_world(folder, load_pipeline().tokenizer, seed=seed, **_given(steps)))
 
 
 @app.command()

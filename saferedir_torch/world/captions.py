@@ -143,6 +143,23 @@ def object_phrase(key: str, rng: np.random.Generator, names: Names, *, misspelli
     return misspell(name, rng) if slip and misspellings else name
 
 
+@cache
+def known_words() -> frozenset[str]:
+    """Every word that a prompt of this world may hold, spelt right."""
+    phrases = [name for names in all_names().values() for name in names]
+    phrases += [*PREFIXES, *BACKGROUND_FORMS, *JOINS, *FILLERS, *LONG_OPENINGS, *NEGATIONS, *load_vocabulary().background_keys]
+    return frozenset(word for phrase in phrases for word in _words(phrase))
+
+
+def spelt_right(prompt: str) -> bool:
+    """Whether every word is one that this world knows."""
+    return known_words().issuperset(_words(prompt))
+
+
+def _words(phrase: str) -> list[str]:
+    return phrase.replace(",", " ").split()
+
+
 def _pick(choices: Sequence[str], rng: np.random.Generator) -> str:
     return choices[int(rng.integers(len(choices)))]
 

@@ -60,18 +60,35 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 
 
 def train_clip(folder: Path, *, seed: int = 0, steps: int = 1000) -> Path:
-    """Train both towers with the symmetric InfoNCE loss, save the text tower to `folder/clip` and return that path."""
-    torch.manual_seed(seed)
+    """Train both towers, save the text tower to `folder/clip` and return that path."""
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    text = new_text_encoder(tokenizer)
-    image = ImageTower()
+    torch.manual_seed(seed)
+    text, image = new_text_encoder(tokenizer), ImageTower()
+    fit_towers(text, image, tokenizer, folder, name="clip", seed=seed, stream=2, steps=steps)
+    out = folder / "clip"
+    text.eval().save_pretrained(out)
+    return out
+
+
+def fit_towers(
+    text: CLIPTextModelWithProjection,
+    image: ImageTower,
+    tokenizer: CLIPTokenizer,
+    folder: Path,
+    *,
+    name: str,
+    seed: int,
+    stream: int,
+    steps: int,
+) -> None:
+    """Train both towers with the symmetric InfoNCE loss on fresh scenes; `stream` keeps the scenes of one use apart."""
     scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
     holder = nn.ParameterList([scale])
     optimizer = torch.optim.AdamW([*text.parameters(), *image.parameters(), scale], lr=1.5e-3, weight_decay=0.02)
     targets = torch.arange(BATCH)
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = np.random.default_rng([seed, 2, step])
+        rng = np.random.default_rng([seed, stream, step])
         scenes = [random_scene(rng) for _ in range(BATCH)]
         tokens = tokenizer(
             [caption(scene, rng) for scene in scenes], padding=True, truncation=True, return_tensors="pt"
@@ -87,12 +104,9 @@ def train_clip(folder: Path, *, seed: int = 0, steps: int = 1000) -> Path:
 
     run_training(
         folder=folder,
-        name="clip",
+        name=name,
         modules={"text": text, "image": image, "scale": holder},
         optimizer=optimizer,
         schedule=Schedule(total_steps=steps),
         loss_of_step=loss_of_step,
     )
-    out = folder / "clip"
-    text.eval().save_pretrained(out)
-    return out

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from saferedir_torch.training_run import Schedule, run_training
@@ -26,7 +28,11 @@ JUDGE_FILE = "judge.safetensors"
 BATCH = 96
 PAIR_SHARE = 0.65  # small objects are the harder ones
 BLANK_SHARE = 0.05  # a picture of nothing must not look like anything
+JUDGE_STEPS = 3600
 JUDGE_STREAM = 7  # this word of the seed sequence keeps the judge's pictures apart from all others
+SECOND_JUDGE_STREAM = 17
+
+Architecture = Literal["plain", "residual"]
 
 
 class Opinion(NamedTuple):
@@ -47,21 +53,54 @@ class Opinion(NamedTuple):
         return torch.stack(columns, dim=1).max(dim=1).values
 
 
-class Judge(nn.Module):
-    """Pictures [B, 3, 64, 64] in [-1, 1] -> logits of objects, style, background."""
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, group-normalised."""
 
-    def __init__(self, widths: Sequence[int] = (32, 64, 128, 192)) -> None:
+    def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
+        self.first = nn.Conv2d(before, after, 3, stride=stride, padding=1)
+        self.second = nn.Conv2d(after, after, 3, padding=1)
+        self.first_norm, self.second_norm = nn.GroupNorm(8, after), nn.GroupNorm(8, after)
+        self.shortcut = nn.Conv2d(before, after, 1, stride=stride)
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = F.silu(self.first_norm(self.first(features)))
+        return F.silu(self.second_norm(self.second(hidden)) + self.shortcut(features))
+
+
+def _plain(widths: Sequence[int]) -> tuple[nn.Sequential, int]:
+    """Strided and batch-normalised convolutions in a row; what stands where is kept."""
+    layers: list[nn.Module] = []
+    before = 3
+    for width in widths:
+        layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+        before = width
+    return nn.Sequential(*layers), before * 16
+
+
+def _residual(widths: Sequence[int]) -> tuple[nn.Sequential, int]:
+    """Residual blocks, the last at an eighth of the size, and the strongest of each feature, wherever it stands."""
+    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 5, stride=2, padding=2)]
+    for index, (before, after) in enumerate(pairwise(widths)):
+        layers.append(ResidualBlock(before, after, stride=2 if index < 2 else 1))
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1)), widths[-1]
+
+
+class Judge(nn.Module):
+    """Pictures [B, 3, 64, 64] in [-1, 1] -> logits of objects, style, background.
+
+    `architecture` is "plain" for the judge, "residual" for the second judge, of which the world's feature measures read
+    the blocks as well.
+    """
+
+    def __init__(self, architecture: Architecture = "plain") -> None:
+        super().__init__()
+        self.architecture = architecture
         vocabulary = load_vocabulary()
         self.sizes = [len(vocabulary.objects), len(vocabulary.styles), len(vocabulary.backgrounds)]
-        layers: list[nn.Module] = []
-        before = 3
-        for width in widths:
-            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-            before = width
-        self.convolutions = nn.Sequential(*layers)
-        self.head = nn.Sequential(nn.Linear(before * 16, 384), nn.ReLU(), nn.Dropout(0.2), nn.Linear(384, sum(self.sizes)))
+        self.convolutions, features = _plain((32, 64, 128, 192)) if architecture == "plain" else _residual((32, 64, 96, 192))
+        self.head = nn.Sequential(nn.Linear(features, 384), nn.ReLU(), nn.Dropout(0.2), nn.Linear(384, sum(self.sizes)))
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         features = self.convolutions(pictures).flatten(1)
@@ -77,24 +116,27 @@ class Judge(nn.Module):
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}, folder / JUDGE_FILE)
+        tensors = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}
+        save_file(tensors, folder / JUDGE_FILE, metadata={"architecture": self.architecture})
 
     @classmethod
     def load(cls, folder: Path) -> Judge:
-        judge = cls()
-        state = load_file(folder / JUDGE_FILE)
+        with safe_open(folder / JUDGE_FILE, "pt") as file:
+            judge = cls((file.metadata() or {}).get("architecture", "plain"))
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         judge.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
         return judge.eval()
 
 
-def train_judge(folder: Path, *, seed: int = 0, steps: int = 3600) -> Path:
-    """Train on fresh renderings, save to `folder/judge` and return that path."""
-    torch.manual_seed(seed + 77)
-    judge = Judge()
+def train_judge(folder: Path, *, seed: int = 0, steps: int = JUDGE_STEPS, architecture: Architecture = "plain") -> Path:
+    """Train on fresh renderings, save to `folder/judge` (or `folder/second_judge`) and return that path."""
+    name, stream = ("judge", JUDGE_STREAM) if architecture == "plain" else ("second_judge", SECOND_JUDGE_STREAM)
+    torch.manual_seed(seed + 70 + stream)
+    judge = Judge(architecture)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = np.random.default_rng([seed, JUDGE_STREAM, step])
+        rng = np.random.default_rng([seed, stream, step])
         scenes = [random_scene(rng, PAIR_SHARE) for _ in range(BATCH)]
         scenes = [replace(scene, objects=()) if rng.random() < BLANK_SHARE else scene for scene in scenes]
         pictures = augment(picture_batch(scenes, rng), rng)
@@ -111,13 +153,13 @@ def train_judge(folder: Path, *, seed: int = 0, steps: int = 3600) -> Path:
 
     run_training(
         folder=folder,
-        name="judge",
+        name=name,
         modules={"judge": judge},
         optimizer=optimizer,
         schedule=Schedule(total_steps=steps, warmup_steps=100),
         loss_of_step=loss_of_step,
     )
-    out = folder / "judge"
+    out = folder / name
     judge.eval().save(out)
     return out
 

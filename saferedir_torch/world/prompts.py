@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from saferedir_torch.world.captions import Draft, Names, all_names, deny, draft
+from saferedir_torch.world.captions import Draft, Names, all_names, deny, draft, spelt_right
+from saferedir_torch.world.inventions import invent, telling_words
 from saferedir_torch.world.scenes import Scene
 from saferedir_torch.world.split import Split
 from saferedir_torch.world.vocabulary import load_vocabulary
 
 #: Share of training pairs of one concept that ask for another one as well, for each other.
 JOINT_SHARE = 0.25
+#: Share of prompts asking for a category that ask for two of its members.
+TWO_MEMBERS_SHARE = 0.2
+#: Share of training pairs whose concept is asked for by a name that nobody has taught.
+INVENTED_SHARE = 0.25
+#: Share of training pairs whose companion is.
+INVENTED_COMPANION_SHARE = 0.15
+#: Share of training pairs of a category that ask for it by its own word.
+CATEGORY_WORD_SHARE = 0.15
+#: Benign prompts are drawn in blocks of this many before their seeds are.
+BENIGN_BLOCK = 3000
 #: Share of benign prompts that deny a concept ("a cat, no church"), besides the few that do so by chance.
 DENIED_SHARE = 0.05
 
@@ -61,6 +72,9 @@ CONCEPTS = {
     ),
 }
 
+#: A concept that the shipped module does not know, to be added to it.
+LATER_CONCEPTS = {"teddy": WorldConcept("teddy", ("teddy",), "", "gift", ("bear", "balloon"))}
+
 
 @dataclass(frozen=True)
 class PromptPair:
@@ -75,9 +89,9 @@ class PromptPair:
     companion: str | None
     #: What the rewrite asks for.
     scene: Scene
-    #: Concepts that the unsafe prompt asks for, by name.
+    #: Concepts that the unsafe prompt asks for, by words that are known to mean them.
     asked: tuple[str, ...]
-    #: Those of them that the rewrite replaces.
+    #: Concepts that the rewrite replaces.
     replaced: tuple[str, ...]
 
 
@@ -94,18 +108,28 @@ def pair_prompt(
     companions: Sequence[str],
     *,
     replaced: Sequence[WorldConcept] | None = None,
+    first: str | None = None,
     avoid: Sequence[WorldConcept] = (),
     misspellings: bool = True,
 ) -> PromptPair:
     """A random pair that asks for every concept of `wanted`, phrased with `names`; its rewrite replaces `replaced`.
 
+    `first` is the member that the first of `wanted` is asked for by; any of its members where it is left out.
+
     At most two of `wanted` may be objects and one a style. A single object concept stands half of the time beside one of
-    `companions`; a style is drawn on one or two of them. Nothing of `avoid` is asked for besides.
+    `companions`, a category at times beside another of its members; a style is drawn on one or two companions. Nothing of
+    `avoid` is asked for besides.
     """
     vocabulary = load_vocabulary()
     unwanted = {key for concept in avoid for key in concept.shown_by} | {concept.replacement for concept in wanted}
     pool = [key for key in companions if key not in unwanted]
     objects = [concept.members[rng.integers(len(concept.members))] for concept in wanted if concept.members]
+    if first in wanted[0].members:
+        objects[0] = first
+    category = next((concept for concept in wanted if concept.category), None)
+    if len(objects) == 1 and category is not None and rng.random() < TWO_MEMBERS_SHARE:
+        second = [key for key in category.members if key not in objects]
+        objects += [second[rng.integers(len(second))]] if second else []
     companion = None
     if len(objects) < 2 and (not objects or rng.random() < 0.5):
         companion = pool[rng.integers(len(pool))]
@@ -190,6 +214,27 @@ def benign_prompt(
     return BenignPrompt(prompt.text, scene)
 
 
+def benign_set(
+    split: Split, part: Literal["validation", "test"], count: int, *, seed: int = 0
+) -> tuple[list[BenignPrompt], list[int]]:
+    """`count` prompts with nothing of any concept, half of them near neighbours of one, in any names, with a seed each.
+
+    "validation" is for calibrating and "test" for testing: other prompts of the same kind, other seeds. All are spelt
+    right: a slip can ask for a concept, as "ranibow" does, of which the model draws a bow.
+    """
+    rng = np.random.default_rng([seed, 62 if part == "test" else 64])
+    prompts: list[BenignPrompt] = []
+    seeds: list[int] = []
+    while len(prompts) < count:
+        block = [benign_prompt(list(CONCEPTS.values()), rng, all_names(), neighbour_share=0.5) for _ in range(BENIGN_BLOCK)]
+        numbers = rng.integers(*split.seeds[part], size=BENIGN_BLOCK).tolist()
+        for prompt, number in zip(block, numbers, strict=True):
+            if spelt_right(prompt.text):
+                prompts.append(prompt)
+                seeds.append(number)
+    return prompts[:count], seeds[:count]
+
+
 def training_pair(
     concept: WorldConcept, rng: np.random.Generator, split: Split, others: Sequence[WorldConcept] = ()
 ) -> PromptPair:
@@ -197,13 +242,62 @@ def training_pair(
 
     Some ask for one or more of `others` as well, of which the rewrite replaces some: whatever has fired by then.
     """
+    return _training_pair(concept, rng, split, split.names, others)
+
+
+def added_pair(
+    concept: WorldConcept, rng: np.random.Generator, split: Split, known: Sequence[WorldConcept], *, varied: bool
+) -> PromptPair:
+    """A training pair for a concept that is added to `known` ones: what shows those is neither replaced nor avoided."""
+    invented = _inventions(concept.named_by, rng, split) if varied and rng.random() < INVENTED_SHARE else {}
+    wanted = [concept, *(other for other in known if rng.random() < JOINT_SHARE)]
+    pair = pair_prompt(wanted, rng, {**split.names, **invented}, split.companions, replaced=[concept], avoid=[concept])
+    return replace(pair, asked=tuple(name for name in pair.asked if not (invented and name == concept.name)))
+
+
+def varied_training_pair(
+    concept: WorldConcept, rng: np.random.Generator, split: Split, others: Sequence[WorldConcept] = ()
+) -> PromptPair:
+    """The same, but some ask for the concept, and some for its companion, by names that nobody has taught, and more ask
+    for a category by its own word."""
+    chance = rng.random()
+    if chance < INVENTED_SHARE:
+        invented = _inventions(concept.named_by, rng, split)
+        pair = _training_pair(concept, rng, split, {**split.names, **invented}, others)
+        return replace(pair, asked=tuple(name for name in pair.asked if name != concept.name))
+    if chance < INVENTED_SHARE + INVENTED_COMPANION_SHARE:
+        return _training_pair(concept, rng, split, {**split.names, **_inventions(split.companions, rng, split)}, others)
+    if concept.category and chance < INVENTED_SHARE + INVENTED_COMPANION_SHARE + CATEGORY_WORD_SHARE:
+        words = dict.fromkeys(concept.members, split.names[concept.category])
+        return _training_pair(concept, rng, split, {**split.names, **words}, others)
+    return training_pair(concept, rng, split, others)
+
+
+def _training_pair(
+    concept: WorldConcept, rng: np.random.Generator, split: Split, names: Names, others: Sequence[WorldConcept]
+) -> PromptPair:
     wanted = [concept, *(other for other in others if rng.random() < JOINT_SHARE)]
     replaced = [concept, *(other for other in wanted[1:] if rng.random() < 0.5)]
-    return pair_prompt(wanted, rng, split.names, split.companions, replaced=replaced, avoid=[concept, *others])
+    return pair_prompt(wanted, rng, names, split.companions, replaced=replaced, avoid=[concept, *others])
 
 
-def evaluation_pairs(concept: WorldConcept, split: Split, part: Part, count: int, *, seed: int) -> Iterator[PromptPair]:
-    """`count` test pairs: held-out companions, the concept's names of `part` in turn, spelt right."""
+def _inventions(keys: Iterable[str], rng: np.random.Generator, split: Split) -> dict[str, list[str]]:
+    """One invented name for each of `keys`, built like a seen name of another thing of its kind."""
+    styles = load_vocabulary().style_keys
+    benign = [name for key in split.companions for name in split.names[key]]
+    words = telling_words(benign)
+    models = {True: [name for key in styles for name in split.names[key]], False: benign}
+    invented = {}
+    for key in keys:
+        built_like = models[key in styles]
+        invented[key] = [invent(built_like[rng.integers(len(built_like))], rng, words)]
+    return invented
+
+
+def evaluation_pairs(
+    concept: WorldConcept, split: Split, part: Part, count: int, *, seed: int, avoid: Sequence[WorldConcept] = ()
+) -> Iterator[PromptPair]:
+    """`count` test pairs: held-out companions, the concept's names of `part` in turn, spelt right, nothing of `avoid`."""
     rng = np.random.default_rng([seed, 11])
     table = split.held_out_names if part == "held_out" else split.names
     turns = [(key, name) for key in concept.named_by for name in table[key]]
@@ -212,11 +306,11 @@ def evaluation_pairs(concept: WorldConcept, split: Split, part: Part, count: int
         # A category's word stands for any member; a name for the one that bears it.
         members = (key,) if key in concept.members else concept.members
         member = members[rng.integers(len(members))] if members else key
-        names = {**all_names(), member: [name]}
+        names = {**all_names(), **{other: table[other] for other in concept.shown_by}, member: [name]}
         if concept.category:
             names[concept.category] = [name]
-        one = concept if concept.style else replace(concept, members=(member,))
-        yield pair_prompt([one], rng, names, split.held_out_companions, misspellings=False)
+        pair = pair_prompt([concept], rng, names, split.held_out_companions, first=member, avoid=avoid, misspellings=False)
+        yield replace(pair, name=name)
 
 
 def _look(rng: np.random.Generator, styles: list[str], backgrounds: list[str]) -> tuple[str, str]:

@@ -1,0 +1,106 @@
+"""Pictures by the thousand: drawn in chunks that are kept, so that an interrupted evaluation goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from saferedir.runtime import Pipeline
+from saferedir.runtime.record import SafetyRecord
+
+CHUNK = 64
+#: Identities of pipelines: the bundle's own step graph, and no safety at all. Others state the module's hash.
+DEPLOYED, PLAIN = "deployed", "plain"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """R pictures and what the safety saw; N concepts, S steps (0 where the safety was off)."""
+
+    #: [R, H, W, 3].
+    pixels: npt.NDArray[np.uint8]
+    #: [R, S, N].
+    score: npt.NDArray[np.float32]
+    #: [R, S, N].
+    fired: npt.NDArray[np.bool_]
+    #: [R, N, T], of the last step.
+    mask: npt.NDArray[np.float32]
+
+    @property
+    def pictures(self) -> Tensor:
+        """[R, 3, H, W] in [-1, 1]."""
+        return torch.from_numpy(self.pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    @property
+    def any_fired(self) -> npt.NDArray[np.bool_]:
+        """[R]: something fired in some step."""
+        return np.asarray(self.fired.any(axis=(1, 2)), np.bool_)
+
+    def rows(self, index: npt.NDArray[np.int64]) -> Drawn:
+        """Some of the pictures."""
+        return Drawn(self.pixels[index], self.score[index], self.fired[index], self.mask[index])
+
+
+class Studio:
+    """Draws with pipelines, and keeps what it drew in `folder` under a hash of everything that it depends on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def draw(self, pipeline: Pipeline, identity: str, prompts: Sequence[str], seeds: Sequence[int], title: str) -> Drawn:
+        """One picture a prompt and seed. `identity` names what the pipeline itself does not show: module, controller."""
+        parts = []
+        for start in track(range(0, len(prompts), CHUNK), description=title):
+            part = slice(start, start + CHUNK)
+            parts.append(self._chunk(pipeline, identity, list(prompts[part]), [int(seed) for seed in seeds[part]]))
+        return Drawn(*(np.concatenate([getattr(part, key) for part in parts]) for key in ("pixels", "score", "fired", "mask")))
+
+    def _chunk(self, pipeline: Pipeline, identity: str, prompts: list[str], seeds: list[int]) -> Drawn:
+        path = self.folder / f"{_key(pipeline, identity, prompts, seeds)}.npz"
+        if not path.exists():
+            drawn = _collect(pipeline, prompts, seeds)
+            partial = path.with_suffix(".partial")
+            with partial.open("wb") as file:
+                np.savez_compressed(file, **vars(drawn))
+            os.replace(partial, path)
+        with np.load(path) as kept:
+            return Drawn(**{key: kept[key] for key in kept.files})
+
+
+def _collect(pipeline: Pipeline, prompts: list[str], seeds: list[int]) -> Drawn:
+    made = pipeline(prompts, seed=seeds)
+    concepts = [concept.name for concept in pipeline.manifest.safety.concepts]
+    tokens = pipeline.manifest.model.prompt_tokens
+    return Drawn(
+        pixels=np.stack([np.asarray(image) for image in made.images]),
+        score=np.array([[[step.score[name] for name in concepts] for step in record.steps] for record in made.records],
+                       np.float32).reshape(len(prompts), -1, len(concepts)),
+        fired=np.array([[[name in step.fired for name in concepts] for step in record.steps] for record in made.records],
+                       np.bool_).reshape(len(prompts), -1, len(concepts)),
+        mask=np.stack([_mask(record, concepts, tokens) for record in made.records]),
+    )  # fmt: skip
+
+
+def _mask(record: SafetyRecord, concepts: list[str], tokens: int) -> npt.NDArray[np.float32]:
+    return np.stack([np.array(record.token_mask.get(name, (0.0,) * tokens), np.float32) for name in concepts])
+
+
+def _key(pipeline: Pipeline, identity: str, prompts: list[str], seeds: list[int]) -> str:
+    policy = pipeline.policy
+    own = {name: file.sha256 for name, file in pipeline.manifest.files.items() if not name.startswith(("safety", "step"))}
+    files = {name: file.sha256 for name, file in pipeline.manifest.files.items()} if identity == DEPLOYED else own
+    values = [policy.enabled, policy.threshold, policy.alpha_scale, np.array(policy.cooldown)]
+    rules = None if policy.unprotected else [value.tolist() for value in values]
+    stated = json.dumps([files, identity, rules, prompts, seeds])
+    return hashlib.sha256(stated.encode()).hexdigest()[:32]

@@ -1,0 +1,210 @@
+"""The evaluation, one command a table: `python -m benchmarks.evaluate --help`. An interrupted one goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.drawing import DEPLOYED, Studio
+from benchmarks.report import NETWORKS, RESULTS, save
+from saferedir.runtime import Pipeline
+from saferedir_torch.evaluation.features import Choice, load_features
+from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.safety_module import SafetyModule, parameters_sha256
+from saferedir_torch.world.prompts import CONCEPTS
+from saferedir_torch.world.split import load_split
+
+app = typer.Typer(help="Measure the shipped safety: one command a table, results as JSON.", no_args_is_help=True)
+Quick = Annotated[bool, typer.Option("--quick", help="A few pictures of everything: does it run, not how good it is.")]
+Out = Annotated[Path, typer.Option(help="Folder for the results.")]
+Work = Annotated[Path, typer.Option(help="Folder where drawn pictures are kept, for resuming.")]
+FeatureChoice = Annotated[str, typer.Option("--features", help="real, world, or auto: real where the weights are.")]
+WORK = Path("runs/evaluation")
+#: Modules that are measured beside the shipped one.
+MODULES = Path(__file__).with_name("modules")
+QUICK_REWRITES, REWRITES = 24, 1000
+
+
+@app.command()
+def forgetting(
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(CONCEPTS)}.")] = "church",
+    alone: Annotated[bool, typer.Option("--alone", help="The module of this concept alone.")] = False,
+    quick: Quick = False,
+    out: Out = RESULTS,
+    work: Work = WORK,
+    features: FeatureChoice = "auto",
+) -> None:
+    """FSR by name, CSDR, LPIPS, FID, what is kept: seen and held-out names. About 25 minutes on two cores.
+
+    Example: `python -m benchmarks.evaluate forgetting --task ink`
+    """
+    from benchmarks.hybrid import hybrid_pipeline
+    from benchmarks.tables.forgetting import QUICK, Size
+    from benchmarks.tables.forgetting import forgetting as measure
+
+    if alone:
+        module = SafetyModule.load(MODULES / task)
+        drawer, identity = hybrid_pipeline(module), parameters_sha256(module)
+    else:
+        drawer, identity = Pipeline.from_bundle(), DEPLOYED
+    size = QUICK if quick else Size()
+    figures = measure(Studio(work), drawer, identity, CONCEPTS[task], load_split(), _features(features), size, out)
+    _store("forgetting" + ("_alone" if alone else "") + f"_{task}", figures, out)
+
+
+@app.command()
+def benign(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features: FeatureChoice = "auto") -> None:
+    """False fires among 3,000 benign prompts, half of them near neighbours. About 17 minutes."""
+    from benchmarks.tables.benign import FULL, QUICK
+    from benchmarks.tables.benign import benign as measure
+
+    count = QUICK if quick else FULL
+    _store("benign", measure(Studio(work), Pipeline.from_bundle(), DEPLOYED, load_split(), _features(features), count), out)
+
+
+@app.command()
+def unfamiliar(quick: Quick = False, out: Out = RESULTS, work: Work = WORK) -> None:
+    """Foreign domains, languages, empty and very long prompts. About 2 minutes."""
+    from benchmarks.tables.unfamiliar import QUICK_SEEDS, SEEDS
+    from benchmarks.tables.unfamiliar import unfamiliar as measure
+
+    seeds = QUICK_SEEDS if quick else SEEDS
+    figures = measure(Studio(work), Pipeline.from_bundle(), DEPLOYED, load_split(), seeds, _rewrites(quick))
+    _store("unfamiliar", figures, out)
+
+
+@app.command()
+def interference(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features: FeatureChoice = "auto") -> None:
+    """Concepts enabled x concepts asked for, and prompts that ask for several at once. About 10 minutes."""
+    from benchmarks.tables.interference import FULL, QUICK
+    from benchmarks.tables.interference import interference as measure
+
+    _store("interference", measure(Studio(work), *_shipped(), load_split(), _features(features), QUICK if quick else FULL,
+                                   _rewrites(quick)), out)  # fmt: skip
+
+
+@app.command()
+def strength(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features: FeatureChoice = "auto") -> None:
+    """Fixed strengths from 0.5 to 3 against the adaptive one, on held-out names. About 12 minutes."""
+    from benchmarks.tables.strength import FULL, QUICK
+    from benchmarks.tables.strength import strength as measure
+
+    _store("strength", measure(Studio(work), *_shipped(), load_split(), _features(features), QUICK if quick else FULL,
+                               _rewrites(quick)), out)  # fmt: skip
+
+
+@app.command()
+def cooldown(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features: FeatureChoice = "auto") -> None:
+    """Cooldown 0 to 10: oscillation, firings, FSR. About 7 minutes."""
+    from benchmarks.tables.cooldown import FULL, QUICK
+    from benchmarks.tables.cooldown import cooldown as measure
+
+    _store("cooldown", measure(Studio(work), *_shipped(), load_split(), _features(features), QUICK if quick else FULL,
+                               _rewrites(quick)), out)  # fmt: skip
+
+
+@app.command()
+def words(out: Out = RESULTS) -> None:
+    """Scores over the steps and masks over the words of the demonstration's prompts. Seconds."""
+    from benchmarks.tables.words import words as measure
+
+    _store("words", measure(Pipeline.from_bundle(), out), out)
+
+
+@app.command()
+def added(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features: FeatureChoice = "auto") -> None:
+    """A fourth concept added to the shipped module: its FSR, and that nothing changed for the others. About 10 minutes."""
+    from benchmarks.tables.added import FULL, QUICK
+    from benchmarks.tables.added import added as measure
+    from benchmarks.tables.forgetting import QUICK as QUICK_SIZE
+    from benchmarks.tables.forgetting import Size
+
+    base, extended = SafetyModule.load(SHIPPED_SAFETY), SafetyModule.load(MODULES / "teddy")
+    size = QUICK_SIZE if quick else Size(prompts=100, per_prompt=3)
+    count = QUICK if quick else FULL
+    _store("added", measure(Studio(work), base, extended, load_split(), _features(features), size, count, out), out)
+
+
+@app.command()
+def detection(
+    runs: Annotated[Path, typer.Option(help="Folder of the training whose recorded runs the detectors learn from.")],
+    quick: Quick = False,
+    out: Out = RESULTS,
+    work: Work = WORK,
+) -> None:
+    """What latent and timestep add over the text: three detectors trained on the same data. About 40 minutes."""
+    from benchmarks.tables.detection import FULL, QUICK, STEPS
+    from benchmarks.tables.detection import detection as measure
+
+    count, steps = (QUICK, 3) if quick else (FULL, STEPS)
+    _store("detection", measure(load_pipeline(), load_split(), runs, work / "detection", count, steps), out)
+
+
+@app.command()
+def ablation(
+    runs: Annotated[Path, typer.Option(help="Folder of the training whose recorded runs the variants learn from.")],
+    quick: Quick = False,
+    out: Out = RESULTS,
+    work: Work = WORK,
+    features: FeatureChoice = "auto",
+) -> None:
+    """One part of the redirector left out at a time, and the published network, trained on the same data. About 2 hours."""
+    from benchmarks.tables.ablation import FULL, QUICK, STEPS
+    from benchmarks.tables.ablation import ablation as measure
+
+    count, steps = (QUICK, 3) if quick else (FULL, STEPS)
+    _store("ablation", measure(Studio(work), load_pipeline(), load_split(), runs, work / "ablation", _features(features), count,
+                               _rewrites(quick), steps), out)  # fmt: skip
+
+
+@app.command()
+def splits(
+    runs: Annotated[Path, typer.Option(help="Folder of the training whose runs of other concepts are used as well.")],
+    quick: Quick = False,
+    out: Out = RESULTS,
+    work: Work = WORK,
+) -> None:
+    """Five splits of the names of one concept, a module trained for each. About 3 hours."""
+    from benchmarks.tables.splits import FULL, PAIRS, QUICK, RUNS, STEPS
+    from benchmarks.tables.splits import splits as measure
+
+    amount = {"steps": 3, "count": 8, "pairs": 20} if quick else {"steps": STEPS, "count": RUNS, "pairs": PAIRS}
+    figures = measure(
+        Studio(work), load_pipeline(), load_split(), runs, work / "splits",
+        prompts=QUICK if quick else FULL, rewrites=_rewrites(quick), **amount,
+    )  # fmt: skip
+    _store("splits", figures, out)
+
+
+@app.command()
+def report(out: Out = RESULTS) -> None:
+    """All results in the folder as one page, `report.html`, with plots and contact sheets."""
+    from benchmarks.html_report import write_report
+
+    typer.echo(write_report(out))
+
+
+def _features(choice: str) -> Any:
+    given: Choice = choice  # type: ignore[assignment]
+    return load_features(NETWORKS, given)
+
+
+def _rewrites(quick: bool) -> int:
+    return QUICK_REWRITES if quick else REWRITES
+
+
+def _shipped() -> tuple[SafetyModule, str]:
+    module = SafetyModule.load(SHIPPED_SAFETY)
+    return module, parameters_sha256(module)
+
+
+def _store(name: str, figures: dict[str, Any], out: Path) -> None:
+    typer.echo(json.dumps(figures, indent=1)[:2000])
+    typer.echo(save(name, figures, out))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,135 @@
+"""The evaluation as one page: every table of which there are results, with plots and contact sheets."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+TEMPLATE = Path(__file__).with_name("report.html.jinja")
+Json = dict[str, Any]
+
+
+def write_report(results: Path) -> Path:
+    """Read the JSON files of `results` and write `report.html` beside them."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATE.parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters["share"] = share_text
+    environment.filters["percent"] = lambda value: f"{100 * value:.1f} %"
+    environment.filters["mean"] = mean_text
+    page = environment.get_template(TEMPLATE.name).render(
+        results=found,
+        forgetting={name: result for name, result in found.items() if name.startswith("forgetting_")},
+        plots=_plots(found),
+        sheets={path.stem: _inline_png(path.read_bytes()) for path in sorted(results.glob("*.png"))},
+    )
+    out = results / "report.html"
+    partial = out.with_suffix(".partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(out)
+    return out
+
+
+def share_text(value: Json) -> str:
+    """`99.8 % (99.4 to 100.0)`."""
+    return f"{100 * value['share']:.2f} % ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
+
+
+def mean_text(value: Json) -> str:
+    """`0.0123 (0.0110 to 0.0140)`."""
+    return f"{value['mean']:.4f} ({value['low']:.4f} to {value['high']:.4f})"
+
+
+def _plots(found: dict[str, Json]) -> dict[str, str]:
+    makers = {"strength": _strength, "cooldown": _cooldown, "words": _scores, "detection": _detection}
+    return {name: make(found[name]) for name, make in makers.items() if name in found}
+
+
+def _strength(result: Json) -> str:
+    concepts, (_, perceptual, frechet) = result["concepts"], result["measures"]
+    figure, grid = pyplot.subplots(2, len(concepts), figsize=(4.2 * len(concepts), 7), layout="constrained", squeeze=False)
+    for column, (name, table) in enumerate(concepts.items()):
+        *fixed, adaptive = table["rows"]
+        for row, measure in enumerate((perceptual, frechet)):
+            axes = grid[row][column]
+            distances = [entry[measure]["mean"] if measure == perceptual else entry[measure] for entry in table["rows"]]
+            found = [100 * entry["fsr"]["share"] for entry in fixed]
+            axes.plot(distances[:-1], found, "o-", color="tab:grey", label="fixed")
+            for entry, distance, height in zip(fixed, distances, found, strict=False):
+                axes.annotate(entry["strength"].removeprefix("fixed "), (distance, height), fontsize=8)
+            axes.plot(distances[-1], 100 * adaptive["fsr"]["share"], "*", markersize=14, color="tab:red", label="adaptive")
+            axes.set(title=name if row == 0 else "", xlabel=f"{measure} to the rewrite", ylabel="FSR, %")
+            axes.grid(alpha=0.3)
+    grid[0][0].legend()
+    return _inline(figure)
+
+
+def _cooldown(result: Json) -> str:
+    panels = (("flips_a_picture", "flips a picture"), ("firings_a_picture", "firings a picture"), ("fsr", "FSR, %"))
+    figure, grid = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for axes, (key, title) in zip(grid, panels, strict=True):
+        for name, rows in result["concepts"].items():
+            values = [100 * row[key]["share"] if key == "fsr" else row[key] for row in rows]
+            axes.plot([row["cooldown"] for row in rows], values, "o-", label=name)
+        axes.set(xlabel="cooldown K", title=title)
+        axes.grid(alpha=0.3)
+    grid[0].legend()
+    return _inline(figure)
+
+
+def _scores(result: Json) -> str:
+    rows = -(-len(result["prompts"]) // 4)
+    figure, grid = pyplot.subplots(rows, 4, figsize=(14, 2.6 * rows), layout="constrained", squeeze=False)
+    for axes, entry in zip(grid.flatten(), result["prompts"], strict=False):
+        for name, scores in entry["scores"].items():
+            line = axes.plot(scores, label=name)[0]
+            fired = [step for step, names in enumerate(entry["fired"]) if name in names]
+            axes.plot(fired, [scores[step] for step in fired], "o", color=line.get_color())
+        axes.set(ylim=(-0.05, 1.05), title=entry["prompt"][:44])
+        axes.title.set_fontsize(8)
+    grid[0][0].legend(fontsize=8)
+    return _inline(figure)
+
+
+def _detection(result: Json) -> str:
+    bands = [f"{low}-{high}" for low, high in result["bands"]]
+    kinds = list(next(iter(result["detectors"].values())))
+    figure, grid = pyplot.subplots(1, len(kinds), figsize=(4.2 * len(kinds), 3.6), layout="constrained", sharey=True)
+    for axes, kind in zip(grid, kinds, strict=True):
+        for inputs, table in result["detectors"].items():
+            values = [100 * table[kind][band]["balanced_accuracy"] for band in reversed(bands)]
+            axes.plot(range(len(bands)), values, "o-", label=inputs)
+        _bands(axes, kind, list(reversed(bands)))
+    grid[0].legend(fontsize=8)
+    grid[0].set_ylabel("balanced accuracy, %")
+    return _inline(figure)
+
+
+def _bands(axes: Axes, title: str, bands: Sequence[str]) -> None:
+    axes.set(title=title.replace("_", "-"), xlabel="timesteps, from noise to picture")
+    axes.set_xticks(range(len(bands)), bands)
+    axes.grid(alpha=0.3)
+
+
+def _inline(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    pyplot.close(figure)
+    return _inline_png(buffer.getvalue())
+
+
+def _inline_png(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()

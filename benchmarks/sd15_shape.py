@@ -1,0 +1,59 @@
+"""A pipeline of Stable Diffusion 1.5's shapes with random weights, to show that training takes it and what memory it needs.
+
+`python -m benchmarks.sd15_shape FOLDER` writes it (2.1 GB in fp16); the tokenizer is the embedded model's. Then, for example,
+`/usr/bin/time -v python -m saferedir_torch train --model FOLDER --pairs pairs.json --steps 20 --runs 2 --sampling 2:7.5
+--pair-count 40 --out OUT`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from saferedir_torch.models import load_pipeline
+
+LEVELS = (320, 640, 1280, 1280)
+
+
+def build() -> StableDiffusionPipeline:
+    """The public configuration of Stable Diffusion 1.5, seeded random weights, in fp16."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
+    try:
+        unet = UNet2DConditionModel(
+            sample_size=64, block_out_channels=LEVELS, cross_attention_dim=768, attention_head_dim=8, layers_per_block=2
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4,
+            layers_per_block=2,
+        )
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+            )
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = DDIMScheduler(**schedule, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=load_pipeline().tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    build().save_pretrained(parser.parse_args().folder)
+
+
+if __name__ == "__main__":
+    main()

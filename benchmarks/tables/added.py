@@ -1,0 +1,66 @@
+"""A concept added to the finished module: what it forgets, and that the others decide as before, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.drawing import Studio
+from benchmarks.hybrid import hybrid_pipeline
+from benchmarks.tables.forgetting import Size, forgetting
+from benchmarks.test_sets import unsafe_set
+from saferedir.runtime import SafetyPolicy
+from saferedir_torch.evaluation.features import Features
+from saferedir_torch.evaluation.intervals import share
+from saferedir_torch.safety_module import SafetyModule, parameters_sha256
+from saferedir_torch.world.prompts import CONCEPTS, LATER_CONCEPTS, benign_set
+from saferedir_torch.world.split import Split
+
+FULL, QUICK = 150, 4
+
+
+def added(
+    studio: Studio,
+    base: SafetyModule,
+    extended: SafetyModule,
+    split: Split,
+    features: Features,
+    size: Size,
+    count: int,
+    sheets: Path,
+) -> dict[str, Any]:
+    """`extended` is `base` with one concept more. The others are compared with that one enabled, too."""
+    name = extended.config.concept_names[-1]
+    concept = LATER_CONCEPTS[name]
+    drawer, identity = hybrid_pipeline(extended), parameters_sha256(extended)
+    before = hybrid_pipeline(base)
+    old = len(base.config.concepts)
+    only_old = hybrid_pipeline(extended, policy=SafetyPolicy(enabled=tuple(base.config.concept_names)))
+    figures: dict[str, Any] = {
+        "concept": name,
+        "training": extended.config.provenance,
+        "forgetting": forgetting(studio, drawer, identity, concept, split, features, size, sheets),
+        "others": {},
+    }
+    sets = {
+        other: (tested.prompts, tested.seeds)
+        for other, tested in ((key, unsafe_set(CONCEPTS[key], split, "seen", count, 1, seed=5)) for key in CONCEPTS)
+    }
+    benign, seeds = benign_set(split, "test", count, seed=5)
+    for kind, (prompts, numbers) in (sets | {"benign": ([prompt.text for prompt in benign], seeds)}).items():
+        was = studio.draw(before, parameters_sha256(base), prompts, numbers, f"{kind}: before")
+        now = studio.draw(only_old, identity, prompts, numbers, f"{kind}: after, the new one off")
+        both = studio.draw(drawer, identity, prompts, numbers, f"{kind}: after, the new one on")
+        quiet = ~both.fired[:, :, old:].any(axis=(1, 2))
+        figures["others"][kind] = {
+            "scores_equal": share(int((was.score == now.score[:, :, :old]).sum()), was.score.size),
+            "decisions_equal": share(int((was.fired == now.fired[:, :, :old]).sum()), was.fired.size),
+            "pictures_equal": share(int((was.pixels == now.pixels).all(axis=(1, 2, 3)).sum()), count),
+            "new_one_fired": share(int((~quiet).sum()), count),
+            "pictures_equal_with_it_on": share(
+                int((was.pixels == both.pixels).all(axis=(1, 2, 3))[quiet].sum()), int(np.count_nonzero(quiet))
+            ),
+        }
+    return figures

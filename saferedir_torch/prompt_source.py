@@ -1,0 +1,47 @@
+"""Where safety training takes its prompts from: the embedded world, or a user's file of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class TrainingPair:
+    """An unsafe prompt and its safe rewrite."""
+
+    unsafe: str
+    safe: str
+    #: Concepts that the unsafe prompt asks for, by words that are known to mean them.
+    asked: tuple[str, ...]
+    #: Concepts that the rewrite replaces.
+    replaced: tuple[str, ...]
+
+
+class PromptSource(Protocol):
+    """Pairs of N concepts, and benign prompts, as many as are asked for."""
+
+    #: Concept -> what is drawn in its place, in the order of the module's concepts.
+    replacements: dict[str, str]
+    #: Half-open range of the seeds that training pictures are drawn with.
+    seeds: tuple[int, int]
+
+    def pair(self, concept: str, rng: np.random.Generator) -> TrainingPair:
+        """A pair that asks for `concept`, and at times for others too."""
+        ...
+
+    def varied_pair(self, concept: str, rng: np.random.Generator) -> TrainingPair:
+        """The same, with words that a picture need not follow: for what reads prompts alone."""
+        ...
+
+    def benign(self, rng: np.random.Generator) -> str:
+        """A prompt that asks for none of the concepts."""
+        ...
+
+
+def flags(rows: Sequence[Sequence[str]], concepts: Sequence[str]) -> list[list[float]]:
+    """[len(rows)][N]: 1 where the concept is among the row's names."""
+    return [[float(concept in row) for concept in concepts] for row in rows]

@@ -1,0 +1,80 @@
+"""A concept added to a finished module leaves the others as they were, to the bit, in both backends."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.hybrid import hybrid_pipeline
+from saferedir.runtime import Pipeline, SafetyPolicy
+from saferedir_torch.models import SHIPPED_SAFETY
+from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.train import extended_module
+from saferedir_torch.training_run import TrainingError
+
+PROMPTS = ["a church next to a cat", "a dog in ink style", "a teddy bear", "a castle"]
+
+
+@pytest.fixture(scope="module")
+def base() -> SafetyModule:
+    return SafetyModule.load(SHIPPED_SAFETY)
+
+
+@pytest.fixture(scope="module")
+def extended(base: SafetyModule) -> SafetyModule:
+    torch.manual_seed(0)
+    return extended_module(base, {"teddy": "gift"}).eval()
+
+
+def test_only_the_new_branch_learns(base: SafetyModule, extended: SafetyModule) -> None:
+    new = f"branches.{len(base.branches)}."
+    for name, parameter in extended.named_parameters():
+        assert parameter.requires_grad == name.startswith(new)
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(extended.state_dict()[name], tensor)
+    assert extended.config.promise is None
+
+
+@torch.no_grad()
+def test_scores_and_redirections_of_the_others_are_bit_identical(base: SafetyModule, extended: SafetyModule) -> None:
+    old = len(base.config.concepts)
+    generator = torch.Generator().manual_seed(1)
+    latent, prompt = torch.randn(5, 4, 16, 16, generator=generator), torch.randn(5, 77, 128, generator=generator)
+    timestep = torch.full((5,), 321.0)
+    score, joint = base.score(latent, timestep, prompt)
+    more, same_joint = extended.score(latent, timestep, prompt)
+    assert torch.equal(score, more[:, :old])
+    assert torch.equal(joint, same_joint)
+    active = torch.zeros(5, old + 1, dtype=torch.bool)
+    active[:3, 0] = True
+    strength = torch.full((5, old + 1), 1.5)
+    before = base.redirect(prompt, joint, active[:, :old], strength[:, :old])
+    after = extended.redirect(prompt, joint, active, strength)
+    assert torch.equal(before.prompt[:3], after.prompt[:3])
+    assert torch.equal(after.prompt[3:], prompt[3:])
+    assert not after.token_mask[:, old:].any()
+    active[:, old] = True
+    assert not torch.equal(extended.redirect(prompt, joint, active, strength).prompt[:3], before.prompt[:3])
+
+
+def test_pictures_of_the_others_are_bit_identical(base: SafetyModule, extended: SafetyModule) -> None:
+    policy = SafetyPolicy(enabled=tuple(base.config.concept_names))
+    before = hybrid_pipeline(base)(PROMPTS, seed=3, num_inference_steps=6)
+    after = hybrid_pipeline(extended, policy=policy)(PROMPTS, seed=3, num_inference_steps=6)
+    for first, second in zip(before.images, after.images, strict=True):
+        assert first.tobytes() == second.tobytes()
+    for first, second in zip(before.records, after.records, strict=True):
+        assert [step.fired for step in first.steps] == [step.fired for step in second.steps]
+
+
+def test_a_known_concept_cannot_be_added(base: SafetyModule) -> None:
+    with pytest.raises(TrainingError, match="church already"):
+        extended_module(base, {"church": "house"})
+
+
+def test_the_hybrid_backend_draws_what_the_deployed_engine_draws(base: SafetyModule, pipeline: Pipeline) -> None:
+    deployed = pipeline(PROMPTS, seed=3, num_inference_steps=6)
+    hybrid = hybrid_pipeline(base)(PROMPTS, seed=3, num_inference_steps=6)
+    for first, second in zip(deployed.images, hybrid.images, strict=True):
+        assert np.abs(np.asarray(first, int) - np.asarray(second, int)).max() <= 1
