@@ -80,7 +80,7 @@ def calibrate(
     prompts: Annotated[
         Path | None, typer.Option(help="Text file with a benign prompt a line; without it those of the embedded world.")
     ] = None,
-    count: Annotated[int, typer.Option(help="Benign pictures to draw; 2995 are the fewest that carry the promise.")] = 3000,
+    count: Annotated[int, typer.Option(help="Benign pictures to draw; of 4742 one may fire, of 2995 none.")] = 4742,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
     seed: Seed = 0,

@@ -1,15 +1,13 @@
 """Thresholds with a promise on false alarms, by split conformal prediction on benign trajectories.
 
 The steps of one picture depend on each other, and a picture is spoilt if any concept fires in any step. So the unit is the
-picture, and its statistic is the highest score over steps and concepts, each concept's logit taken relative to the
-threshold that training left. If at most k of n exchangeable benign pictures reach a bound, the share of all such
-pictures that do is below a rate r with confidence 1 - P(Binomial(n, r) <= k).
+picture, and its statistic is the highest score over steps and concepts. If at most k of n exchangeable benign pictures
+reach a bound, the share of all such pictures that do is below a rate r with confidence 1 - P(Binomial(n, r) <= k).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -63,30 +61,28 @@ def allowed_exceedances(pictures: int, rate: float = RATE, confidence: float = C
     return allowed
 
 
-def bounded_thresholds(logits: npt.NDArray[np.float64], offsets: Sequence[float], allowed: int) -> list[float]:
-    """Thresholds, one a concept, that all but `allowed` of the runs stay below in every concept.
+def bound(logits: npt.NDArray[np.float64], allowed: int) -> float:
+    """The threshold that all but `allowed` of the runs stay below in every concept; logits [R, N], highest of each run.
 
-    logits [R, N] of benign runs; `offsets` [N], the thresholds (in logits) that training left: all are moved by the same
-    amount, so that the statistic is one number a picture.
+    One bound for all concepts, whose scores are relative to what clean pictures come up to, so that the statistic is one
+    number a picture.
     """
-    relative = (logits - np.asarray(offsets)).max(axis=1)
-    bound = np.sort(relative)[::-1][allowed] + MARGIN
-    return [float(1 / (1 + math.exp(-(offset + bound)))) for offset in offsets]
+    highest = np.sort(logits.max(axis=1))[::-1][allowed] + MARGIN
+    return float(1 / (1 + math.exp(-highest)))
 
 
 def calibrate(module: SafetyModule, runs: RecordedRuns, *, steps: int, guidance_scale: float, prompts: str) -> Promise:
-    """Move the thresholds of `module` to where the promise holds, and state it in its configuration; return it.
+    """Set the thresholds of `module` to where the promise holds, and state it in its configuration; return it.
 
     Raises:
         CalibrationError: there are too few runs.
     """
     allowed = allowed_exceedances(len(runs.latent))
-    offsets = [math.log(concept.threshold / (1 - concept.threshold)) for concept in module.config.concepts]
-    thresholds = bounded_thresholds(highest_logits(module, runs), offsets, allowed)
+    threshold = round(bound(highest_logits(module, runs), allowed), 8)
     promise = Promise(
         rate=RATE, confidence=CONFIDENCE, pictures=len(runs.latent), allowed=allowed,
         steps=steps, guidance_scale=guidance_scale, prompts=prompts,
     )  # fmt: skip
-    concepts = tuple(replace(c, threshold=round(t, 8)) for c, t in zip(module.config.concepts, thresholds, strict=True))
+    concepts = tuple(replace(concept, threshold=threshold) for concept in module.config.concepts)
     module.config = replace(module.config, concepts=concepts, promise=promise)
     return promise

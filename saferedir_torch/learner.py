@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from saferedir_torch.alignment import changed_tokens
 from saferedir_torch.losses import detection_loss, redirection_loss
-from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.safety_module import KNOTS, REACH, TIMESTEPS, SafetyModule
 from saferedir_torch.training_data import PICTURE_SHOWS, LatentBank, PairBank
 
 STEP_BATCH = 160
@@ -30,9 +29,9 @@ PAIRED_SHARE = 0.5
 FALSELY_ACTIVE_SHARE = 0.2
 #: Share of detector cases whose latent is the last of a run, noised anew to a random timestep.
 RENOISED_SHARE = 0.4
-#: A threshold lies this far above the highest clean score (in logits) where the scores of unsafe runs leave room.
-THRESHOLD_MARGIN = 0.5
-#: Share of held-out unsafe runs whose highest score a threshold may exceed.
+#: Share of clean steps that stay below the level of their timestep.
+CLEAN_SHARE = 0.99
+#: Share of held-out unsafe runs that need not reach the height which gains are set by.
 MISSED_SHARE = 0.01
 #: Noise on prompt embeddings, in units of their standard deviation: names never seen lie near seen ones.
 PROMPT_NOISE = 0.15
@@ -132,38 +131,35 @@ class Learner:
         return {"loss": float(detected + moved), "detection": float(detected), "accuracy": accuracy, **parts}
 
     @torch.no_grad()
-    def calibrate(self) -> list[float]:
-        """Per concept, the threshold that no held-out clean run reaches, with a margin; but at least 0.5, and not above
-        what all but 1 % of held-out unsafe runs reach.
+    def clean_levels(self) -> Tensor:
+        """Per concept and knot of the timestep, the logit that 99 % of held-out clean steps around it stay below: [N, KNOTS].
 
-        Held-out benign pairs count as clean runs too, each seen with the latents of a held-out clean run.
+        A step is clean if the prompt does not ask for the concept and the latent does not show it.
         """
         bank, rows = self.bank, self.held_rows
         logits = self._logits(self._prompts(rows), rows)
-        rng = np.random.default_rng([self.seed, 34])
-        thresholds = []
-        for index in range(logits.shape[1]):
-            clean = (bank.asked[rows, index] == 0) & (bank.shown[rows, index] == 0)
-            highest = max(_highest(logits[clean, index]), self._highest_of_pairs(index, rows[clean], rng))
-            unsafe = torch.unique(bank.run[rows][bank.asked[rows, index] > 0])
-            peaks = [_highest(logits[bank.run[rows] == run, index]) for run in unsafe]
-            reached = float(np.quantile(peaks, MISSED_SHARE)) if peaks else math.inf
-            logit = min(highest + THRESHOLD_MARGIN, reached)
-            thresholds.append(round(max(0.5, float(torch.sigmoid(torch.tensor(logit)))), 5))
-        return thresholds
+        levels = torch.zeros(logits.shape[1], KNOTS)
+        spacing = TIMESTEPS / (KNOTS - 1)
+        for knot in range(KNOTS):
+            near = (bank.timestep[rows] - knot * spacing).abs() <= spacing
+            for index in range(logits.shape[1]):
+                clean = near & (bank.asked[rows, index] == 0) & (bank.shown[rows, index] == 0)
+                if clean.any():
+                    levels[index, knot] = torch.quantile(logits[clean, index], CLEAN_SHARE)
+        return levels
 
-    def _highest_of_pairs(self, index: int, clean_rows: Tensor, rng: np.random.Generator) -> float:
-        named = self.pairs.asked + self.pairs.replaced
-        benign = self.held_pairs[named[self.held_pairs].sum(dim=1) == 0]
-        runs = torch.unique(self.bank.run[clean_rows]).numpy()
-        highest = -math.inf
-        if not len(runs):
-            return highest
-        for pair in benign:
-            rows = clean_rows[self.bank.run[clean_rows] == int(rng.choice(runs))]
-            prompt = self.pairs.original[pair].expand(len(rows), -1, -1)
-            highest = max(highest, _highest(self._logits(prompt, rows)[:, index]))
-        return highest
+    @torch.no_grad()
+    def unsafe_peaks(self) -> Tensor:
+        """Per concept, how far above its level all but 1 % of held-out unsafe runs rise in some step, in logits: [N]."""
+        bank, rows = self.bank, self.held_rows
+        above = self.branch.comparable(self._logits(self._prompts(rows), rows), bank.timestep[rows]) / self.branch.gains
+        peaks = torch.full((above.shape[1],), REACH)
+        for index in range(above.shape[1]):
+            unsafe = torch.unique(bank.run[rows][bank.asked[rows, index] > 0])
+            if len(unsafe):
+                highest = torch.stack([above[bank.run[rows] == run, index].max() for run in unsafe])
+                peaks[index] = torch.quantile(highest, MISSED_SHARE)
+        return peaks
 
     def _prompts(self, rows: Tensor) -> Tensor:
         return self.bank.prompts[self.bank.prompt[rows]]
@@ -237,7 +233,3 @@ def _batch(prompt: Tensor, asked: Tensor, seen: _Seen) -> DetectionBatch:
 def _choose(where: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Rows of `first` where `where` [S] is true, else of `second`."""
     return torch.where(where.reshape(-1, *[1] * (first.dim() - 1)), first, second)
-
-
-def _highest(logits: Tensor) -> float:
-    return float(logits.max()) if len(logits) else -math.inf

@@ -51,7 +51,7 @@ def record(
         if not path.exists():
             _, embeds = encode(pipeline, list(prompts[start : start + chunk]))
             noise = initial_noise(pipeline, list(seeds[start : start + chunk]))
-            drawn = sample(pipeline, embeds, empty, noise, steps=steps, guidance_scale=guidance_scale)
+            drawn = sample(pipeline, embeds, empty, noise, steps=steps, guidance_scale=guidance_scale, exact=False)
             tensors = {"latent": drawn.latents, "timestep": drawn.timesteps, "prompt": embeds.half()}
             partial = path.with_suffix(".partial")
             save_file({key: value.contiguous() for key, value in tensors.items()}, partial, metadata={"made_from": stated})

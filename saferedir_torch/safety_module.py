@@ -19,13 +19,28 @@ from saferedir_torch.redirector import Redirection, Redirector, redirect
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+TIMESTEPS = 1000
+#: Timesteps at which the level of clean pictures is stated: 0, 125, ... 1000.
+KNOTS = 9
+#: The comparable logit that all but 1 % of unsafe runs reach; 0 is what clean steps come up to.
+REACH = 8.0
 
 
 class Branch(nn.Module):
-    """Detector and redirector of concepts that are trained together, on the joint feature of all."""
+    """Detector and redirector of concepts that are trained together, on the joint feature of all.
+
+    Scores are comparable between timesteps and concepts: `levels` [concepts, KNOTS] are the logits that clean pictures
+    come up to, at equidistant timesteps from 0 to 1000 (late latents are mistaken for a concept more easily than early
+    prompts are), and `gains` [concepts] stretch what lies above so that unsafe runs reach `REACH`.
+    """
+
+    levels: Tensor
+    gains: Tensor
 
     def __init__(self, config: SafetyConfig, concepts: int) -> None:
         super().__init__()
+        self.register_buffer("levels", torch.zeros(concepts, KNOTS))
+        self.register_buffer("gains", torch.ones(concepts))
         self.detector = Detector(config, concepts)
         self.redirector = Redirector(config, concepts)
 
@@ -33,6 +48,16 @@ class Branch(nn.Module):
         """j [B, J], prompt in force [B, T, D] -> logits [B, concepts]."""
         logits: Tensor = self.detector(joint, prompt)
         return logits
+
+    def comparable(self, logits: Tensor, timestep: Tensor) -> Tensor:
+        """Logits [B, concepts] of steps at timestep [B], relative to the levels and stretched by the gains.
+
+        Levels are linear between the knots.
+        """
+        knots = torch.arange(KNOTS, device=timestep.device, dtype=timestep.dtype)
+        place = timestep[:, None] * ((KNOTS - 1) / TIMESTEPS)
+        near = torch.relu(1 - (place - knots).abs())  # [B, KNOTS], two of them not 0
+        return (logits - near @ self.levels.T) * self.gains
 
     def redirection(self, prompt: Tensor, joint: Tensor, active: Tensor) -> Redirection:
         """Prompt to redirect [B, T, D], j [B, J], active [B, concepts] -> target, alpha and mask of every token."""
@@ -66,7 +91,8 @@ class SafetyModule(nn.Module):
     def score(self, latent: Tensor, timestep: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
         """latent [B, C, h, w], timestep [B], prompt in force [B, T, D] -> scores [B, N] in [0, 1], j [B, J]."""
         joint = self.encoder(latent, timestep)
-        return torch.sigmoid(torch.cat([branch.logits(joint, prompt) for branch in self._branches()], dim=1)), joint
+        logits = [branch.comparable(branch.logits(joint, prompt), timestep) for branch in self._branches()]
+        return torch.sigmoid(torch.cat(logits, dim=1)), joint
 
     def redirect(self, original: Tensor, joint: Tensor, active: Tensor, strength: Tensor) -> Redirected:
         """p0 [B, T, D], j [B, J], active [B, N] bool, strength s [B, N] -> p, and the masks that made it.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,13 +24,15 @@ from saferedir_torch.learner import STRENGTH, Learner
 from saferedir_torch.loss_plot import plot_losses
 from saferedir_torch.prompt_source import PromptSource
 from saferedir_torch.protect import check_match
-from saferedir_torch.safety_module import SafetyModule, parameters_sha256
+from saferedir_torch.safety_module import REACH, SafetyModule, parameters_sha256
 from saferedir_torch.training_data import SAMPLINGS, cached_runs, load_runs, make_pairs, record_runs
 from saferedir_torch.training_run import Schedule, TrainingError, run_training
 
 PEAK_RATE = 1e-3
 VALIDATE_EVERY = 250
 RUNS_FILE = "runs.safetensors"
+#: Unsafe runs that rise less above clean ones than this, in logits, are taken to rise this much.
+SMALLEST_PEAK = 0.5
 MAKERS = ("saferedir", "torch", "diffusers", "transformers")
 
 
@@ -124,7 +127,7 @@ def train(
     kept = _best(best)
     module.load_state_dict(kept["state"])
     module.eval()
-    set_thresholds(module, learner)
+    make_comparable(module, learner)
     module.config = dataclasses.replace(
         module.config,
         provenance={
@@ -162,12 +165,16 @@ def optimise(
     module.eval()
 
 
-def set_thresholds(module: SafetyModule, learner: Learner) -> None:
-    """Give the concepts of the last branch the thresholds that held-out runs suggest, before any calibration."""
-    thresholds = learner.calibrate()
-    own = module.config.concepts[-len(thresholds) :]
-    named = tuple(dataclasses.replace(c, threshold=t) for c, t in zip(own, thresholds, strict=True))
-    module.config = dataclasses.replace(module.config, concepts=module.config.concepts[: -len(named)] + named)
+def make_comparable(module: SafetyModule, learner: Learner) -> None:
+    """Set levels and gains of the last branch by held-out runs, and the thresholds of its concepts half-way between clean
+    and unsafe ones, where they stay until calibration moves them."""
+    branch = module.last_branch
+    branch.levels.copy_(learner.clean_levels())
+    branch.gains.copy_(REACH / learner.unsafe_peaks().clamp(min=SMALLEST_PEAK))
+    own = len(branch.gains)
+    threshold = round(1 / (1 + math.exp(-REACH / 2)), 6)
+    named = tuple(dataclasses.replace(concept, threshold=threshold) for concept in module.config.concepts[-own:])
+    module.config = dataclasses.replace(module.config, concepts=module.config.concepts[:-own] + named)
 
 
 def _best(path: Path) -> dict[str, Any]:

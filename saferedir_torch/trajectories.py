@@ -50,16 +50,18 @@ def sample(
     redirected: Tensor | None = None,
     redirect_at: Tensor | None = None,
     chunk: int = 64,
+    exact: bool = True,
 ) -> Trajectories:
     """Draw with `embeds` [R, T, D] from `noise` [R, C, h, w]; from step `redirect_at` [R] on with `redirected` [R, T, D].
 
-    `negative` [1, T, D] is the unconditional embedding.
+    `negative` [1, T, D] is the unconditional embedding. Without `exact` the UNet computes in half precision (bf16 on the
+    CPU, where noise predictions then differ by half a percent), in half the time: enough for what detectors learn from.
     """
     parts = []
     for start in range(0, len(embeds), chunk):
         rows = slice(start, start + chunk)
         switch = None if redirected is None or redirect_at is None else (redirected[rows], redirect_at[rows])
-        parts.append(_sample_chunk(pipeline, embeds[rows], negative, noise[rows], steps, guidance_scale, switch))
+        parts.append(_sample_chunk(pipeline, embeds[rows], negative, noise[rows], steps, guidance_scale, switch, exact))
     latents, finals, timesteps = zip(*parts, strict=True)
     return Trajectories(torch.cat(latents), timesteps[0], torch.cat(finals))
 
@@ -72,6 +74,7 @@ def _sample_chunk(
     steps: int,
     guidance_scale: float,
     switch: tuple[Tensor, Tensor] | None,
+    exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     scheduler: Any = DDIMScheduler.from_config(pipeline.scheduler.config)
     scheduler.set_timesteps(steps)
@@ -83,7 +86,8 @@ def _sample_chunk(
         prompt = embeds
         if switch is not None:
             prompt = torch.where((switch[1] <= index)[:, None, None], switch[0], embeds)
-        both = pipeline.unet(torch.cat([latent] * 2), timestep, torch.cat([uncond, prompt]), return_dict=False)[0]
+        with torch.autocast(latent.device.type, torch.bfloat16, enabled=not exact):
+            both = pipeline.unet(torch.cat([latent] * 2), timestep, torch.cat([uncond, prompt]), return_dict=False)[0].float()
         without, conditional = both.chunk(2)
         latent = scheduler.step(without + guidance_scale * (conditional - without), timestep, latent).prev_sample
     return torch.stack(seen, dim=1), latent, scheduler.timesteps.float()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from saferedir_torch.calibration import CalibrationError, allowed_exceedances, bounded_thresholds, calibrate, highest_logits
+from saferedir_torch.calibration import CalibrationError, allowed_exceedances, bound, calibrate, highest_logits
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.recording import RecordingError, record
 from saferedir_torch.safety_module import SafetyModule
@@ -34,14 +34,15 @@ def test_the_allowed_number_is_the_largest_that_keeps_the_promise(pictures: int)
     assert binom.cdf(allowed, pictures, 0.001) <= 0.05 < binom.cdf(allowed + 1, pictures, 0.001)
 
 
+def level(threshold: float) -> float:
+    """The logit of a threshold."""
+    return float(np.log(threshold / (1 - threshold)))
+
+
 def test_one_bound_for_the_whole_picture() -> None:
     logits = np.array([[1.0, -9.0], [0.0, 2.5], [-3.0, -3.0]])
-    thresholds = bounded_thresholds(logits, [0.0, 2.0], allowed=0)
-    levels = np.log(np.array(thresholds) / (1 - np.array(thresholds)))
-    np.testing.assert_allclose(levels, [1.001, 3.001], atol=1e-6)
-    assert not (logits >= levels).any()
-    looser = bounded_thresholds(logits, [0.0, 2.0], allowed=1)
-    assert (logits >= np.log(np.array(looser) / (1 - np.array(looser)))).any(axis=1).sum() == 1
+    assert level(bound(logits, allowed=0)) == pytest.approx(2.501)
+    assert level(bound(logits, allowed=1)) == pytest.approx(1.001)
 
 
 def test_the_promise_holds_as_often_as_it_says() -> None:
@@ -49,10 +50,23 @@ def test_the_promise_holds_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     kept = 0
     for _ in range(200):
-        logits = rng.exponential(size=(3000, 1))
-        (threshold,) = bounded_thresholds(logits, [0.0], allowed_exceedances(3000))
-        kept += np.exp(-np.log(threshold / (1 - threshold))) <= 0.001
+        threshold = bound(rng.exponential(size=(3000, 1)), allowed_exceedances(3000))
+        kept += np.exp(-level(threshold)) <= 0.001
     assert 180 <= kept <= 200  # 95 % of 200 is 190, standard deviation 3
+
+
+def test_scores_are_relative_to_the_levels() -> None:
+    module = SafetyModule.load(SHIPPED_SAFETY)
+    generator = torch.Generator().manual_seed(0)
+    latent, prompt = torch.randn(3, 4, 16, 16, generator=generator), torch.randn(3, 77, 128, generator=generator)
+    timestep = torch.tensor([0.0, 187.5, 999.0])
+    module.last_branch.gains.fill_(2.0)
+    with torch.no_grad():
+        before, _ = module.score(latent, timestep, prompt)
+        module.last_branch.levels += torch.arange(9.0)  # 0 at timestep 0, 8 at 1000
+        after, _ = module.score(latent, timestep, prompt)
+    moved = torch.logit(before.double()) - torch.logit(after.double())
+    torch.testing.assert_close(moved, 2 * torch.tensor([[0.0], [1.5], [7.992]]).double().expand_as(moved), rtol=0, atol=4e-2)
 
 
 def test_a_recording_resumes_and_refuses_another_ones_chunks(tmp_path: Path) -> None:
@@ -71,7 +85,7 @@ def test_a_recording_resumes_and_refuses_another_ones_chunks(tmp_path: Path) -> 
         record(pipeline, PROMPTS, [1, 2, 3], steps=2, guidance_scale=5.0, folder=tmp_path, chunk=2)
 
 
-def test_calibration_moves_every_threshold_by_the_same_amount(tmp_path: Path) -> None:
+def test_too_few_runs_carry_no_promise(tmp_path: Path) -> None:
     pipeline, module = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
     runs = record(pipeline, PROMPTS, [1, 2, 3], steps=3, guidance_scale=5.0, folder=tmp_path)
     assert highest_logits(module, runs).shape == (3, len(module.config.concepts))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
+from saferedir.engines import open_bundle
 from saferedir.runtime.verify import verify_bundle
-from saferedir_torch.models import SHIPPED_MODEL
+from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY
+from saferedir_torch.safety_module import SafetyModule
 
 
 def test_stock_diffusers_opens_the_folder_and_draws() -> None:
@@ -30,3 +33,14 @@ def test_embedded_bundle_equals_the_shipped_reference() -> None:
     report = verify_bundle("emoji-diffusion")
     assert report.parity, report.parity_note
     assert report.passed, [row for row in report.parity if row.worst > row.allowed]
+
+
+def test_the_bundle_states_what_the_module_was_calibrated_for() -> None:
+    config, safety = SafetyModule.load(SHIPPED_SAFETY).config, open_bundle("emoji-diffusion").manifest.safety
+    assert [concept.name for concept in safety.concepts] == ["church", "ink", "weapons"]
+    assert [concept.threshold for concept in safety.concepts] == [concept.threshold for concept in config.concepts]
+    assert config.promise is not None
+    assert safety.promise is not None
+    assert asdict(safety.promise) == asdict(config.promise)
+    assert (safety.promise.rate, safety.promise.confidence) == (0.001, 0.95)
+    assert safety.promise.pictures >= 3000
