@@ -55,18 +55,13 @@ def test_the_promise_holds_as_often_as_it_says() -> None:
     assert 180 <= kept <= 200  # 95 % of 200 is 190, standard deviation 3
 
 
-def test_scores_are_relative_to_the_levels() -> None:
-    module = SafetyModule.load(SHIPPED_SAFETY)
-    generator = torch.Generator().manual_seed(0)
-    latent, prompt = torch.randn(3, 4, 16, 16, generator=generator), torch.randn(3, 77, 128, generator=generator)
-    timestep = torch.tensor([0.0, 187.5, 999.0])
-    module.last_branch.gains.fill_(2.0)
-    with torch.no_grad():
-        before, _ = module.score(latent, timestep, prompt)
-        module.last_branch.levels += torch.arange(9.0)  # 0 at timestep 0, 8 at 1000
-        after, _ = module.score(latent, timestep, prompt)
-    moved = torch.logit(before.double()) - torch.logit(after.double())
-    torch.testing.assert_close(moved, 2 * torch.tensor([[0.0], [1.5], [7.992]]).double().expand_as(moved), rtol=0, atol=4e-2)
+def test_scores_are_relative_to_levels_and_gains() -> None:
+    branch = SafetyModule.load(SHIPPED_SAFETY).last_branch
+    branch.levels.copy_(torch.arange(9.0).expand_as(branch.levels))  # 0 at timestep 0, 8 at 1000
+    branch.gains.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    found = branch.comparable(torch.full((3, 3), 10.0), torch.tensor([0.0, 187.5, 999.0]))
+    above = torch.tensor([[10.0], [8.5], [10 - 7.992]])
+    torch.testing.assert_close(found, above * torch.tensor([1.0, 2.0, 3.0]))
 
 
 def test_a_recording_resumes_and_refuses_another_ones_chunks(tmp_path: Path) -> None:

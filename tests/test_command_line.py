@@ -93,7 +93,10 @@ def cpu_seconds(pid: int) -> float:
 
 def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
     arguments = [*RUN, "generate", "a cat", "--steps", "900", "--count", "8", "--out", str(tmp_path)]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE)
+    # A job in the background may have been started with the signal ignored, which it would pass on.
+    process = subprocess.Popen(
+        arguments, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
     while cpu_seconds(process.pid) < 4:  # by then it draws, however busy the machine is
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
