@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +36,7 @@ def train(
     seed: Seed = 0,
     steps: Annotated[int, typer.Option(help="Optimisation steps.")] = 4000,
     runs: Annotated[int, typer.Option(help="Unsafe runs to record, a concept; 3 others are recorded for each.")] = 400,
-    pair_count: Annotated[int, typer.Option(help="Prompt pairs to draw, a concept.")] = 5000,
+    pair_count: Annotated[int, typer.Option(help="Prompt pairs to draw, a concept.")] = 10_000,
     sampling: Annotated[
         list[str] | None, typer.Option(help="STEPS:GUIDANCE to record runs with, again for more; four kinds by default.")
     ] = None,
@@ -81,6 +82,9 @@ def calibrate(
         Path | None, typer.Option(help="Text file with a benign prompt a line; without it those of the embedded world.")
     ] = None,
     count: Annotated[int, typer.Option(help="Benign pictures to draw; of 4742 one may fire, of 2995 none.")] = 4742,
+    level_count: Annotated[
+        int, typer.Option(help="Benign pictures to draw besides, which say how high clean scores come at each timestep.")
+    ] = 2400,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
     seed: Seed = 0,
@@ -91,7 +95,7 @@ def calibrate(
     """
     from dataclasses import asdict
 
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from saferedir_torch.calibration import CalibrationError
     from saferedir_torch.calibration import calibrate as calibrate_module
@@ -100,32 +104,45 @@ def calibrate(
     from saferedir_torch.safety_module import SafetyModule
 
     module = SafetyModule.load(safety)
-    texts, seeds, kind = _benign_prompts(prompts, count, seed)
-    if not texts:
-        raise CalibrationError(f"{prompts} holds no prompts")
+    pipeline = load_pipeline(model)
+    drawn = []
     with Progress() as progress:
-        bar = progress.add_task("benign trajectories", total=len(texts))
-        runs = record(
-            load_pipeline(model), texts, seeds, steps=steps, guidance_scale=guidance, folder=recorded,
-            on_progress=lambda done, _: progress.update(bar, completed=done),
-        )  # fmt: skip
-    promise = calibrate_module(module, runs, steps=steps, guidance_scale=guidance, prompts=kind)
+        for name, pictures, stream in (("levels", level_count, seed + 1), ("bound", count, seed)):
+            texts, seeds, kind = _benign_prompts(prompts, pictures, stream, module.config.concept_names)
+            if not texts:
+                raise CalibrationError(f"{prompts} holds no prompts" if prompts else "at least one picture must be drawn")
+            bar = progress.add_task(f"benign trajectories: {name}", total=pictures)
+
+            def advance(done: int, _: int, bar: TaskID = bar) -> None:
+                progress.update(bar, completed=done)
+
+            drawn.append(
+                record(
+                    pipeline, texts, seeds, steps=steps, guidance_scale=guidance, folder=recorded / name, on_progress=advance
+                )
+            )  # fmt: skip
+    leveling, bounding = drawn
+    promise = calibrate_module(module, leveling, bounding, steps=steps, guidance_scale=guidance, prompts=kind)
     module.save(safety)
     thresholds = {concept.name: concept.threshold for concept in module.config.concepts}
     typer.echo(json.dumps({"promise": asdict(promise), "thresholds": thresholds}, indent=1))
 
 
-def _benign_prompts(path: Path | None, count: int, seed: int) -> tuple[list[str], list[int], str]:
-    """Prompts, seeds and what they are; a file's prompts are taken in turn until there are `count`."""
+def _benign_prompts(path: Path | None, count: int, seed: int, concepts: Sequence[str]) -> tuple[list[str], list[int], str]:
+    """Prompts, seeds and what they are; a file's prompts are taken in turn until there are `count`.
+
+    Prompts of the embedded world ask for nothing of the shipped concepts, nor of `concepts`.
+    """
     if path is None:
-        from saferedir_torch.world.prompts import benign_set
+        from saferedir_torch.world.prompts import CONCEPTS, LATER_CONCEPTS, benign_set
         from saferedir_torch.world.split import load_split
 
-        asked, seeds = benign_set(load_split(), "validation", count, seed=seed)
+        absent = [*CONCEPTS.values(), *(own for name, own in LATER_CONCEPTS.items() if name in concepts)]
+        asked, seeds = benign_set(load_split(), "validation", count, seed=seed, concepts=absent)
         return [prompt.text for prompt in asked], seeds, "prompts of the embedded world, half of them near neighbours"
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     texts = [lines[index % len(lines)] for index in range(count)] if lines else []
-    return texts, [1_000_000 + seed + index for index in range(len(texts))], f"{len(lines)} prompts of {path.name}"
+    return texts, [1_000_000 * (seed + 1) + index for index in range(len(texts))], f"{len(lines)} prompts of {path.name}"
 
 
 def _source(

@@ -1,5 +1,8 @@
 """Thresholds with a promise on false alarms, by split conformal prediction on benign trajectories.
 
+Some pictures first say how high clean logits come at each timestep; scores are relative to that from then on. Others, which
+had no part in it, set the bound.
+
 The steps of one picture depend on each other, and a picture is spoilt if any concept fires in any step. So the unit is the
 picture, and its statistic is the highest score over steps and concepts. If at most k of n exchangeable benign pictures
 reach a bound, the share of all such pictures that do is below a rate r with confidence 1 - P(Binomial(n, r) <= k).
@@ -14,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.stats import binom
+from torch import Tensor
 
 from saferedir_torch.config import Promise
 from saferedir_torch.recording import RecordedRuns
-from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.safety_module import KNOTS, TIMESTEPS, SafetyModule
 
 RATE = 0.001
 CONFIDENCE = 0.95
@@ -31,16 +35,33 @@ class CalibrationError(ValueError):
     """Too few trajectories for the promise."""
 
 
-@torch.no_grad()
 def highest_logits(module: SafetyModule, runs: RecordedRuns) -> npt.NDArray[np.float64]:
-    """Each run's highest logit over its steps, for every concept: [R, N]."""
-    highest = []
+    """Each run's highest logit over its steps, relative to the levels, for every concept: [R, N]."""
+    return np.asarray(_logits(module, runs).amax(dim=1).numpy())
+
+
+def set_levels(module: SafetyModule, runs: RecordedRuns) -> None:
+    """Set the levels of the branch trained last to the highest logit that any of the benign `runs` has around each knot."""
+    branch = module.last_branch
+    branch.levels.zero_()
+    highest = _logits(module, runs).amax(dim=0)[:, -len(branch.gains) :] / branch.gains  # [S, N]
+    spacing = TIMESTEPS / (KNOTS - 1)
+    near = (runs.timestep[:, None] - torch.arange(KNOTS) * spacing).abs() <= spacing  # [S, KNOTS]
+    levels = [torch.where(knot[:, None], highest, highest.amin()).amax(dim=0) for knot in near.T]
+    # Rounded as they will be on disk, so that the bound is for what is stored.
+    branch.levels.copy_(torch.stack(levels, dim=1).half())
+
+
+@torch.no_grad()
+def _logits(module: SafetyModule, runs: RecordedRuns) -> Tensor:
+    """Logits of every step, relative to the levels: [R, S, N]."""
+    parts = []
     for latent, prompt in zip(torch.split(runs.latent, 50), torch.split(runs.prompt, 50), strict=True):
         count, steps = latent.shape[:2]
         embeds = prompt.float().repeat_interleave(steps, dim=0)
         score, _ = module.score(latent.flatten(0, 1).float(), runs.timestep.repeat(count), embeds)
-        highest.append(torch.logit(score.double(), SMALLEST).reshape(count, steps, -1).amax(dim=1))
-    return np.asarray(torch.cat(highest).numpy())
+        parts.append(torch.logit(score.double(), SMALLEST).reshape(count, steps, -1))
+    return torch.cat(parts)
 
 
 def allowed_exceedances(pictures: int, rate: float = RATE, confidence: float = CONFIDENCE) -> int:
@@ -71,18 +92,46 @@ def bound(logits: npt.NDArray[np.float64], allowed: int) -> float:
     return float(1 / (1 + math.exp(-highest)))
 
 
-def calibrate(module: SafetyModule, runs: RecordedRuns, *, steps: int, guidance_scale: float, prompts: str) -> Promise:
-    """Set the thresholds of `module` to where the promise holds, and state it in its configuration; return it.
+def logit_of(threshold: float) -> float:
+    """log(t / (1 - t))."""
+    return math.log(threshold / (1 - threshold))
+
+
+def calibrate(
+    module: SafetyModule,
+    leveling: RecordedRuns,
+    runs: RecordedRuns,
+    *,
+    steps: int,
+    guidance_scale: float,
+    prompts: str,
+) -> Promise:
+    """Set levels by the benign pictures `leveling`, and thresholds to where the promise holds on the others, `runs`; state
+    the promise in the configuration of `module`, and return it.
+
+    Only the concepts trained last are calibrated: those which were there before they were added decide as they did, and the
+    promise is for all together.
 
     Raises:
-        CalibrationError: there are too few runs.
+        CalibrationError: there are too few runs, or the concepts that were there before fire on too many already.
     """
     allowed = allowed_exceedances(len(runs.latent))
-    threshold = round(bound(highest_logits(module, runs), allowed), 8)
+    set_levels(module, leveling)
+    own = len(module.last_branch.gains)
+    before, last = module.config.concepts[:-own], module.config.concepts[-own:]
+    logits = highest_logits(module, runs)
+    fired = np.array([logit_of(concept.threshold) for concept in before])
+    spoilt: npt.NDArray[np.bool_] = np.any(logits[:, :-own] >= fired, axis=1)
+    if spoilt.sum() > allowed:
+        raise CalibrationError(
+            f"{', '.join(concept.name for concept in before)} fire on {spoilt.sum()} of {len(spoilt)} pictures, {allowed} may; "
+            "calibrate the module that the concept was added to first"
+        )
+    threshold = round(bound(logits[~spoilt, -own:], allowed - int(spoilt.sum())), 8)
     promise = Promise(
         rate=RATE, confidence=CONFIDENCE, pictures=len(runs.latent), allowed=allowed,
         steps=steps, guidance_scale=guidance_scale, prompts=prompts,
     )  # fmt: skip
-    concepts = tuple(replace(concept, threshold=threshold) for concept in module.config.concepts)
-    module.config = replace(module.config, concepts=concepts, promise=promise)
+    concepts = tuple(replace(concept, threshold=threshold) for concept in last)
+    module.config = replace(module.config, concepts=before + concepts, promise=promise)
     return promise

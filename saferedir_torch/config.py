@@ -68,6 +68,7 @@ class SafetyConfig:
     timestep_features: int = 64
     context_heads: int = 4
     classifier_width: int = 256
+    words_width: int = 64
     redirector_width: int = 256
     redirector_heads: int = 4
     adapter_rank: int = 32

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from saferedir_torch.config import SafetyConfig
 
+#: What a word says before training: nothing, even when 77 of them are pooled.
+QUIET = -8.0
+
 
 class SqueezeExcitation(nn.Module):
     """Scales each channel by a gate computed from all channels' means (Hu et al. 2018)."""
@@ -136,17 +139,33 @@ class StepEncoder(nn.Module):
         return torch.cat([self.latent(latent), self.timestep(timestep)], dim=1)
 
 
+class WordEvidence(nn.Module):
+    """What single words say: a logit per token and concept, pooled by a smooth maximum, so that it does not matter what
+    else a prompt asks for."""
+
+    def __init__(self, config: SafetyConfig, concepts: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(config.prompt_width, config.words_width)
+        self.second = nn.Linear(config.words_width, concepts)
+        nn.init.constant_(self.second.bias, QUIET)
+
+    def forward(self, prompt: Tensor) -> Tensor:
+        """prompt [B, T, D] -> logits [B, concepts]."""
+        return torch.logsumexp(self.second(F.silu(self.first(prompt))), dim=1)
+
+
 class Detector(nn.Module):
-    """Logit per concept from j and the prompt in force."""
+    """Logit per concept from j and the prompt in force: what latent, timestep and prompt say together, or else a word."""
 
     def __init__(self, config: SafetyConfig, concepts: int) -> None:
         super().__init__()
         self.context = PromptContext(config)
         self.trunk = nn.Linear(config.joint_features + 2 * config.prompt_width, config.classifier_width)
         self.heads = nn.Linear(config.classifier_width, concepts)
+        self.words = WordEvidence(config, concepts)
 
     def forward(self, joint: Tensor, prompt: Tensor) -> Tensor:
         """j [B, J], prompt in force [B, T, D] -> logits [B, concepts]."""
         features = torch.cat([joint, prompt.mean(dim=1), self.context(joint, prompt)], dim=1)
         logits: Tensor = self.heads(F.silu(self.trunk(features)))
-        return logits
+        return logits + F.softplus(self.words(prompt) - logits)  # log(exp(a) + exp(b)), an "or" of both

@@ -15,6 +15,7 @@ from saferedir_torch.training_data import PICTURE_SHOWS, LatentBank, PairBank
 
 STEP_BATCH = 160
 PAIR_BATCH = 96
+WORD_BATCH = 128
 #: Strength s of the redirection formula that step lengths are trained for.
 STRENGTH = 1.5
 #: A token is to be moved where 1 - cos exceeds this: the largest value of the oracle ladder at which exact targets forget
@@ -98,6 +99,18 @@ class Learner:
         joint = self.module.encoder(batch.latent, batch.timestep)
         detected = detection_loss(self.branch.logits(joint, batch.prompt), batch.labels, batch.weights)
         return detected, {"detection": float(detected.detach())}
+
+    def words_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """What single words are taught: whether a pair's prompts ask for a concept, its rewrite as it is aimed at included."""
+        rng = np.random.default_rng([self.seed, 36, step])
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + 800_000)
+        chosen = self.train_pairs[torch.from_numpy(rng.integers(len(self.train_pairs), size=WORD_BATCH))]
+        pairs = self.pairs
+        asked, left = pairs.asked[chosen], pairs.asked[chosen] * (1 - pairs.replaced[chosen])
+        prompt = self._noisy(torch.cat([pairs.original[chosen].float(), pairs.target[chosen].float()]), generator)
+        labels = torch.cat([asked, left])
+        loss = detection_loss(self.branch.detector.words(prompt), labels, torch.ones_like(labels))
+        return loss, {"words": float(loss.detach())}
 
     def detection_batch(self, step: int) -> DetectionBatch:
         """What the detector is shown in one step."""

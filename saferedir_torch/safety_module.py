@@ -31,7 +31,8 @@ class Branch(nn.Module):
 
     Scores are comparable between timesteps and concepts: `levels` [concepts, KNOTS] are the logits that clean pictures
     come up to, at equidistant timesteps from 0 to 1000 (late latents are mistaken for a concept more easily than early
-    prompts are), and `gains` [concepts] stretch what lies above so that unsafe runs reach `REACH`.
+    prompts are). Training sets them by what it held out, and `gains` [concepts] so that its unsafe runs rise to `REACH`
+    above them; calibration sets the levels anew, by the highest of many benign pictures.
     """
 
     levels: Tensor
@@ -91,7 +92,7 @@ class SafetyModule(nn.Module):
     def score(self, latent: Tensor, timestep: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
         """latent [B, C, h, w], timestep [B], prompt in force [B, T, D] -> scores [B, N] in [0, 1], j [B, J]."""
         joint = self.encoder(latent, timestep)
-        logits = [branch.comparable(branch.logits(joint, prompt), timestep) for branch in self._branches()]
+        logits = [branch.comparable(branch.logits(joint, prompt), timestep) for branch in self.each_branch()]
         return torch.sigmoid(torch.cat(logits, dim=1)), joint
 
     def redirect(self, original: Tensor, joint: Tensor, active: Tensor, strength: Tensor) -> Redirected:
@@ -103,7 +104,7 @@ class SafetyModule(nn.Module):
         prompt, masks = original, []
         strength = torch.where(active, strength, torch.zeros_like(strength))
         sizes = list(self.config.branch_sizes)
-        parts = zip(self._branches(), torch.split(active, sizes, dim=1), torch.split(strength, sizes, dim=1), strict=True)
+        parts = zip(self.each_branch(), torch.split(active, sizes, dim=1), torch.split(strength, sizes, dim=1), strict=True)
         for index, (branch, flags, scales) in enumerate(parts):
             redirection = branch.redirection(prompt, joint, flags.to(prompt.dtype))
             moved = redirect(prompt, redirection, scales.amax(dim=1, keepdim=True))
@@ -114,9 +115,10 @@ class SafetyModule(nn.Module):
     @property
     def last_branch(self) -> Branch:
         """The branch that was trained last."""
-        return list(self._branches())[-1]
+        return list(self.each_branch())[-1]
 
-    def _branches(self) -> Iterator[Branch]:
+    def each_branch(self) -> Iterator[Branch]:
+        """The branches, in the order of the concepts."""
         for branch in self.branches:
             assert isinstance(branch, Branch)
             yield branch

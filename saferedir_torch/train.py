@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from saferedir_torch.config import Concept, SafetyConfig
 from saferedir_torch.learner import STRENGTH, Learner
 from saferedir_torch.loss_plot import plot_losses
+from saferedir_torch.precision import mixed_precision
 from saferedir_torch.prompt_source import PromptSource
 from saferedir_torch.protect import check_match
 from saferedir_torch.safety_module import REACH, SafetyModule, parameters_sha256
@@ -30,6 +31,7 @@ from saferedir_torch.training_run import Schedule, TrainingError, run_training
 
 PEAK_RATE = 1e-3
 VALIDATE_EVERY = 250
+WORD_STEPS = 2000
 RUNS_FILE = "runs.safetensors"
 #: Unsafe runs that rise less above clean ones than this, in logits, are taken to rise this much.
 SMALLEST_PEAK = 0.5
@@ -83,7 +85,7 @@ def train(
     seed: int = 0,
     steps: int = 4000,
     runs: int = 400,
-    pairs: int = 5000,
+    pairs: int = 10_000,
     samplings: Sequence[tuple[int, float]] = SAMPLINGS,
     runs_from: Path | None = None,
     extend: SafetyModule | None = None,
@@ -127,6 +129,7 @@ def train(
     kept = _best(best)
     module.load_state_dict(kept["state"])
     module.eval()
+    teach_words(module, learner, folder, steps=min(steps, WORD_STEPS))
     make_comparable(module, learner)
     module.config = dataclasses.replace(
         module.config,
@@ -152,17 +155,28 @@ def optimise(
 ) -> None:
     """Optimise what of `module` wants gradients, with the settings of safety training; resumes from `folder/name.ckpt`."""
     learnt = [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        with mixed_precision(learnt[0].device):
+            return loss_of_step(step)
+
     run_training(
         folder=folder,
         name=name,
         modules={"safety": module},
         optimizer=torch.optim.AdamW(learnt, lr=PEAK_RATE, weight_decay=0.02),
         schedule=Schedule(total_steps=steps, warmup_steps=100),
-        loss_of_step=loss_of_step,
+        loss_of_step=loss,
         sample=validate,
         sample_every=VALIDATE_EVERY,
     )
     module.eval()
+
+
+def teach_words(module: SafetyModule, learner: Learner, folder: Path, *, name: str = "words", steps: int = WORD_STEPS) -> None:
+    """Teach the last branch what single words say, all else finished: beside the rest, which learns faster from the prompt
+    as a whole, they would be left nothing to learn."""
+    optimise(module.last_branch.detector.words, learner.words_of_step, folder, steps=steps, name=name)
 
 
 def make_comparable(module: SafetyModule, learner: Learner) -> None:

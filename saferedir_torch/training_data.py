@@ -23,7 +23,7 @@ from saferedir_torch.trajectories import encode, initial_noise, sample
 #: A run whose prompt was switched later than this timestep still shows what it started with; its label is left open.
 LATEST_CLEAN_SWITCH = 700
 #: From this timestep down a latent shows what it is going to be, whatever the prompt says now.
-PICTURE_SHOWS = 500
+PICTURE_SHOWS = 700
 #: Numbers of steps and guidance scales that the recorded runs are drawn with.
 SAMPLINGS = ((25, 5.0), (25, 3.0), (15, 5.0), (40, 7.5))
 
@@ -126,7 +126,8 @@ def record_runs(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LatentBank:
     """Draw, for each concept, `count` unsafe runs, half as many of its rewrites, twice as many benign ones, and half as
-    many that are redirected to the rewrite's embedding half-way, and keep every step of them."""
+    many that are redirected to the rewrite's embedding half-way, and keep every step of them; at last, with the fewest
+    steps, twice as many benign ones again."""
     low, high = source.seeds
     _, empty = encode(pipeline, [""])
     end_id = pipeline.tokenizer.eos_token_id
@@ -170,7 +171,19 @@ def record_runs(
         rows.append(_label(drawn.latents, drawn.timesteps, asks, asks_later, switch, base, runs))
         runs += len(started)
         if on_progress is not None:
-            on_progress(done + 1, len(jobs))
+            on_progress(done + 1, len(jobs) + 1)
+    rng = np.random.default_rng([seed, 23])
+    steps, guidance = min(samplings)
+    _, started = encode(pipeline, [source.benign(rng) for _ in range(2 * max(2, count) * len(concepts))])
+    noise = initial_noise(pipeline, [int(s) for s in rng.integers(low, high, size=len(started))])
+    drawn = sample(pipeline, started, empty, noise, steps=steps, guidance_scale=guidance, exact=False)
+    nothing = torch.zeros(len(started), len(concepts))
+    never = torch.full((len(started),), steps + 1)
+    base = sum(len(part) for part in prompts)
+    prompts += [started.half(), started.half()]
+    rows.append(_label(drawn.latents, drawn.timesteps, nothing, nothing, never, base, runs))
+    if on_progress is not None:
+        on_progress(len(jobs) + 1, len(jobs) + 1)
     joined = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
     return LatentBank(concepts=tuple(concepts), prompts=torch.cat(prompts), **joined)
 

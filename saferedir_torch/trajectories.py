@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
+from saferedir_torch.precision import mixed_precision
 from saferedir_torch.world.base import tokenize
 
 
@@ -86,7 +88,7 @@ def _sample_chunk(
         prompt = embeds
         if switch is not None:
             prompt = torch.where((switch[1] <= index)[:, None, None], switch[0], embeds)
-        with torch.autocast(latent.device.type, torch.bfloat16, enabled=not exact):
+        with nullcontext() if exact else mixed_precision(latent.device):
             both = pipeline.unet(torch.cat([latent] * 2), timestep, torch.cat([uncond, prompt]), return_dict=False)[0].float()
         without, conditional = both.chunk(2)
         latent = scheduler.step(without + guidance_scale * (conditional - without), timestep, latent).prev_sample

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from saferedir_torch.calibration import CalibrationError, allowed_exceedances, bound, calibrate, highest_logits
+from saferedir_torch.calibration import CalibrationError, allowed_exceedances, bound, calibrate, highest_logits, set_levels
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
-from saferedir_torch.recording import RecordingError, record
+from saferedir_torch.recording import RecordedRuns, RecordingError, record
 from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.train import extended_module
 
 PROMPTS = ["a cat", "a dog on blue", "a house"]
 
@@ -85,4 +87,41 @@ def test_too_few_runs_carry_no_promise(tmp_path: Path) -> None:
     runs = record(pipeline, PROMPTS, [1, 2, 3], steps=3, guidance_scale=5.0, folder=tmp_path)
     assert highest_logits(module, runs).shape == (3, len(module.config.concepts))
     with pytest.raises(CalibrationError):
-        calibrate(module, runs, steps=3, guidance_scale=5.0, prompts="three")
+        calibrate(module, runs, runs, steps=3, guidance_scale=5.0, prompts="three")
+
+
+def test_levels_are_what_the_highest_benign_picture_comes_up_to(tmp_path: Path) -> None:
+    pipeline, module = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
+    runs = record(pipeline, PROMPTS, [1, 2, 3], steps=8, guidance_scale=5.0, folder=tmp_path)
+    runs.timestep = torch.tensor([1000.0, 875, 750, 625, 500, 375, 250, 0])  # on the knots, but for 125, which has none
+    set_levels(module, runs)
+    assert highest_logits(module, runs).max() <= 0.01
+    branch = module.last_branch
+    count, steps = runs.latent.shape[:2]
+    joint = module.encoder(runs.latent.flatten(0, 1).float(), runs.timestep.repeat(count))
+    raw = branch.logits(joint, runs.prompt.float().repeat_interleave(steps, dim=0)).reshape(count, steps, -1).amax(dim=0)
+    torch.testing.assert_close(branch.levels[:, 8], raw[:2].amax(dim=0), atol=0.01, rtol=1e-3)
+    torch.testing.assert_close(branch.levels[:, 1], raw[6:].amax(dim=0), atol=0.01, rtol=1e-3)
+    torch.testing.assert_close(branch.levels[:, 4], raw[3:6].amax(dim=0), atol=0.01, rtol=1e-3)
+
+
+def test_calibrating_an_addition_leaves_the_others_as_they_were() -> None:
+    base = SafetyModule.load(SHIPPED_SAFETY)
+    module = extended_module(base, {"teddy": "gift"}).eval()
+    generator = torch.Generator().manual_seed(0)
+    pictures, prompt = 2995, torch.randn(1, 77, 128, generator=generator).half()
+    latent = torch.randn(pictures, 1, 4, 16, 16, generator=generator).half()
+    runs = RecordedRuns(latent, torch.tensor([500.0]), prompt.expand(pictures, -1, -1))
+    calm = RecordedRuns(latent[:100], runs.timestep, runs.prompt[:100])
+    calibrate(module, calm, runs, steps=1, guidance_scale=5.0, prompts="noise")
+    old = len(base.config.concepts)
+    assert module.config.concepts[:old] == base.config.concepts
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(module.state_dict()[name], tensor), name
+    highest, threshold = highest_logits(module, runs), module.config.concepts[-1].threshold
+    assert highest[:, -1].max() < level(threshold) <= highest[:, -1].max() + 0.01
+    assert module.config.promise is not None
+    eager = tuple(dataclasses.replace(concept, threshold=1e-6) for concept in base.config.concepts)
+    module.config = dataclasses.replace(module.config, concepts=eager + module.config.concepts[old:])
+    with pytest.raises(CalibrationError, match="church, ink, weapons fire on 2995"):
+        calibrate(module, calm, runs, steps=1, guidance_scale=5.0, prompts="noise")

@@ -29,7 +29,7 @@ from saferedir_torch.learner import PAIR_BATCH, STRENGTH, TAU, Learner
 from saferedir_torch.published import PublishedNetwork, published_step
 from saferedir_torch.redirector import Redirection
 from saferedir_torch.safety_module import Branch, SafetyModule
-from saferedir_torch.train import RUNS_FILE, make_comparable, new_module, optimise
+from saferedir_torch.train import RUNS_FILE, make_comparable, new_module, optimise, teach_words
 from saferedir_torch.training_data import load_runs, make_pairs
 from saferedir_torch.world.prompts import CONCEPTS
 from saferedir_torch.world.source import WorldPrompts
@@ -95,6 +95,7 @@ def train_variant(
     pairs = make_pairs(pipeline, source, count=5000, seed=0)
     learner = Learner(module, bank, pairs, pipeline.scheduler.alphas_cumprod, 0, tau=tau)
     optimise(module, learner.loss_of_step, folder, steps=steps, name=variant.replace(" ", "_"))
+    teach_words(module, learner, folder, name=f"{variant.replace(' ', '_')}_words", steps=steps)
     make_comparable(module, learner)
     return module
 

@@ -15,7 +15,7 @@ from saferedir_torch.evaluation.intervals import bootstrap
 from saferedir_torch.learner import Learner
 from saferedir_torch.recording import RecordedRuns, record
 from saferedir_torch.safety_module import SafetyModule
-from saferedir_torch.train import RUNS_FILE, new_module, optimise
+from saferedir_torch.train import RUNS_FILE, new_module, optimise, teach_words
 from saferedir_torch.training_data import load_runs, make_pairs
 from saferedir_torch.world.captions import misspell
 from saferedir_torch.world.prompts import CONCEPTS, benign_set, evaluation_pairs
@@ -39,7 +39,9 @@ def train_detector(
     pairs = make_pairs(pipeline, source, count=5000, seed=0)
     learner = Learner(module, load_runs(runs / RUNS_FILE).of(list(CONCEPTS)), pairs, pipeline.scheduler.alphas_cumprod, 0)
     module.last_branch.redirector.requires_grad_(False)
-    optimise(module, learner.detection_of_step, folder, steps=steps, name=inputs.replace(" + ", "_"))
+    name = inputs.replace(" + ", "_")
+    optimise(module, learner.detection_of_step, folder, steps=steps, name=name)
+    teach_words(module, learner, folder, name=f"{name}_words", steps=steps)
     return module
 
 

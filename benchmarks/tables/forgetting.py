@@ -34,7 +34,7 @@ PARTS: tuple[Part, ...] = ("seen", "held_out")
 class Size:
     """How much is drawn: prompts a part, seeds a prompt, and validation rewrites for the judges' thresholds."""
 
-    prompts: int = 310
+    prompts: int = 165
     per_prompt: int = 5
     rewrites: int = 1000
 

@@ -17,7 +17,7 @@ from benchmarks.test_sets import unsafe_set
 from saferedir_torch.evaluation.intervals import clustered_share
 from saferedir_torch.learner import Learner
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
-from saferedir_torch.train import RUNS_FILE, make_comparable, new_module, optimise
+from saferedir_torch.train import RUNS_FILE, make_comparable, new_module, optimise, teach_words
 from saferedir_torch.training_data import cached_runs, load_runs, make_pairs, record_runs
 from saferedir_torch.world.prompts import CONCEPTS
 from saferedir_torch.world.source import WorldPrompts
@@ -59,6 +59,7 @@ def train_on_split(
     pair_bank = make_pairs(pipeline, source, count=pairs, seed=0)
     learner = Learner(module, bank, pair_bank, pipeline.scheduler.alphas_cumprod, 0)
     optimise(module, learner.loss_of_step, folder, steps=steps)
+    teach_words(module, learner, folder, steps=steps)
     make_comparable(module, learner)
     return module
 

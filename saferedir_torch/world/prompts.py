@@ -21,7 +21,7 @@ TWO_MEMBERS_SHARE = 0.2
 #: Share of training pairs whose concept is asked for by a name that nobody has taught.
 INVENTED_SHARE = 0.25
 #: Share of training pairs whose companion is.
-INVENTED_COMPANION_SHARE = 0.15
+INVENTED_COMPANION_SHARE = 0.25
 #: Share of training pairs of a category that ask for it by its own word.
 CATEGORY_WORD_SHARE = 0.15
 #: Benign prompts are drawn in blocks of this many before their seeds are.
@@ -215,18 +215,25 @@ def benign_prompt(
 
 
 def benign_set(
-    split: Split, part: Literal["validation", "test"], count: int, *, seed: int = 0
+    split: Split,
+    part: Literal["validation", "test"],
+    count: int,
+    *,
+    seed: int = 0,
+    concepts: Sequence[WorldConcept] | None = None,
 ) -> tuple[list[BenignPrompt], list[int]]:
-    """`count` prompts with nothing of any concept, half of them near neighbours of one, in any names, with a seed each.
+    """`count` prompts, spelt right, with a seed each; half of them for near neighbours of a concept, in any names.
 
-    "validation" is for calibrating and "test" for testing: other prompts of the same kind, other seeds. All are spelt
-    right: a slip can ask for a concept, as "ranibow" does, of which the model draws a bow.
+    They ask for nothing of `concepts`, which are those of the shipped module by default. "validation" is for calibrating
+    and "test" for testing: other prompts of the same kind, other seeds. A slip can ask for a concept, as "ranibow" does, of
+    which the model draws a bow; so there are none.
     """
     rng = np.random.default_rng([seed, 62 if part == "test" else 64])
+    absent = list(CONCEPTS.values() if concepts is None else concepts)
     prompts: list[BenignPrompt] = []
     seeds: list[int] = []
     while len(prompts) < count:
-        block = [benign_prompt(list(CONCEPTS.values()), rng, all_names(), neighbour_share=0.5) for _ in range(BENIGN_BLOCK)]
+        block = [benign_prompt(absent, rng, all_names(), neighbour_share=0.5) for _ in range(BENIGN_BLOCK)]
         numbers = rng.integers(*split.seeds[part], size=BENIGN_BLOCK).tolist()
         for prompt, number in zip(block, numbers, strict=True):
             if spelt_right(prompt.text):

@@ -1,0 +1,65 @@
+"""The detector's two ways to a logit, and the precision that training computes in."""
+
+from __future__ import annotations
+
+import torch
+
+from saferedir_torch.detector import Detector
+from saferedir_torch.models import SHIPPED_SAFETY
+from saferedir_torch.precision import mixed_precision
+from saferedir_torch.safety_module import SafetyModule
+
+CONCEPTS, TOKENS, WIDTH = 3, 77, 128
+
+
+def detector() -> Detector:
+    torch.manual_seed(0)
+    return Detector(SafetyModule.load(SHIPPED_SAFETY).config, CONCEPTS).eval()
+
+
+@torch.no_grad()
+def test_a_logit_is_an_or_of_trunk_and_words() -> None:
+    module = detector()
+    joint, prompt = torch.randn(4, module.trunk.in_features - 2 * WIDTH), torch.randn(4, TOKENS, WIDTH)
+    together, words = module(joint, prompt), module.words(prompt)
+    torch.nn.init.constant_(module.words.second.bias, -200.0)
+    trunk = module(joint, prompt)
+    torch.testing.assert_close(together, torch.logaddexp(trunk, words))
+    torch.nn.init.constant_(module.heads.bias, -200.0)
+    torch.nn.init.zeros_(module.heads.weight)
+    torch.nn.init.constant_(module.words.second.bias, -8.0)
+    torch.testing.assert_close(module(joint, prompt), words)
+
+
+@torch.no_grad()
+def test_what_a_word_says_does_not_depend_on_the_others_or_on_its_place() -> None:
+    module, telling = detector(), torch.randn(1, 1, WIDTH)
+    torch.nn.init.normal_(module.words.second.weight)
+    alone = module.words.second(torch.nn.functional.silu(module.words.first(telling)))[0, 0]
+    for place in (0, 40, 76):
+        prompt = torch.randn(1, TOKENS, WIDTH)
+        prompt[:, place] = telling[:, 0]
+        assert (module.words(prompt)[0] >= alone - 1e-5).all()
+        other = prompt[:, torch.randperm(TOKENS)]
+        torch.testing.assert_close(module.words(prompt), module.words(other))
+
+
+def test_training_in_half_precision_reaches_every_parameter_as_in_full() -> None:
+    """Attention written out keeps its gradient under autocast, which torch's fused one loses on some CPUs."""
+    module = SafetyModule.load(SHIPPED_SAFETY).train()
+    latent, prompt = torch.randn(8, 4, 16, 16), torch.randn(8, TOKENS, WIDTH)
+    gradients = []
+    for halved in (False, True):
+        module.zero_grad()
+        with mixed_precision(torch.device("cpu")) if halved else torch.autocast("cpu", enabled=False):
+            joint = module.encoder(latent, torch.linspace(0, 999, 8))
+            branch = module.last_branch
+            active = torch.ones(8, len(branch.gains))
+            said = branch.redirection(prompt, joint, active)
+            loss = branch.logits(joint, prompt).float().square().mean() + (said.target - prompt).square().mean()
+            loss = loss + said.alpha.float().mean() + said.mask_logits.float().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients.append({name: parameter.grad.clone() for name, parameter in module.named_parameters()})
+    for name, full in gradients[0].items():
+        half = gradients[1][name]
+        assert torch.cosine_similarity(full.flatten(), half.flatten(), dim=0) > 0.9, name
