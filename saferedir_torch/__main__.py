@@ -35,7 +35,7 @@ def train(
     split: SplitFile = None,
     seed: Seed = 0,
     steps: Annotated[int, typer.Option(help="Optimisation steps.")] = 4000,
-    runs: Annotated[int, typer.Option(help="Unsafe runs to record, a concept; 3 others are recorded for each.")] = 400,
+    runs: Annotated[int, typer.Option(help="Unsafe runs to record, a concept; 5 others are recorded for each.")] = 400,
     pair_count: Annotated[int, typer.Option(help="Prompt pairs to draw, a concept.")] = 10_000,
     sampling: Annotated[
         list[str] | None, typer.Option(help="STEPS:GUIDANCE to record runs with, again for more; four kinds by default.")
