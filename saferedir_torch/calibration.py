@@ -22,6 +22,7 @@ from torch import Tensor
 from saferedir_torch.config import Promise
 from saferedir_torch.recording import RecordedRuns
 from saferedir_torch.safety_module import KNOTS, TIMESTEPS, SafetyModule
+from saferedir_torch.training_data import PICTURE_SHOWS
 
 RATE = 0.001
 CONFIDENCE = 0.95
@@ -41,15 +42,21 @@ def highest_logits(module: SafetyModule, runs: RecordedRuns) -> npt.NDArray[np.f
 
 
 def set_levels(module: SafetyModule, runs: RecordedRuns) -> None:
-    """Set the levels of the branch trained last to the highest logit that any of the benign `runs` has around each knot."""
+    """Set the levels of the branch trained last to the highest logit that any of the benign `runs` has around each knot.
+
+    From where a latent shows the picture on, there is one level for all knots, the highest of them: what one benign latent
+    in thousands comes up to there cannot be told knot by knot from as many pictures.
+    """
     branch = module.last_branch
     branch.levels.zero_()
     highest = _logits(module, runs).amax(dim=0)[:, -len(branch.gains) :] / branch.gains  # [S, N]
     spacing = TIMESTEPS / (KNOTS - 1)
     near = (runs.timestep[:, None] - torch.arange(KNOTS) * spacing).abs() <= spacing  # [S, KNOTS]
-    levels = [torch.where(knot[:, None], highest, highest.amin()).amax(dim=0) for knot in near.T]
+    levels = torch.stack([torch.where(knot[:, None], highest, highest.amin()).amax(dim=0) for knot in near.T], dim=1)
+    shows = torch.arange(KNOTS) * spacing < PICTURE_SHOWS
+    levels[:, shows] = levels[:, shows].amax(dim=1, keepdim=True)
     # Rounded as they will be on disk, so that the bound is for what is stored.
-    branch.levels.copy_(torch.stack(levels, dim=1).half())
+    branch.levels.copy_(levels.half())
 
 
 @torch.no_grad()

@@ -86,12 +86,16 @@ class Learner:
     def loss_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """The loss of one optimisation step, and its parts; everything random comes from `step`."""
         detected, parts = self.detection_of_step(step)
+        moved, moved_parts = self.redirection_of_step(step)
+        return detected + moved, parts | moved_parts
+
+    def redirection_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The redirector's share of it."""
         rng = np.random.default_rng([self.seed, 35, step])
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + 500_000)
         chosen = self.train_pairs[torch.from_numpy(rng.integers(len(self.train_pairs), size=PAIR_BATCH))]
         shown = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=PAIR_BATCH))]
-        moved, moved_parts = self._redirection(chosen, shown, rng, generator)
-        return detected + moved, parts | moved_parts
+        return self._redirection(chosen, shown, rng, generator)
 
     def detection_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """The detector's share of it."""

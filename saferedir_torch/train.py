@@ -30,6 +30,8 @@ from saferedir_torch.training_data import SAMPLINGS, cached_runs, load_runs, mak
 from saferedir_torch.training_run import Schedule, TrainingError, run_training
 
 PEAK_RATE = 1e-3
+#: The redirector bears a higher rate than the detector, which is taught beside it.
+REDIRECTOR_RATE = 3e-3
 VALIDATE_EVERY = 250
 WORD_STEPS = 2000
 RUNS_FILE = "runs.safetensors"
@@ -90,9 +92,11 @@ def train(
     runs_from: Path | None = None,
     extend: SafetyModule | None = None,
 ) -> SafetyModule:
-    """Train on `runs` recorded runs and `pairs` prompt pairs a concept; save the best by validation to `folder/safety`.
+    """Train on `runs` recorded runs and `pairs` prompt pairs a concept; save the module to `folder/safety`.
 
-    Checkpoints, the loss log and the recorded runs are kept in `folder`, and an interrupted training goes on there.
+    Detector and redirector are taught together, and the best of them by validation is kept; then what single words say; then
+    the redirector on its own, for as many steps again and on as many other pairs, since it is far from finished when the
+    detector is. Checkpoints, loss logs and the recorded runs are kept in `folder`, and an interrupted training goes on there.
     With `extend` the concepts are added to that module, whose own weights and thresholds stay as they are.
     `runs_from` is the folder of another training, of these concepts and perhaps more, whose runs are used as they are.
 
@@ -129,7 +133,12 @@ def train(
     kept = _best(best)
     module.load_state_dict(kept["state"])
     module.eval()
-    teach_words(module, learner, folder, steps=min(steps, WORD_STEPS))
+    # Named by what they follow on, so that a training which is made longer does not go on with what followed the shorter.
+    teach_words(module, learner, folder, name=f"words_after_{steps}", steps=min(steps, WORD_STEPS))
+    del pair_bank, learner.pairs  # gigabytes, at Stable Diffusion's width
+    pair_bank = make_pairs(pipeline, source, count=pairs, seed=seed + 1)
+    learner = Learner(module, bank, pair_bank, pipeline.scheduler.alphas_cumprod, seed)
+    teach_redirector(module, learner, folder, name=f"redirector_after_{steps}", steps=steps)
     make_comparable(module, learner)
     module.config = dataclasses.replace(
         module.config,
@@ -151,6 +160,7 @@ def optimise(
     *,
     steps: int,
     name: str = "safety",
+    rate: float = PEAK_RATE,
     validate: Callable[[int], None] | None = None,
 ) -> None:
     """Optimise what of `module` wants gradients, with the settings of safety training; resumes from `folder/name.ckpt`."""
@@ -164,7 +174,7 @@ def optimise(
         folder=folder,
         name=name,
         modules={"safety": module},
-        optimizer=torch.optim.AdamW(learnt, lr=PEAK_RATE, weight_decay=0.02),
+        optimizer=torch.optim.AdamW(learnt, lr=rate, weight_decay=0.02),
         schedule=Schedule(total_steps=steps, warmup_steps=100),
         loss_of_step=loss,
         sample=validate,
@@ -177,6 +187,13 @@ def teach_words(module: SafetyModule, learner: Learner, folder: Path, *, name: s
     """Teach the last branch what single words say, all else finished: beside the rest, which learns faster from the prompt
     as a whole, they would be left nothing to learn."""
     optimise(module.last_branch.detector.words, learner.words_of_step, folder, steps=steps, name=name)
+
+
+def teach_redirector(module: SafetyModule, learner: Learner, folder: Path, *, name: str = "redirector", steps: int) -> None:
+    """Teach the redirector of the last branch on, all else finished and frozen."""
+    module.requires_grad_(False)
+    module.last_branch.redirector.requires_grad_(True)
+    optimise(module.last_branch.redirector, learner.redirection_of_step, folder, steps=steps, name=name, rate=REDIRECTOR_RATE)
 
 
 def make_comparable(module: SafetyModule, learner: Learner) -> None:

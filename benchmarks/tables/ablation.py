@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,21 @@ from saferedir.engines import open_bundle
 from saferedir.export.bundle_export import safety_info
 from saferedir.runtime import Pipeline
 from saferedir_torch.alignment import changed_tokens
+from saferedir_torch.config import SafetyConfig
 from saferedir_torch.evaluation.features import Features
 from saferedir_torch.evaluation.intervals import clustered_mean, clustered_share
 from saferedir_torch.learner import PAIR_BATCH, STRENGTH, TAU, Learner
 from saferedir_torch.published import PublishedNetwork, published_step
 from saferedir_torch.redirector import Redirection
 from saferedir_torch.safety_module import Branch, SafetyModule
-from saferedir_torch.train import RUNS_FILE, make_comparable, new_module, optimise, teach_words
-from saferedir_torch.training_data import load_runs, make_pairs
+from saferedir_torch.train import RUNS_FILE, make_comparable, new_module, optimise, teach_redirector, teach_words
+from saferedir_torch.training_data import LatentBank, PairBank, load_runs, make_pairs
 from saferedir_torch.world.prompts import CONCEPTS
 from saferedir_torch.world.source import WorldPrompts
 from saferedir_torch.world.split import Split
 
-STEPS = 1200
+#: Of the detector, which all variants share, and of each variant's redirector.
+STEPS = 1500
 FULL, QUICK = 200, 6
 CONCEPT = "church"
 
@@ -80,35 +82,56 @@ class ShapedBranch(Branch):
         return self.shape(prompt, super().redirection(prompt, joint, active))
 
 
-def train_variant(
-    pipeline: StableDiffusionPipeline, split: Split, runs: Path, folder: Path, variant: str, steps: int
-) -> SafetyModule:
-    """The module for one concept with one part left out, calibrated as training calibrates."""
+@dataclass
+class Lessons:
+    """What every variant is taught with: the same runs, the same pairs, and one finished detector."""
+
+    pipeline: StableDiffusionPipeline
+    bank: LatentBank
+    pairs: PairBank
+    detecting: SafetyModule
+    folder: Path
+    steps: int
+
+    @classmethod
+    def prepare(cls, pipeline: StableDiffusionPipeline, split: Split, runs: Path, folder: Path, steps: int) -> Lessons:
+        """Load runs, draw pairs, and train the detector, calibrated as training calibrates."""
+        source = WorldPrompts([CONCEPT], split)
+        torch.manual_seed(0)
+        module = new_module(pipeline, source.replacements)
+        bank, pairs = load_runs(runs / RUNS_FILE).of([CONCEPT]), make_pairs(pipeline, source, count=5000, seed=0)
+        lessons = cls(pipeline, bank, pairs, module, folder, steps)
+        module.last_branch.redirector.requires_grad_(False)
+        learner = lessons.learner(module)
+        optimise(module, learner.detection_of_step, folder, steps=steps, name="detector")
+        teach_words(module, learner, folder, steps=steps)
+        make_comparable(module, learner)
+        return lessons
+
+    def learner(self, module: SafetyModule, tau: float = TAU) -> Learner:
+        return Learner(module, self.bank, self.pairs, self.pipeline.scheduler.alphas_cumprod, 0, tau=tau)
+
+
+def train_variant(lessons: Lessons, variant: str) -> SafetyModule:
+    """The finished detector with a redirector that has one part left out."""
     shape, tau = VARIANTS[variant]
-    source = WorldPrompts([CONCEPT], split)
     torch.manual_seed(0)
-    module = new_module(pipeline, source.replacements)
+    module = SafetyModule(lessons.detecting.config)
     branch = ShapedBranch(module.config, 1)
     branch.shape = shape
     module.branches[0] = branch
-    bank = load_runs(runs / RUNS_FILE).of([CONCEPT])
-    pairs = make_pairs(pipeline, source, count=5000, seed=0)
-    learner = Learner(module, bank, pairs, pipeline.scheduler.alphas_cumprod, 0, tau=tau)
-    optimise(module, learner.loss_of_step, folder, steps=steps, name=variant.replace(" ", "_"))
-    teach_words(module, learner, folder, name=f"{variant.replace(' ', '_')}_words", steps=steps)
-    make_comparable(module, learner)
-    return module
+    detecting = {name: value for name, value in lessons.detecting.state_dict().items() if ".redirector." not in name}
+    module.load_state_dict(detecting, strict=False)
+    teach_redirector(module, lessons.learner(module, tau), lessons.folder, name=variant.replace(" ", "_"), steps=lessons.steps)
+    return module.eval()
 
 
-def train_published(pipeline: StableDiffusionPipeline, split: Split, runs: Path, folder: Path, steps: int) -> PublishedNetwork:
+def train_published(lessons: Lessons) -> PublishedNetwork:
     """The published network on the same runs and pairs; its step is taught by the distance to the aligned rewrite."""
-    source = WorldPrompts([CONCEPT], split)
     torch.manual_seed(0)
-    unet, tokens = pipeline.unet.config, pipeline.tokenizer.model_max_length
+    unet, tokens = lessons.pipeline.unet.config, lessons.pipeline.tokenizer.model_max_length
     network = PublishedNetwork(tokens=tokens, width=unet.cross_attention_dim, channels=unet.in_channels)
-    bank = load_runs(runs / RUNS_FILE).of([CONCEPT])
-    pairs = make_pairs(pipeline, source, count=5000, seed=0)
-    teacher = Learner(new_module(pipeline, source.replacements), bank, pairs, pipeline.scheduler.alphas_cumprod, 0)
+    bank, pairs, teacher = lessons.bank, lessons.pairs, lessons.learner(lessons.detecting)
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         batch = teacher.detection_batch(step)
@@ -128,7 +151,7 @@ def train_published(pipeline: StableDiffusionPipeline, split: Split, runs: Path,
         moved = distance.mean() + (distance * mask).sum() / mask.sum().clamp(min=1)
         return detected + masked + 2 * moved, {"detection": float(detected.detach()), "moved": float(moved.detach())}
 
-    optimise(network, loss_of_step, folder, steps=steps, name="published")
+    optimise(network, loss_of_step, lessons.folder, steps=lessons.steps, name="published")
     return network.eval()
 
 
@@ -138,11 +161,12 @@ def ablation(
 ) -> dict[str, Any]:  # fmt: skip
     """FSR, companion and LPIPS to the rewrite of every variant, seen and held-out names apart."""
     drawers: dict[str, tuple[str, Pipeline]] = {}
+    lessons = Lessons.prepare(pipeline, split, runs, folder, steps)
     for variant in VARIANTS:
-        module = train_variant(pipeline, split, runs, folder, variant, steps)
+        module = train_variant(lessons, variant)
         drawers[variant] = (f"{variant} {_digest(module)}", hybrid_pipeline(module))
-    network = train_published(pipeline, split, runs, folder, steps)
-    drawers[PUBLISHED] = (f"published {_digest(network)}", _published_pipeline(network, pipeline, split))
+    network = train_published(lessons)
+    drawers[PUBLISHED] = (f"published {_digest(network)}", _published_pipeline(network, lessons.detecting.config))
     concept = CONCEPTS[CONCEPT]
     plain = plain_of(drawers["full"][1])
     judges = Judges.calibrated(studio, plain, concept, split, rewrites)
@@ -168,9 +192,8 @@ def ablation(
     return figures
 
 
-def _published_pipeline(network: PublishedNetwork, pipeline: StableDiffusionPipeline, split: Split) -> Pipeline:
+def _published_pipeline(network: PublishedNetwork, config: SafetyConfig) -> Pipeline:
     opened = open_bundle("emoji-diffusion")
-    config = new_module(pipeline, WorldPrompts([CONCEPT], split).replacements).config
     bundle = replace(opened, manifest=replace(opened.manifest, safety=safety_info(config)))
     return Pipeline(bundle, PublishedBackend(bundle, network))
 

@@ -17,14 +17,14 @@ from benchmarks.test_sets import unsafe_set
 from saferedir_torch.evaluation.intervals import clustered_share
 from saferedir_torch.learner import Learner
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
-from saferedir_torch.train import RUNS_FILE, make_comparable, new_module, optimise, teach_words
+from saferedir_torch.train import RUNS_FILE, make_comparable, new_module, optimise, teach_redirector, teach_words
 from saferedir_torch.training_data import cached_runs, load_runs, make_pairs, record_runs
 from saferedir_torch.world.prompts import CONCEPTS
 from saferedir_torch.world.source import WorldPrompts
 from saferedir_torch.world.split import Split
 
 CONCEPT = "church"
-STEPS, RUNS, PAIRS = 2500, 160, 5000
+STEPS, RUNS, PAIRS = 1500, 160, 5000
 FULL, QUICK = 150, 4
 SEEDS_A_PROMPT = 2
 
@@ -60,6 +60,7 @@ def train_on_split(
     learner = Learner(module, bank, pair_bank, pipeline.scheduler.alphas_cumprod, 0)
     optimise(module, learner.loss_of_step, folder, steps=steps)
     teach_words(module, learner, folder, steps=steps)
+    teach_redirector(module, learner, folder, steps=steps)
     make_comparable(module, learner)
     return module
 
