@@ -151,7 +151,12 @@ class WordEvidence(nn.Module):
 
     def forward(self, prompt: Tensor) -> Tensor:
         """prompt [B, T, D] -> logits [B, concepts]."""
-        return torch.logsumexp(self.second(F.silu(self.first(prompt))), dim=1)
+        return torch.logsumexp(self.tokens(prompt), dim=1)
+
+    def tokens(self, prompt: Tensor) -> Tensor:
+        """prompt [B, T, D] -> logits of every token, [B, T, concepts]."""
+        logits: Tensor = self.second(F.silu(self.first(prompt)))
+        return logits
 
 
 class Detector(nn.Module):

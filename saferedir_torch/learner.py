@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from saferedir_torch.training_data import PICTURE_SHOWS, LatentBank, PairBank
 STEP_BATCH = 160
 PAIR_BATCH = 96
 WORD_BATCH = 128
+#: Share of the redirector's cases in which nothing is to change, where it is taught on its own.
+UNTOUCHED_SHARE = 0.25
 #: Strength s of the redirection formula that step lengths are trained for.
 STRENGTH = 1.5
 #: A token is to be moved where 1 - cos exceeds this: the largest value of the oracle ladder at which exact targets forget
@@ -81,19 +84,26 @@ class Learner:
         order = torch.from_numpy(rng.permutation(len(pairs.asked)))
         cut = max(1, int(len(order) * VALIDATION_SHARE))
         self.held_pairs, self.train_pairs = order[:cut], order[cut:]
+        changes = pairs.replaced[self.train_pairs].any(dim=1)
+        self.changing_pairs, self.untouched_pairs = self.train_pairs[changes], self.train_pairs[~changes]
         self.noise_scale = PROMPT_NOISE * float(pairs.original.float().std())
 
     def loss_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """The loss of one optimisation step, and its parts; everything random comes from `step`."""
         detected, parts = self.detection_of_step(step)
-        moved, moved_parts = self.redirection_of_step(step)
+        moved, moved_parts = self._moved(step, [(self.train_pairs, PAIR_BATCH)])
         return detected + moved, parts | moved_parts
 
     def redirection_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """The redirector's share of it."""
+        """What the redirector is taught on its own: more of the pairs in which something is to change."""
+        untouched = int(PAIR_BATCH * UNTOUCHED_SHARE)
+        return self._moved(step, [(self.changing_pairs, PAIR_BATCH - untouched), (self.untouched_pairs, untouched)])
+
+    def _moved(self, step: int, drawn_from: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, dict[str, float]]:
+        """The redirection loss of pairs drawn from each of some pools, so many of each."""
         rng = np.random.default_rng([self.seed, 35, step])
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + 500_000)
-        chosen = self.train_pairs[torch.from_numpy(rng.integers(len(self.train_pairs), size=PAIR_BATCH))]
+        chosen = torch.cat([pool[torch.from_numpy(rng.integers(len(pool), size=size))] for pool, size in drawn_from])
         shown = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=PAIR_BATCH))]
         return self._redirection(chosen, shown, rng, generator)
 
@@ -105,15 +115,22 @@ class Learner:
         return detected, {"detection": float(detected.detach())}
 
     def words_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """What single words are taught: whether a pair's prompts ask for a concept, its rewrite as it is aimed at included."""
+        """What single words are taught: whether a pair's prompts ask for a concept, its rewrite as it is aimed at included.
+
+        The words are to tell it without the end-of-text tokens as well, every one of which sums up the whole prompt and
+        would leave them nothing to learn.
+        """
         rng = np.random.default_rng([self.seed, 36, step])
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + 800_000)
         chosen = self.train_pairs[torch.from_numpy(rng.integers(len(self.train_pairs), size=WORD_BATCH))]
-        pairs = self.pairs
+        pairs, evidence = self.pairs, self.branch.detector.words
         asked, left = pairs.asked[chosen], pairs.asked[chosen] * (1 - pairs.replaced[chosen])
         prompt = self._noisy(torch.cat([pairs.original[chosen].float(), pairs.target[chosen].float()]), generator)
-        labels = torch.cat([asked, left])
-        loss = detection_loss(self.branch.detector.words(prompt), labels, torch.ones_like(labels))
+        logits = evidence.tokens(prompt)  # [2 W, T, N]
+        of_words = logits[: len(chosen)].masked_fill(~pairs.words[chosen][:, :, None], -torch.inf)
+        parts = torch.cat([torch.logsumexp(logits, dim=1), torch.logsumexp(of_words, dim=1)])
+        labels = torch.cat([asked, left, asked])
+        loss = detection_loss(parts, labels, torch.ones_like(labels))
         return loss, {"words": float(loss.detach())}
 
     def detection_batch(self, step: int) -> DetectionBatch:

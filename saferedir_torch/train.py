@@ -30,10 +30,10 @@ from saferedir_torch.training_data import SAMPLINGS, cached_runs, load_runs, mak
 from saferedir_torch.training_run import Schedule, TrainingError, run_training
 
 PEAK_RATE = 1e-3
-#: The redirector bears a higher rate than the detector, which is taught beside it.
-REDIRECTOR_RATE = 3e-3
+#: Single words and the redirector, which are taught alone, bear a higher rate.
+ALONE_RATE = 3e-3
 VALIDATE_EVERY = 250
-WORD_STEPS = 2000
+WORD_STEPS = 6000
 RUNS_FILE = "runs.safetensors"
 #: Unsafe runs that rise less above clean ones than this, in logits, are taken to rise this much.
 SMALLEST_PEAK = 0.5
@@ -95,7 +95,7 @@ def train(
     """Train on `runs` recorded runs and `pairs` prompt pairs a concept; save the module to `folder/safety`.
 
     Detector and redirector are taught together, and the best of them by validation is kept; then what single words say; then
-    the redirector on its own, for as many steps again and on as many other pairs, since it is far from finished when the
+    the redirector on its own, for twice as many steps and on as many other pairs, since it is far from finished when the
     detector is. Checkpoints, loss logs and the recorded runs are kept in `folder`, and an interrupted training goes on there.
     With `extend` the concepts are added to that module, whose own weights and thresholds stay as they are.
     `runs_from` is the folder of another training, of these concepts and perhaps more, whose runs are used as they are.
@@ -134,11 +134,11 @@ def train(
     module.load_state_dict(kept["state"])
     module.eval()
     # Named by what they follow on, so that a training which is made longer does not go on with what followed the shorter.
-    teach_words(module, learner, folder, name=f"words_after_{steps}", steps=min(steps, WORD_STEPS))
+    teach_words(module, learner, folder, name=f"words_after_{steps}", steps=min(2 * steps, WORD_STEPS))
     del pair_bank, learner.pairs  # gigabytes, at Stable Diffusion's width
     pair_bank = make_pairs(pipeline, source, count=pairs, seed=seed + 1)
     learner = Learner(module, bank, pair_bank, pipeline.scheduler.alphas_cumprod, seed)
-    teach_redirector(module, learner, folder, name=f"redirector_after_{steps}", steps=steps)
+    teach_redirector(module, learner, folder, name=f"redirector_after_{steps}", steps=2 * steps)
     make_comparable(module, learner)
     module.config = dataclasses.replace(
         module.config,
@@ -183,17 +183,17 @@ def optimise(
     module.eval()
 
 
-def teach_words(module: SafetyModule, learner: Learner, folder: Path, *, name: str = "words", steps: int = WORD_STEPS) -> None:
+def teach_words(module: SafetyModule, learner: Learner, folder: Path, *, name: str = "words", steps: int) -> None:
     """Teach the last branch what single words say, all else finished: beside the rest, which learns faster from the prompt
     as a whole, they would be left nothing to learn."""
-    optimise(module.last_branch.detector.words, learner.words_of_step, folder, steps=steps, name=name)
+    optimise(module.last_branch.detector.words, learner.words_of_step, folder, steps=steps, name=name, rate=ALONE_RATE)
 
 
 def teach_redirector(module: SafetyModule, learner: Learner, folder: Path, *, name: str = "redirector", steps: int) -> None:
     """Teach the redirector of the last branch on, all else finished and frozen."""
     module.requires_grad_(False)
     module.last_branch.redirector.requires_grad_(True)
-    optimise(module.last_branch.redirector, learner.redirection_of_step, folder, steps=steps, name=name, rate=REDIRECTOR_RATE)
+    optimise(module.last_branch.redirector, learner.redirection_of_step, folder, steps=steps, name=name, rate=ALONE_RATE)
 
 
 def make_comparable(module: SafetyModule, learner: Learner) -> None:

@@ -34,12 +34,14 @@ class PairBank:
 
     `asked` [P, N]: the prompt asks for the concept by words that are known to mean it. `replaced` [P, N]: the target is
     without it, which is what a redirection with these concepts active should draw. Both are 0 where nothing is to change.
+    `words` [P, T]: the token of the original stands before its end-of-text.
     """
 
     original: Tensor
     target: Tensor
     asked: Tensor
     replaced: Tensor
+    words: Tensor
 
 
 @dataclass
@@ -98,7 +100,7 @@ class LatentBank:
 
 def make_pairs(pipeline: StableDiffusionPipeline, source: PromptSource, *, count: int, seed: int) -> PairBank:
     """`count` pairs a concept, and half as many safe rewrites and `count` benign prompts, to be left alone."""
-    originals, targets, asked, replaced = [], [], [], []
+    originals, targets, asked, replaced, words = [], [], [], [], []
     end_id = pipeline.tokenizer.eos_token_id
     concepts = list(source.replacements)
     for index, concept in enumerate(concepts):
@@ -107,13 +109,15 @@ def make_pairs(pipeline: StableDiffusionPipeline, source: PromptSource, *, count
         unsafe_ids, unsafe = _encode_all(pipeline, [pair.unsafe for pair in pairs])
         safe_ids, safe = _encode_all(pipeline, [pair.safe for pair in pairs])
         clean = [row for row, pair in enumerate(pairs) if set(pair.asked) <= set(pair.replaced)][: count // 2]
-        untouched = torch.cat([safe[clean], _encode_all(pipeline, [source.benign(rng) for _ in range(count)])[1]])
+        benign_ids, benign = _encode_all(pipeline, [source.benign(rng) for _ in range(count)])
+        untouched = torch.cat([safe[clean], benign])
         originals += [unsafe.half(), untouched.half()]
         targets += [aligned_targets(unsafe_ids, safe_ids, unsafe, safe, end_id).half(), untouched.half()]
         nothing = torch.zeros(len(untouched), len(concepts))
         asked += [torch.tensor(flags([pair.asked for pair in pairs], concepts)), nothing]
         replaced += [torch.tensor(flags([pair.replaced for pair in pairs], concepts)), nothing]
-    return PairBank(torch.cat(originals), torch.cat(targets), torch.cat(asked), torch.cat(replaced))
+        words += [_before_end(torch.cat([unsafe_ids, safe_ids[clean], benign_ids]), end_id)]
+    return PairBank(*(torch.cat(parts) for parts in (originals, targets, asked, replaced, words)))
 
 
 def record_runs(
@@ -243,6 +247,11 @@ def _label(
         "shown": shown.flatten(0, 1),
         "run": (first_run + torch.arange(runs)).repeat_interleave(steps),
     }
+
+
+def _before_end(ids: Tensor, end_id: int) -> Tensor:
+    """ids [P, T] -> [P, T], true before the first `end_id`."""
+    return (ids == end_id).int().cumsum(dim=1) == 0
 
 
 def _encode_all(pipeline: StableDiffusionPipeline, prompts: list[str], chunk: int = 128) -> tuple[Tensor, Tensor]:

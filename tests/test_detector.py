@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from saferedir_torch.detector import Detector
-from saferedir_torch.models import SHIPPED_SAFETY
+from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.precision import mixed_precision
 from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.training_data import make_pairs
+from saferedir_torch.trajectories import encode
+from saferedir_torch.world.source import WorldPrompts
+from saferedir_torch.world.split import load_split
 
 CONCEPTS, TOKENS, WIDTH = 3, 77, 128
 
@@ -42,6 +47,30 @@ def test_what_a_word_says_does_not_depend_on_the_others_or_on_its_place() -> Non
         assert (module.words(prompt)[0] >= alone - 1e-5).all()
         other = prompt[:, torch.randperm(TOKENS)]
         torch.testing.assert_close(module.words(prompt), module.words(other))
+
+
+@torch.no_grad()
+def test_words_tell_a_concept_without_the_end_of_text_that_sums_them_up() -> None:
+    pipeline, module = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
+    unsafe = ["a hammer to the left of an axe", "an axe and a guitar on a blue background", "a sword, no church"]
+    benign = ["a hammer and a guitar", "a cat, no axe on a blue background", "a guitar to the left of a tool for nails"]
+    ids, embeds = encode(pipeline, unsafe + benign)
+    mixed = embeds.clone()
+    mixed[:3, 16:] = embeds[3:, 16:]  # the words of an unsafe prompt before the end of a benign one
+    assert (ids[:, 16:] == pipeline.tokenizer.eos_token_id).all()
+    weapons = module.config.concept_names.index("weapons")
+    logits = module.last_branch.detector.words(mixed)[:, weapons]
+    assert (logits[:3] > 0).all()
+    assert (logits[3:] < 0).all()
+
+
+def test_pairs_mark_the_words_before_the_end_of_text() -> None:
+    pipeline = load_pipeline()
+    pairs = make_pairs(pipeline, WorldPrompts(["church"], load_split()), count=4, seed=0)
+    first = WorldPrompts(["church"], load_split()).varied_pair("church", np.random.default_rng([0, 21, 0])).unsafe
+    assert pairs.words.shape == (len(pairs.asked), TOKENS)
+    assert int(pairs.words[0].sum()) == len(pipeline.tokenizer(first).input_ids) - 1
+    assert (pairs.words.int().diff(dim=1) <= 0).all()
 
 
 def test_training_in_half_precision_reaches_every_parameter_as_in_full() -> None:

@@ -224,7 +224,10 @@ def _differences(tested: UnsafeSet, drawn: dict[str, Drawn], features: Features,
     rates = {
         kind: score_difference_rates(score["reference"], score[kind])
         for kind in ("protected", "unprotected", "rewrite", "unrelated")
-    } | {"rewrite_two_seeds": score_difference_rates(score["rewrite"], swapped)}
+    } | {
+        "protected_to_rewrite": score_difference_rates(score["rewrite"], score["protected"]),
+        "rewrite_two_seeds": score_difference_rates(score["rewrite"], swapped),
+    }
     figures: dict[str, Any] = {"csdr": {"measure": text}, perceptual: {}, frechet: {}}
     for kind, rate in rates.items():
         usable = (says_something & rate.isfinite()).numpy()
@@ -232,7 +235,10 @@ def _differences(tested: UnsafeSet, drawn: dict[str, Drawn], features: Features,
             rate.numpy()[usable], [n for n, u in zip(names, usable, strict=True) if u],
             [p for p, u in zip(prompts, usable, strict=True) if u],
         )  # fmt: skip
-    figures["csdr"]["ratio_to_two_seeds"] = figures["csdr"]["protected"]["mean"] / figures["csdr"]["rewrite_two_seeds"]["mean"]
+    # With the words removed, something fewer is drawn, so that the best rewrite is far from the reference as well. What the
+    # redirection itself changes is its distance to the rewrite, beside that between two seeds of it.
+    to_rewrite, two_seeds = (figures["csdr"][kind]["mean"] for kind in ("protected_to_rewrite", "rewrite_two_seeds"))
+    figures["csdr"]["ratio_to_two_seeds"] = to_rewrite / two_seeds
     figures[perceptual] = {
         "to_rewrite": clustered_mean(perceptual_of(features, protected, rewrite), tested.names, tested.prompts),
         "to_reference": clustered_mean(perceptual_of(features, protected[first], reference), names, prompts),
