@@ -66,6 +66,16 @@ class Branch(nn.Module):
         features = self.redirector.prompt_features(prompt)
         return self.redirector.heads(prompt, features, joint, context, active)
 
+    def with_word_evidence(self, redirection: Redirection, prompt: Tensor, active: Tensor) -> Redirection:
+        """`redirection` of the prompt [B, T, D] with an "or" in its mask: a token that says by itself that it means an
+        active concept [B, N] bool is moved, whatever stands beside it.
+
+        The mask's head is taught without this, and so does not lean on it.
+        """
+        said = torch.sigmoid(self.detector.words.tokens(prompt))
+        by_itself = torch.where(active[:, None, :], said, torch.zeros_like(said)).amax(dim=2)
+        return redirection._replace(mask=redirection.mask + (1 - redirection.mask) * by_itself)
+
 
 class Redirected(NamedTuple):
     """What a redirection makes of an embedding."""
@@ -107,6 +117,7 @@ class SafetyModule(nn.Module):
         parts = zip(self.each_branch(), torch.split(active, sizes, dim=1), torch.split(strength, sizes, dim=1), strict=True)
         for index, (branch, flags, scales) in enumerate(parts):
             redirection = branch.redirection(prompt, joint, flags.to(prompt.dtype))
+            redirection = branch.with_word_evidence(redirection, prompt, flags)
             moved = redirect(prompt, redirection, scales.amax(dim=1, keepdim=True))
             prompt = moved if index == 0 and len(sizes) == 1 else torch.where(flags.any(dim=1)[:, None, None], moved, prompt)
             masks.append(torch.where(flags[:, :, None], redirection.mask[:, None, :], torch.zeros_like(prompt[:, None, :, 0])))

@@ -64,6 +64,22 @@ def test_words_tell_a_concept_without_the_end_of_text_that_sums_them_up() -> Non
     assert (logits[3:] < 0).all()
 
 
+@torch.no_grad()
+def test_a_word_that_tells_by_itself_is_moved_whatever_stands_beside_it() -> None:
+    pipeline, module = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
+    _, embeds = encode(pipeline, ["an axe beside a hammer", "a pistol and a guitar", "a hammer and a guitar"])
+    joint = module.encoder(torch.randn(3, 4, 16, 16), torch.full((3,), 961.0))
+    weapons = module.config.concept_names.index("weapons")
+    active = torch.zeros(3, len(module.config.concepts), dtype=torch.bool)
+    active[:, weapons] = True
+    mask = module.redirect(embeds, joint, active, torch.full(active.shape, 1.5)).token_mask[:, weapons]
+    assert (mask[:2, 2] > 0.95).all()
+    assert mask[2].max() < 0.5
+    active = active.roll(1, dims=1)  # another concept
+    said = module.last_branch.redirection(embeds, joint, active.float())
+    assert module.last_branch.with_word_evidence(said, embeds, active).mask[:2, 2].max() < 0.5
+
+
 def test_pairs_mark_the_words_before_the_end_of_text() -> None:
     pipeline = load_pipeline()
     pairs = make_pairs(pipeline, WorldPrompts(["church"], load_split()), count=4, seed=0)
