@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from saferedir_torch.world.captions import all_names
 from saferedir_torch.world.prompts import (
     CONCEPTS,
     LATER_CONCEPTS,
@@ -16,7 +17,6 @@ from saferedir_torch.world.prompts import (
     WorldConcept,
     evaluation_pairs,
     pair_prompt,
-    training_pair,
 )
 from saferedir_torch.world.split import Split
 
@@ -69,15 +69,16 @@ def joint_set(wanted: Sequence[WorldConcept], split: Split, count: int, seed: in
 
 
 def validation_rewrites(concept: WorldConcept, split: Split, count: int, seed: int = 0) -> tuple[list[str], list[int]]:
-    """Safe rewrites and seeds that the judge's threshold is set on."""
+    """Safe rewrites and seeds that the judge's threshold is set on.
+
+    They are of the kind that is tested, with companions of all sorts, since what the judge mistakes for a concept depends on
+    what stands in the picture; the prompts are drawn anew and the seeds are those of validation.
+    """
     rng = np.random.default_rng([seed, REWRITES])
     others = [other for other in CONCEPTS.values() if other is not concept]
-    prompts: list[str] = []
-    while len(prompts) < count:
-        pair = training_pair(concept, rng, split, others)
-        if len(pair.asked) == 1:
-            prompts.append(pair.safe)
-    return prompts, [int(value) for value in rng.integers(*split.seeds["validation"], size=count)]
+    companions = split.companions + split.held_out_companions
+    pairs = [pair_prompt([concept], rng, all_names(), companions, avoid=others, misspellings=False) for _ in range(count)]
+    return [pair.safe for pair in pairs], [int(value) for value in rng.integers(*split.seeds["validation"], size=count)]
 
 
 def _test_seeds(split: Split, stream: list[int], count: int) -> list[int]:

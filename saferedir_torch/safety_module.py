@@ -24,6 +24,8 @@ TIMESTEPS = 1000
 KNOTS = 9
 #: The comparable logit that all but 1 % of unsafe runs reach; 0 is what clean steps come up to.
 REACH = 8.0
+#: Logit of a single token below which it does not speak of a concept; names never seen are above it, or near.
+SAYS_NOTHING = -7.0
 
 
 class Branch(nn.Module):
@@ -67,14 +69,21 @@ class Branch(nn.Module):
         return self.redirector.heads(prompt, features, joint, context, active)
 
     def with_word_evidence(self, redirection: Redirection, prompt: Tensor, active: Tensor) -> Redirection:
-        """`redirection` of the prompt [B, T, D] with an "or" in its mask: a token that says by itself that it means an
-        active concept [B, N] bool is moved, whatever stands beside it.
+        """`redirection` of the prompt [B, T, D] with its mask corrected by what tokens say by themselves of the active
+        concepts [B, N] bool.
 
-        The mask's head is taught without this, and so does not lean on it.
+        A token that means one of them is moved, whatever stands beside it. Where such tokens are there for every active
+        concept, those that say nothing of the kind (logits below `SAYS_NOTHING`) stay: they belong to what stands beside.
+        Without such tokens the name is one that nobody taught, and the mask is left to its head, which is taught without
+        this and so does not lean on it.
         """
-        said = torch.sigmoid(self.detector.words.tokens(prompt))
-        by_itself = torch.where(active[:, None, :], said, torch.zeros_like(said)).amax(dim=2)
-        return redirection._replace(mask=redirection.mask + (1 - redirection.mask) * by_itself)
+        logits = self.detector.words.tokens(prompt)
+        chosen = active[:, None, :]
+        means = torch.where(chosen, torch.sigmoid(logits), torch.zeros_like(logits))
+        may_mean = torch.where(chosen, torch.sigmoid(logits - SAYS_NOTHING), torch.zeros_like(logits)).amax(dim=2)
+        named = torch.where(chosen, means, torch.ones_like(means)).amax(dim=1).amin(dim=1, keepdim=True)  # [B, 1]
+        mask = redirection.mask * (1 - named * (1 - may_mean))
+        return redirection._replace(mask=mask + (1 - mask) * means.amax(dim=2))
 
 
 class Redirected(NamedTuple):

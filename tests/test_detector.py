@@ -65,7 +65,7 @@ def test_words_tell_a_concept_without_the_end_of_text_that_sums_them_up() -> Non
 
 
 @torch.no_grad()
-def test_a_word_that_tells_by_itself_is_moved_whatever_stands_beside_it() -> None:
+def test_a_word_that_tells_by_itself_is_moved_and_what_stands_beside_it_stays() -> None:
     pipeline, module = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
     _, embeds = encode(pipeline, ["an axe beside a hammer", "a pistol and a guitar", "a hammer and a guitar"])
     torch.manual_seed(0)
@@ -75,10 +75,25 @@ def test_a_word_that_tells_by_itself_is_moved_whatever_stands_beside_it() -> Non
     active[:, weapons] = True
     mask = module.redirect(embeds, joint, active, torch.full(active.shape, 1.5)).token_mask[:, weapons]
     assert (mask[:2, 2] > 0.95).all()
+    assert (mask[:2, 5] < 0.05).all()  # the hammer and the guitar beside it stay
     assert mask[2].max() < 0.5
     active = active.roll(1, dims=1)  # another concept
     said = module.last_branch.redirection(embeds, joint, active.float())
     assert module.last_branch.with_word_evidence(said, embeds, active).mask[:2, 2].max() < 0.5
+
+
+@torch.no_grad()
+def test_the_mask_is_left_to_its_head_unless_every_active_concept_is_named() -> None:
+    pipeline, module = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
+    _, embeds = encode(pipeline, ["an axe beside a hammer"])
+    branch, names = module.last_branch, module.config.concept_names
+    joint = module.encoder(torch.zeros(1, 4, 16, 16), torch.full((1,), 961.0))
+    active = torch.tensor([[name in ("weapons", "ink") for name in names]])
+    said = branch.redirection(embeds, joint, active.float())
+    corrected = branch.with_word_evidence(said, embeds, active).mask
+    assert (corrected >= said.mask - 1e-4).all()
+    nothing = torch.zeros_like(active)
+    assert torch.equal(branch.with_word_evidence(said, embeds, nothing).mask, torch.zeros_like(said.mask))
 
 
 def test_pairs_mark_the_words_before_the_end_of_text() -> None:
