@@ -25,7 +25,9 @@ KNOTS = 9
 #: The comparable logit that all but 1 % of unsafe runs reach; 0 is what clean steps come up to.
 REACH = 8.0
 #: Logit of a single token below which it does not speak of a concept; names never seen are above it, or near.
-SAYS_NOTHING = -7.0
+SAYS_NOTHING = -5.0
+#: Below any logit of a token.
+LOWEST = -60.0
 
 
 class Branch(nn.Module):
@@ -73,17 +75,18 @@ class Branch(nn.Module):
         concepts [B, N] bool.
 
         A token that means one of them is moved, whatever stands beside it. Where such tokens are there for every active
-        concept, those that say nothing of the kind (logits below `SAYS_NOTHING`) stay: they belong to what stands beside.
-        Without such tokens the name is one that nobody taught, and the mask is left to its head, which is taught without
-        this and so does not lean on it.
+        concept, the logit of each token by itself, as far as it is below `SAYS_NOTHING`, is added to that of its mask: words
+        that say nothing of the kind belong to what stands beside, unless the mask's head is very sure. Without such tokens
+        the name is one that nobody taught, and the mask is left to its head, which is taught without all this.
         """
         logits = self.detector.words.tokens(prompt)
         chosen = active[:, None, :]
         means = torch.where(chosen, torch.sigmoid(logits), torch.zeros_like(logits))
-        may_mean = torch.where(chosen, torch.sigmoid(logits - SAYS_NOTHING), torch.zeros_like(logits)).amax(dim=2)
         named = torch.where(chosen, means, torch.ones_like(means)).amax(dim=1).amin(dim=1, keepdim=True)  # [B, 1]
-        mask = redirection.mask * (1 - named * (1 - may_mean))
-        return redirection._replace(mask=mask + (1 - mask) * means.amax(dim=2))
+        most = torch.where(chosen, logits, torch.full_like(logits, LOWEST)).amax(dim=2)
+        mask_logits = redirection.mask_logits - named * torch.relu(SAYS_NOTHING - most)
+        mask = torch.sigmoid(mask_logits)
+        return redirection._replace(mask=mask + (1 - mask) * means.amax(dim=2), mask_logits=mask_logits)
 
 
 class Redirected(NamedTuple):

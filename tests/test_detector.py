@@ -93,7 +93,7 @@ def test_the_mask_is_left_to_its_head_unless_every_active_concept_is_named() -> 
     corrected = branch.with_word_evidence(said, embeds, active).mask
     assert (corrected >= said.mask - 1e-4).all()
     nothing = torch.zeros_like(active)
-    assert torch.equal(branch.with_word_evidence(said, embeds, nothing).mask, torch.zeros_like(said.mask))
+    assert branch.with_word_evidence(said, embeds, nothing).mask.max() < 1e-6
 
 
 def test_pairs_mark_the_words_before_the_end_of_text() -> None:

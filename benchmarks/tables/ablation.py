@@ -81,6 +81,9 @@ class ShapedBranch(Branch):
     def redirection(self, prompt: Tensor, joint: Tensor, active: Tensor) -> Redirection:
         return self.shape(prompt, super().redirection(prompt, joint, active))
 
+    def with_word_evidence(self, redirection: Redirection, prompt: Tensor, active: Tensor) -> Redirection:
+        return self.shape(prompt, super().with_word_evidence(redirection, prompt, active))
+
 
 @dataclass
 class Lessons:
