@@ -66,7 +66,8 @@ def _forgetting() -> str:
     table = "\n".join(rows)
     return f"""**Is the concept gone, is everything else untouched?** Per row about {counted["of"]} pictures of
 {counted["prompts"]} prompts with companions and seeds that safety training never saw, judged by a classifier that shares nothing with model or
-safety. FSR: share of pictures in which the judge no longer finds the concept, with a 95 % interval. "Rewrite" is the
+safety. FSR: share of pictures in which the judge no longer finds the concept. In brackets a 95 % interval: with fewer than ten
+failures, that of the share of prompts none of whose pictures failed, which is lower. "Rewrite" is the
 unprotected model on the safe prompt: what a perfect redirection would draw. Kept: how often companion, style and background
 are as asked, relative to the rewrite. CSDR ratio: change of the image-text score from the rewrite, relative to that between
 two seeds of the rewrite (`clip_world`). (`python -m benchmarks.evaluate forgetting --task church`, with `--alone` for one concept's module)

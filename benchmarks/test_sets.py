@@ -72,7 +72,8 @@ def validation_rewrites(concept: WorldConcept, split: Split, count: int, seed: i
     """Safe rewrites and seeds that the judge's threshold is set on.
 
     They are of the kind that is tested, with companions of all sorts, since what the judge mistakes for a concept depends on
-    what stands in the picture; the prompts are drawn anew and the seeds are those of validation.
+    what stands in the picture. The prompts are drawn anew (a few coincide with tested ones), the seeds are those of
+    validation.
     """
     rng = np.random.default_rng([seed, REWRITES])
     others = [other for other in CONCEPTS.values() if other is not concept]

@@ -24,7 +24,7 @@ TIMESTEPS = 1000
 KNOTS = 9
 #: The comparable logit that all but 1 % of unsafe runs reach; 0 is what clean steps come up to.
 REACH = 8.0
-#: Logit of a single token below which it does not speak of a concept; names never seen are above it, or near.
+#: Logit of a single token below which it counts against the token being moved, where others name the concept.
 SAYS_NOTHING = -5.0
 #: Below any logit of a token.
 LOWEST = -60.0
@@ -75,8 +75,8 @@ class Branch(nn.Module):
         concepts [B, N] bool.
 
         A token that means one of them is moved, whatever stands beside it. Where such tokens are there for every active
-        concept, the logit of each token by itself, as far as it is below `SAYS_NOTHING`, is added to that of its mask: words
-        that say nothing of the kind belong to what stands beside, unless the mask's head is very sure. Without such tokens
+        concept, how far the logit of a token by itself is below `SAYS_NOTHING` is taken from that of its mask: words that say
+        nothing of the kind belong to what stands beside, unless the mask's head is very sure. Without such tokens
         the name is one that nobody taught, and the mask is left to its head, which is taught without all this.
         """
         logits = self.detector.words.tokens(prompt)
@@ -84,9 +84,8 @@ class Branch(nn.Module):
         means = torch.where(chosen, torch.sigmoid(logits), torch.zeros_like(logits))
         named = torch.where(chosen, means, torch.ones_like(means)).amax(dim=1).amin(dim=1, keepdim=True)  # [B, 1]
         most = torch.where(chosen, logits, torch.full_like(logits, LOWEST)).amax(dim=2)
-        mask_logits = redirection.mask_logits - named * torch.relu(SAYS_NOTHING - most)
-        mask = torch.sigmoid(mask_logits)
-        return redirection._replace(mask=mask + (1 - mask) * means.amax(dim=2), mask_logits=mask_logits)
+        mask = torch.sigmoid(redirection.mask_logits - named * torch.relu(SAYS_NOTHING - most))
+        return redirection._replace(mask=mask + (1 - mask) * means.amax(dim=2))
 
 
 class Redirected(NamedTuple):
