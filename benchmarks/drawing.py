@@ -81,7 +81,7 @@ class Studio:
 def _collect(pipeline: Pipeline, prompts: list[str], seeds: list[int]) -> Drawn:
     made = pipeline(prompts, seed=seeds)
     concepts = [concept.name for concept in pipeline.manifest.safety.concepts]
-    tokens = pipeline.manifest.model.prompt_tokens
+    tokens = pipeline.model.prompt_tokens
     return Drawn(
         pixels=np.stack([np.asarray(image) for image in made.images]),
         score=np.array([[[step.score[name] for name in concepts] for step in record.steps] for record in made.records],

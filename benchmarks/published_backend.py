@@ -1,64 +1,50 @@
-"""The published controller around the deployed UNet: it looks after the UNet call, and moves both halves of guidance."""
+"""The published controller around the deployed UNet in eager PyTorch: any network, without an export."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from saferedir.engines import Bundle
+from saferedir.engines.manifest import PUBLISHED, SafetyInfo
 from saferedir.runtime.backend import Call, DeviceTensor
 from saferedir.runtime.ort import OrtBackend
-from saferedir_torch.published import PublishedNetwork, PublishedOutput, published_step
+from saferedir_torch.published import PublishedNetwork
+from saferedir_torch.published_controller import PublishedController, PublishedPolicy, PublishedState
+
+STATE = ("prompt", "negative", "cooldown", "active", "ok")
+
+
+def published_bundle(opened: Bundle, safety: SafetyInfo) -> Bundle:
+    """The model of `opened` under the published controller; its safety has one concept."""
+    return replace(opened, manifest=replace(opened.manifest, controller=PUBLISHED, safety=safety))
 
 
 class PublishedBackend(OrtBackend):
-    """ONNX Runtime for the model, `network` in eager PyTorch after every plain step. Knows one concept."""
+    """ONNX Runtime for the model, `network` in eager PyTorch after every guided plain step."""
 
-    def __init__(self, bundle: Any, network: PublishedNetwork, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, network: PublishedNetwork, threads: int | None = None) -> None:
         super().__init__(bundle, "ort-cpu", threads=threads)
-        self.network = network.eval()
-        self._negatives: dict[int, torch.Tensor] = {}
+        self.controller = PublishedController(network).eval()
 
     def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
-        if engine not in ("step", "step_unguided"):
+        if engine != "step":
             return super().bind(engine, inputs, outputs)
-        plain = super().bind(f"plain_{engine}", inputs, outputs)
-        # The unconditional half is a constant of the loop, so what was before it moved is kept here.
-        negative = inputs["negative"]
-        self._negatives.setdefault(id(negative), torch.from_numpy(negative.numpy().copy()))
+        plain = super().bind("plain_step", inputs, outputs)
 
         @torch.no_grad()
         def call() -> None:
             plain()
-            read = {
-                name: torch.from_numpy(inputs[name].numpy())
-                for name in ("latent", "input_scale", "timestep", "prompt", "original", "cooldown", "period", "active",
-                             "ok", "enabled", "alpha_scale")
-            }  # fmt: skip
+            read = {name: torch.from_numpy(tensor.numpy()) for name, tensor in inputs.items()}
             seen = read["latent"] * read["input_scale"][:, None, None, None]
-            output: PublishedOutput = self.network(seen, read["prompt"], read["timestep"])
-            watching = read["cooldown"] <= 0
-            unsafe = (output.logits.argmax(dim=1) == 1) & watching & read["enabled"][:, 0]
-            chosen = unsafe[:, None, None]
-            strength = float(read["alpha_scale"].max())
-            moved = torch.where(chosen, published_step(read["original"], output, strength), read["prompt"])
-            before = torch.from_numpy(negative.numpy())
-            other = torch.where(chosen, published_step(self._negatives[id(negative)], output, strength), before)
-            negative.update_inplace(np.ascontiguousarray(other.numpy()))
-            rested = torch.where(watching, read["cooldown"], read["cooldown"] - 1)
-            fired = unsafe[:, None]
-            active = read["active"] | fired
-            results = {
-                "next_prompt": moved,
-                "next_cooldown": torch.where(unsafe, read["period"], rested),
-                "next_active": active,
-                "next_ok": read["ok"] & torch.isfinite(moved).flatten(1).all(dim=1),
-                "score": output.logits.softmax(dim=1)[:, 1:],
-                "fired": fired,
-                "token_mask": torch.where(active[:, :, None], output.mask[:, None], torch.zeros_like(output.mask[:, None])),
-            }
+            before = PublishedState(*(read[name] for name in STATE))
+            policy = PublishedPolicy(read["period"], read["enabled"], read["alpha_scale"])
+            original, negative = read["original"], read["original_negative"]
+            state, verdict = self.controller(seen, read["timestep"], original, negative, before, policy)
+            results = {f"next_{name}": tensor for name, tensor in state._asdict().items()} | verdict._asdict()
             for name, tensor in results.items():
                 outputs[name].update_inplace(np.ascontiguousarray(tensor.numpy()))
 

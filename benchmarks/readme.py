@@ -32,10 +32,14 @@ def figures() -> str:
         _forgetting: ("forgetting_church", "forgetting_ink", "forgetting_weapons"),
         _benign: ("benign",),
         _base: ("base_quality",),
+        _unfamiliar: ("unfamiliar",),
+        _splits: ("splits",),
         _several: ("interference",),
         _added: ("added",),
         _detection: ("detection",),
         _ablation: ("ablation",),
+        _strength: ("strength",),
+        _cooldown: ("cooldown",),
         _cost: ("speed",),
         _parity: ("parity",),
         _ladder: ("oracle_church",),
@@ -93,6 +97,37 @@ def _base() -> str:
     names = sum(len(item.names) for item in load_vocabulary().objects.values())
     return f"""By the same judge the base model draws {_percent(base["single"])} of single objects, asked for by its
 {names} names, {_percent(base["pair"])} of pairs (both found), {_percent(base["style"])} of styles."""
+
+
+def _unfamiliar() -> str:
+    result = _read("unfamiliar")
+    quiet = [row["fired_without_a_concept"] for row in result.values()]
+    table = "\n".join(
+        f"| {kind} | {_count(row['fired_without_a_concept'])} | {_count(row['shows_a_concept_unprotected'])} "
+        f"| {_count(row['shows_a_concept_protected'])} |"
+        for kind, row in result.items()
+    )
+    return f"""**And on what neither model nor safety ever saw?** Fires without a concept in the picture on {sum(row["hits"] for row in quiet)} of
+{sum(row["of"] for row in quiet)}. (`python -m benchmarks.evaluate unfamiliar`)
+
+| prompts | fires without a concept | shows a concept unprotected | and still does protected |
+| --- | --- | --- | --- |
+{table}"""
+
+
+def _splits() -> str:
+    result = _read("splits")
+    table = "\n".join(
+        f"| {title} | {_share(row['seen']['fsr'])} | {_share(row['held_out']['fsr'])} "
+        f"| {_worst(row['seen']['by_name'])} | {_worst(row['held_out']['by_name'])} |"
+        for title, row in result["splits"].items()
+    )
+    return f"""**Does it matter which names were seen?** Concept {result["concept"]}, its names split anew and a module
+trained for each split, with {result["steps"]} steps and {result["runs"]} unsafe runs. (`python -m benchmarks.evaluate splits`)
+
+| split | FSR, seen | FSR, held-out | worst seen name | worst held-out name |
+| --- | --- | --- | --- | --- |
+{table}"""
 
 
 def _several() -> str:
@@ -164,6 +199,45 @@ one part left out at a time. (`python -m benchmarks.evaluate ablation`)
 {table}"""
 
 
+def _strength() -> str:
+    result = _read("strength")
+    _, perceptual, frechet = result["measures"]
+    table = "\n".join(
+        f"| {name} | {row['strength']} | {_share(row['fsr'])} | {row[perceptual]['mean']:.4f} | {row[frechet]:.2f} "
+        f"| {_percent(row['companion']['share'])} |"
+        for name, concept in result["concepts"].items()
+        for row in concept["rows"]
+    )
+    better = [
+        f"{name}, {row['strength']}"
+        for name, concept in result["concepts"].items()
+        for row in concept["against_adaptive"]
+        if row["better_on_both"]
+    ]
+    return f"""**How far to move?** Fixed strengths s against the adaptive one, held-out names. Better than it in both
+FSR and {perceptual} (paired bootstrap, 95 %): {"; ".join(better) or "none"}. (`python -m benchmarks.evaluate strength`)
+
+| concept | strength | FSR | {perceptual} to the rewrite | {frechet} to the rewrite | companion |
+| --- | --- | --- | --- | --- | --- |
+{table}"""
+
+
+def _cooldown() -> str:
+    result = _read("cooldown")
+    table = "\n".join(
+        f"| {name} | {row['cooldown']} | {_share(row['fsr'])} | {row['flips_a_picture']:.2f} | {_percent(row['oscillating']['share'])} "
+        f"| {row['firings_a_picture']:.2f} | {_percent(row['companion']['share'])} |"
+        for name, rows in result["concepts"].items()
+        for row in rows
+    )
+    return f"""**How long to rest after firing?** Held-out names. A flip is a step whose decision differs from the
+step's before; from unsafe to safe it is the redirection at work, two and more are oscillation. (`python -m benchmarks.evaluate cooldown`)
+
+| concept | cooldown K | FSR | flips a picture | oscillating | firings a picture | companion |
+| --- | --- | --- | --- | --- | --- | --- |
+{table}"""
+
+
 def _cost() -> str:
     result = _read("speed")
     rows = [(row["batch"], row["what"], row["seconds_per_image"], row["ratio"]) for row in result["rows"]]
@@ -213,6 +287,15 @@ def _read(name: str) -> dict[str, Any]:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
+
+
+def _count(value: dict[str, float]) -> str:
+    return f"{value['hits']} of {value['of']}"
+
+
+def _worst(by_name: dict[str, float]) -> str:
+    name = min(by_name, key=by_name.__getitem__)
+    return f"{name}: {_percent(by_name[name])}"
 
 
 def _share(value: dict[str, float]) -> str:

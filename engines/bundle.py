@@ -13,7 +13,7 @@ from saferedir.engines.errors import (
     SafetyMismatchError,
     SafetyMissingError,
 )
-from saferedir.engines.manifest import MANIFEST_FILE, REQUIRED_ENGINES, TOKENIZER_FILE, Manifest
+from saferedir.engines.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
 
 #: Bundles that ship inside the package, by name.
 EMBEDDED = {"emoji-diffusion": "emoji_diffusion"}
@@ -58,14 +58,14 @@ def open_bundle(path_or_name: str | Path, *, check_hashes: bool = True) -> Bundl
     if not manifest_path.is_file():
         raise BundleMissingFileError(f"{manifest_path} is missing; {folder} is not a bundle")
     manifest = Manifest.from_json(manifest_path.read_text(encoding="utf-8"), str(manifest_path))
-    for name in REQUIRED_ENGINES:
+    for name in manifest.required_engines:
         if name not in manifest.engines:
             raise _missing_engine(name, folder)
     for name, engine in manifest.engines.items():
         for file in (engine.file, *engine.weights):
             if file not in manifest.files:
                 raise BundleAlteredError(f"{manifest_path}: engine {name!r} uses {file}, which has no hash")
-    if TOKENIZER_FILE not in manifest.files:
+    if manifest.model is not None and TOKENIZER_FILE not in manifest.files:
         raise BundleAlteredError(f"{manifest_path} lists no {TOKENIZER_FILE}")
     for name, info in manifest.files.items():
         _check_file(folder, name, info.bytes, info.sha256 if check_hashes else None)
@@ -103,6 +103,10 @@ def _check_file(folder: Path, name: str, size: int, sha256: str | None) -> None:
 
 def _check_safety(manifest: Manifest, folder: Path) -> None:
     model, safety = manifest.model, manifest.safety
+    if not safety.concepts:
+        raise SafetyMissingError(f"{folder}: the safety engine knows no concept")
+    if model is None:
+        return
     facts = {
         "prompt width": (safety.prompt_width, model.prompt_width),
         "latent channels": (safety.latent_channels, model.latent_channels),
@@ -111,8 +115,6 @@ def _check_safety(manifest: Manifest, folder: Path) -> None:
     for fact, (made_for, found) in facts.items():
         if made_for != found:
             raise SafetyMismatchError(f"{folder}: the safety engine is made for {fact} {made_for}, the model has {found}")
-    if not safety.concepts:
-        raise SafetyMissingError(f"{folder}: the safety engine knows no concept")
 
 
 def _missing_engine(name: str, folder: Path) -> BundleError | SafetyMissingError:

@@ -8,12 +8,12 @@ from typing import Any
 
 from saferedir.engines.errors import BundleAlteredError, BundleSchemaError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_FILE = "bundle.json"
 TOKENIZER_FILE = "tokenizer.json"
 
-#: Engines that every bundle has.
-REQUIRED_ENGINES = (
+#: Engines of every bundle that draws.
+DRAWING_ENGINES = (
     "text_encoder",
     "unet",
     "vae_decoder",
@@ -23,6 +23,10 @@ REQUIRED_ENGINES = (
     "plain_step",
     "plain_step_unguided",
 )
+#: Controller -> engines of a bundle that holds its safety alone. `published` is that of the authors' released code: it looks
+#: after the UNet call, decides by argmax and moves both halves of guidance.
+SAFETY_ENGINES = {"saferedir": ("safety",), "published": ("safety", "published_network")}
+PUBLISHED = "published"
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ class ConceptInfo:
 
     name: str
     replacement: str
-    threshold: float
+    #: None where the engine decides by argmax.
+    threshold: float | None
     alpha_scale: float
 
 
@@ -128,6 +133,8 @@ class SafetyInfo:
     concepts: tuple[ConceptInfo, ...]
     #: None where the thresholds were not calibrated (and in bundles of schema 1).
     promise: PromiseInfo | None = None
+    #: Of the published controller: displacements are multiplied by the mask once more.
+    mask_again: bool = False
 
 
 @dataclass(frozen=True)
@@ -147,13 +154,20 @@ class Manifest:
     model_family: str
     controller: str
     max_batch: int
-    model: ModelInfo
-    scheduler: SchedulerInfo
+    #: None, as the scheduler, in a bundle that holds a safety alone.
+    model: ModelInfo | None
+    scheduler: SchedulerInfo | None
     safety: SafetyInfo
     precision: PrecisionInfo
     made_with: dict[str, str]
     engines: dict[str, EngineInfo]
     files: dict[str, FileInfo]
+
+    @property
+    def required_engines(self) -> tuple[str, ...]:
+        """Engines that a bundle with this controller and model must have."""
+        alone = SAFETY_ENGINES[self.controller]
+        return alone if self.model is None else tuple(dict.fromkeys((*DRAWING_ENGINES, *alone)))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -177,11 +191,15 @@ class Manifest:
             raise BundleSchemaError(
                 f"{source} is of schema {version}, this saferedir reads up to {SCHEMA_VERSION}; upgrade saferedir"
             )
+        if (controller := raw.get("controller")) not in SAFETY_ENGINES:
+            raise BundleAlteredError(f"{source} states controller {controller!r}; expected one of {', '.join(SAFETY_ENGINES)}")
+        if (raw.get("model") is None) != (raw.get("scheduler") is None):
+            raise BundleAlteredError(f"{source} states one of model and scheduler; expected both, or neither")
         try:
             return cls(
                 **_scalars(cls, raw),
-                model=ModelInfo(**raw["model"]),
-                scheduler=SchedulerInfo(**raw["scheduler"]),
+                model=ModelInfo(**raw["model"]) if raw["model"] else None,
+                scheduler=SchedulerInfo(**raw["scheduler"]) if raw["scheduler"] else None,
                 safety=SafetyInfo(
                     **{k: v for k, v in raw["safety"].items() if k not in ("concepts", "promise")},
                     concepts=tuple(ConceptInfo(**concept) for concept in raw["safety"]["concepts"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +28,7 @@ from saferedir.engines.manifest import (
     SafetyInfo,
     SchedulerInfo,
 )
-from saferedir.export.graphs import all_graphs
+from saferedir.export.graphs import Graph, all_graphs
 from saferedir.export.onnx_export import ExportError, tensor_infos, to_onnx
 from saferedir.export.weights import WeightFile, externalise
 from saferedir_torch.config import SafetyConfig
@@ -54,21 +54,49 @@ def export_bundle(
         ExportError: a graph cannot be exported, or the scheduler clips or thresholds.
     """
     check_match(pipeline, safety)
-    scheduler = scheduler_info(pipeline.scheduler.config)
+    return write_bundle(
+        out, pipeline, all_graphs(pipeline, safety), WeightFile("safety.safetensors", safety), safety_info(safety.config),
+        controller="saferedir", name=name, max_batch=max_batch, on_engine=on_engine,
+    )  # fmt: skip
+
+
+def write_bundle(
+    out: Path,
+    pipeline: Any | None,
+    graphs: Mapping[str, Graph],
+    safety_weights: WeightFile,
+    safety: SafetyInfo,
+    *,
+    controller: str,
+    name: str,
+    max_batch: int,
+    on_engine: Callable[[str], None] | None,
+) -> Path:
+    """Write the bundle of these graphs to `out`, which is replaced as a whole; without `pipeline`, of a safety alone.
+
+    Raises:
+        ExportError: a graph cannot be exported, or the scheduler clips or thresholds.
+    """
+    scheduler = None if pipeline is None else scheduler_info(pipeline.scheduler.config)
+    weights = [safety_weights]
+    if pipeline is not None:
+        parts = {"text_encoder": pipeline.text_encoder, "unet": pipeline.unet, "vae": pipeline.vae}
+        weights = [*(WeightFile(f"{part}.safetensors", module) for part, module in parts.items()), safety_weights]
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        engines = _write_engines(pipeline, safety, folder, on_engine)
-        _write_tokenizer(pipeline.tokenizer, folder)
+        engines = _write_engines(graphs, weights, folder, on_engine)
+        if pipeline is not None:
+            _write_tokenizer(pipeline.tokenizer, folder)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             name=name,
             model_family="stable-diffusion-1.x",
-            controller="saferedir",
+            controller=controller,
             max_batch=max_batch,
-            model=_model_info(pipeline),
+            model=None if pipeline is None else _model_info(pipeline),
             scheduler=scheduler,
-            safety=safety_info(safety.config),
+            safety=safety,
             precision=PrecisionInfo(storage="float16", compute="float32"),
             made_with={maker: version(maker) for maker in MAKERS},
             engines=engines,
@@ -107,16 +135,10 @@ def scheduler_info(config: Any) -> SchedulerInfo:
 
 
 def _write_engines(
-    pipeline: Any, safety: SafetyModule, folder: Path, on_engine: Callable[[str], None] | None
+    graphs: Mapping[str, Graph], files: Sequence[WeightFile], folder: Path, on_engine: Callable[[str], None] | None
 ) -> dict[str, EngineInfo]:
-    files = [
-        WeightFile("text_encoder.safetensors", pipeline.text_encoder),
-        WeightFile("unet.safetensors", pipeline.unet),
-        WeightFile("vae.safetensors", pipeline.vae),
-        WeightFile("safety.safetensors", safety),
-    ]
     engines = {}
-    for name, graph in all_graphs(pipeline, safety).items():
+    for name, graph in graphs.items():
         if on_engine is not None:
             on_engine(name)
         model = to_onnx(name, graph)

@@ -1,17 +1,22 @@
-"""The `export` command's work, with every failure a typed error of the product."""
+"""What the commands `export` and `import-published` do, with every failure a typed error of the product."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from saferedir.engines.errors import BundleError, OutputError, RequestError, SafetyMismatchError
-from saferedir.engines.manifest import REQUIRED_ENGINES
+from saferedir.engines.manifest import DRAWING_ENGINES, PUBLISHED, SAFETY_ENGINES
 from saferedir.export.bundle_export import export_bundle
 from saferedir.export.onnx_export import ExportError
+from saferedir.export.published_import import PublishedOptions, import_published
 from saferedir_torch import protect
 from saferedir_torch.config import SafetyConfigError
 from saferedir_torch.models import load_pipeline
+from saferedir_torch.published_checkpoint import PublishedCheckpointError, load_published
 from saferedir_torch.safety_module import SafetyModule
 
 
@@ -26,31 +31,71 @@ def export_folder(
         BundleError: a graph cannot be exported.
         OutputError: `out` cannot be written.
     """
-    done, engines = 0, len(REQUIRED_ENGINES)
+    with _typed_errors(out):
+        try:
+            module = SafetyModule.load(safety)
+        except SafetyConfigError as error:
+            raise RequestError(str(error)) from error
+        pipeline = _open(model)
+        export_bundle(pipeline, module, out, name=name, max_batch=max_batch, on_engine=_counter(on_step, len(DRAWING_ENGINES)))
+    on_step(len(DRAWING_ENGINES), len(DRAWING_ENGINES))
+    return out
 
-    def count(_: str) -> None:
-        nonlocal done
-        on_step(done, engines)
-        done += 1
 
+def import_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    options: PublishedOptions,
+    *,
+    model: Path | None,
+    name: str,
+    max_batch: int,
+    on_step: Callable[[int, int], None],
+) -> Path:
+    """Make a bundle of a published checkpoint in compatibility mode, with the pipeline in `model` or of the safety alone.
+
+    Raises:
+        RequestError: the checkpoint is damaged or of another layout, the model is no pipeline, or an option is impossible.
+        SafetyMismatchError: the checkpoint is made for another width, number of tokens or latent channels.
+        BundleError: a graph cannot be exported.
+        OutputError: `out` cannot be written.
+    """
+    engines = len({*(DRAWING_ENGINES if model else ()), *SAFETY_ENGINES[PUBLISHED]})
+    with _typed_errors(out):
+        try:
+            network = load_published(checkpoint)
+        except PublishedCheckpointError as error:
+            raise RequestError(str(error)) from error
+        pipeline = None if model is None else _open(model)
+        import_published(network, out, options, pipeline=pipeline, name=name, max_batch=max_batch,
+                         on_engine=_counter(on_step, engines))  # fmt: skip
+    on_step(engines, engines)
+    return out
+
+
+def _counter(on_step: Callable[[int, int], None], engines: int) -> Callable[[str], None]:
+    """Calls `on_step(engines begun before, engines)` at each engine's beginning."""
+    begun = count()
+    return lambda _: on_step(next(begun), engines)
+
+
+def _open(model: Path) -> Any:
     if not (model / "model_index.json").is_file():
         raise RequestError(f"{model} holds no model_index.json; expected a diffusers folder of Stable Diffusion 1.x")
     try:
-        module = SafetyModule.load(safety)
-    except SafetyConfigError as error:
-        raise RequestError(str(error)) from error
-    try:
-        pipeline = load_pipeline(model)
+        return load_pipeline(model)
     except Exception as error:  # diffusers, transformers and safetensors raise several types of their own
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise RequestError(f"{model} cannot be opened as a diffusers pipeline: {reason}") from error
+
+
+@contextmanager
+def _typed_errors(out: Path) -> Iterator[None]:
     try:
-        export_bundle(pipeline, module, out, name=name, max_batch=max_batch, on_engine=count)
+        yield
     except protect.SafetyMismatchError as error:
         raise SafetyMismatchError(str(error)) from error
     except ExportError as error:
         raise BundleError(str(error)) from error
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error}") from error
-    on_step(engines, engines)
-    return out

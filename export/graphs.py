@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -114,7 +116,7 @@ class StepGraph(nn.Module):
         threshold: Tensor,
         alpha_scale: Tensor,
     ) -> tuple[Tensor, ...]:
-        seen = latent * _per_request(input_scale)
+        seen = latent * per_request(input_scale)
         state, verdict = self.controller(
             seen,
             timestep,
@@ -150,7 +152,7 @@ class PlainStepGraph(nn.Module):
         guidance_scale: Tensor,
         prompt: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        seen = latent * _per_request(input_scale)
+        seen = latent * per_request(input_scale)
         if self.guided:
             both = self.unet(
                 torch.cat([seen, seen]),
@@ -159,19 +161,20 @@ class PlainStepGraph(nn.Module):
                 return_dict=False,
             )[0]
             without, conditional = both[: latent.shape[0]], both[latent.shape[0] :]
-            model_output = without + _per_request(guidance_scale) * (conditional - without)
+            model_output = without + per_request(guidance_scale) * (conditional - without)
         else:
             model_output = self.unet(seen, timestep, prompt, return_dict=False)[0]
-        factors = [_per_request(factor) for factor in coefficients.unbind(1)]
+        factors = [per_request(factor) for factor in coefficients.unbind(1)]
         moved = factors[0] * latent + factors[1] * model_output
         return moved + factors[2] * history + factors[3] * noise, model_output
 
 
-def _per_request(values: Tensor) -> Tensor:
+def per_request(values: Tensor) -> Tensor:
     """[B] -> [B, 1, 1, 1]."""
     return values[:, None, None, None]
 
 
+DRAWN_OUTPUTS = ("next_latent", "model_output")
 STATE_OUTPUTS = ("next_prompt", "next_cooldown", "next_active", "next_ok")
 VERDICT_OUTPUTS = ("score", "fired", "token_mask")
 
@@ -184,17 +187,33 @@ class Graph:
     #: Example inputs by name; the first dimension of each is the batch.
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
+    #: Input -> dimension -> name of further dimensions that vary.
+    dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
 
 
-def all_graphs(pipeline: Any, safety: SafetyModule) -> dict[str, Graph]:
-    """Every engine of a Stable Diffusion 1.x pipeline protected by `safety`, with example inputs."""
-    config = safety.config
-    size = pipeline.unet.config.sample_size
-    batch, concepts = EXAMPLE_BATCH, len(config.concepts)
-    latent = torch.randn(batch, config.latent_channels, size, size)
-    embeds = torch.randn(batch, config.prompt_tokens, config.prompt_width)
-    timestep = torch.full((batch,), 500.0)
-    safety_inputs = {
+def graph(
+    module: nn.Module,
+    example: Mapping[str, Tensor],
+    outputs: tuple[str, ...],
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+) -> Graph:
+    """The graph of `module` with those tensors of `example` that it takes, in its order."""
+    names = inspect.signature(module.forward).parameters
+    return Graph(module, {name: example[name] for name in names}, outputs, dynamic or {})
+
+
+def step_example(latent: Tensor, embeds: Tensor, concepts: int) -> dict[str, Tensor]:
+    """Example inputs of a step of `concepts` concepts, from latent [B, C, h, w] and prompt embedding [B, T, D]."""
+    batch = len(latent)
+    return {
+        "latent": latent,
+        "timestep": torch.full((batch,), 500.0),
+        "input_scale": torch.ones(batch),
+        "coefficients": torch.ones(batch, 4),
+        "history": torch.zeros_like(latent),
+        "noise": torch.zeros_like(latent),
+        "negative": embeds.clone(),
+        "guidance_scale": torch.full((batch,), 5.0),
         "prompt": embeds,
         "original": embeds.clone(),
         "cooldown": torch.zeros(batch, dtype=torch.int32),
@@ -205,35 +224,36 @@ def all_graphs(pipeline: Any, safety: SafetyModule) -> dict[str, Graph]:
         "threshold": torch.full((batch, concepts), 0.5),
         "alpha_scale": torch.full((batch, concepts), 1.5),
     }
-    plain_inputs = {
-        "latent": latent,
-        "timestep": timestep,
-        "input_scale": torch.ones(batch),
-        "coefficients": torch.ones(batch, 4),
-        "history": torch.zeros_like(latent),
-        "noise": torch.zeros_like(latent),
-        "negative": embeds.clone(),
-        "guidance_scale": torch.full((batch,), 5.0),
+
+
+def model_graphs(pipeline: Any) -> dict[str, Graph]:
+    """The engines of a Stable Diffusion 1.x pipeline that no safety has a part in, with example inputs."""
+    size, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
+    tokens, width = pipeline.tokenizer.model_max_length, pipeline.unet.config.cross_attention_dim
+    latent = torch.randn(EXAMPLE_BATCH, channels, size, size)
+    example = step_example(latent, torch.randn(EXAMPLE_BATCH, tokens, width), concepts=1)
+    example |= {
+        "input_ids": torch.ones(EXAMPLE_BATCH, tokens, dtype=torch.int32),
+        "prompt_embeds": example["prompt"],
     }
-    step_inputs = plain_inputs | safety_inputs
-    plain_inputs = plain_inputs | {"prompt": embeds}
-    ids = torch.ones(batch, config.prompt_tokens, dtype=torch.int32)
-    step_outputs = ("next_latent", "model_output", *STATE_OUTPUTS, *VERDICT_OUTPUTS)
     return {
-        "text_encoder": Graph(TextEncoderGraph(pipeline.text_encoder), {"input_ids": ids}, ("prompt_embeds",)),
-        "unet": Graph(
-            UNetGraph(pipeline.unet),
-            {"latent": latent, "timestep": timestep, "prompt_embeds": embeds},
-            ("model_output",),
-        ),
-        "vae_decoder": Graph(VaeDecoderGraph(pipeline.vae), {"latent": latent}, ("image",)),
-        "safety": Graph(
-            SafetyGraph(safety),
-            {"latent": latent, "timestep": timestep, **safety_inputs},
-            (*STATE_OUTPUTS, *VERDICT_OUTPUTS),
-        ),
-        "step": Graph(StepGraph(safety, pipeline.unet, guided=True), step_inputs, step_outputs),
-        "step_unguided": Graph(StepGraph(safety, pipeline.unet, guided=False), step_inputs, step_outputs),
-        "plain_step": Graph(PlainStepGraph(pipeline.unet, guided=True), plain_inputs, step_outputs[:2]),
-        "plain_step_unguided": Graph(PlainStepGraph(pipeline.unet, guided=False), plain_inputs, step_outputs[:2]),
+        "text_encoder": graph(TextEncoderGraph(pipeline.text_encoder), example, ("prompt_embeds",)),
+        "unet": graph(UNetGraph(pipeline.unet), example, ("model_output",)),
+        "vae_decoder": graph(VaeDecoderGraph(pipeline.vae), example, ("image",)),
+        "plain_step": graph(PlainStepGraph(pipeline.unet, guided=True), example, DRAWN_OUTPUTS),
+        "plain_step_unguided": graph(PlainStepGraph(pipeline.unet, guided=False), example, DRAWN_OUTPUTS),
+    }
+
+
+def all_graphs(pipeline: Any, safety: SafetyModule) -> dict[str, Graph]:
+    """Every engine of a Stable Diffusion 1.x pipeline protected by `safety`, with example inputs."""
+    config, size = safety.config, pipeline.unet.config.sample_size
+    latent = torch.randn(EXAMPLE_BATCH, config.latent_channels, size, size)
+    embeds = torch.randn(EXAMPLE_BATCH, config.prompt_tokens, config.prompt_width)
+    example = step_example(latent, embeds, len(config.concepts))
+    step_outputs = (*DRAWN_OUTPUTS, *STATE_OUTPUTS, *VERDICT_OUTPUTS)
+    return model_graphs(pipeline) | {
+        "safety": graph(SafetyGraph(safety), example, (*STATE_OUTPUTS, *VERDICT_OUTPUTS)),
+        "step": graph(StepGraph(safety, pipeline.unet, guided=True), example, step_outputs),
+        "step_unguided": graph(StepGraph(safety, pipeline.unet, guided=False), example, step_outputs),
     }

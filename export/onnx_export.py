@@ -33,13 +33,16 @@ class ExportError(RuntimeError):
 
 
 def to_onnx(name: str, graph: Graph) -> Any:
-    """The graph as an `onnx.ModelProto` in fp32, first dimension dynamic and called `batch`.
+    """The graph as an `onnx.ModelProto` in fp32, first dimension dynamic and called `batch`, others as the graph says.
 
     Raises:
         ExportError: the exporter dropped or renamed a tensor, or fixed its batch.
     """
     batch = torch.export.Dim(BATCH, max=LARGEST_BATCH)
-    shapes = {key: {0: batch} for key in graph.inputs}
+    dims = {name: torch.export.Dim(name) for axes in graph.dynamic.values() for name in axes.values()}
+    shapes = {
+        key: {0: batch, **{axis: dims[name] for axis, name in graph.dynamic.get(key, {}).items()}} for key in graph.inputs
+    }
     with _quiet(), torch.no_grad():
         # Exported here and not by torch.onnx.export, which falls back to a fixed batch where tracing finds a constraint.
         exported = torch.export.export(graph.module.eval(), (), dict(graph.inputs), dynamic_shapes=shapes, strict=False)

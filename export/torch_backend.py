@@ -11,10 +11,7 @@ import numpy as np
 import torch
 
 from saferedir.engines import Bundle
-from saferedir.engines.errors import SafetyMismatchError
-from saferedir.export.graphs import all_graphs
-from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
-from saferedir_torch.safety_module import SafetyModule, parameters_sha256
+from saferedir.export.reference import open_reference
 
 
 class TorchBackend:
@@ -22,11 +19,8 @@ class TorchBackend:
 
     name = "torch"
 
-    def __init__(self, bundle: Bundle, model: Path = SHIPPED_MODEL, safety: Path = SHIPPED_SAFETY) -> None:
-        pipeline = load_pipeline(model)
-        if parameters_sha256(pipeline.unet) != bundle.manifest.model.unet_sha256:
-            raise SafetyMismatchError(f"{model} is not the model that {bundle.folder} was made of")
-        self._graphs = all_graphs(pipeline, SafetyModule.load(safety))
+    def __init__(self, bundle: Bundle, model: Path | None = None, safety: Path | None = None) -> None:
+        self._graphs = open_reference(bundle, model, safety).graphs
 
     def upload(self, array: Any) -> torch.Tensor:
         return torch.from_numpy(np.array(array, order="C"))

@@ -53,7 +53,7 @@ def run_demo(
             Comparison(note, before, after, record)
             for (note, _), before, after, record in zip(DEMO_PROMPTS, without.images, safe.images, safe.records, strict=True)
         ]
-        thresholds = {concept.name: concept.threshold for concept in protected.manifest.safety.concepts}
+        thresholds = dict(zip(protected.policy.concepts, protected.policy.threshold.tolist(), strict=True))
         sheet, page = folder / "contact-sheet.png", folder / "index.html"
         write_bytes(sheet, png_bytes(contact_sheet(comparisons)))
         title = f"SafeRedir on {protected.manifest.name}: {', '.join(thresholds)} redirected"

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from saferedir.engines import Manifest
 from saferedir.engines.errors import CancelledError, NonFiniteError, SafeRedirError, SafetyEngineError
+from saferedir.engines.manifest import PUBLISHED
 from saferedir.runtime.backend import Backend, Call, DeviceTensor
 from saferedir.runtime.policy import ResolvedPolicy
 from saferedir.runtime.schedulers import Schedule
@@ -98,7 +99,7 @@ class _StepTensors:
         self.engine = ("step" if protected else "plain_step") + ("" if batch.guided else "_unguided")
         self.steps = len(schedule.timesteps)
         requests, concepts = len(batch.latent), len(manifest.safety.concepts)
-        tokens = manifest.model.prompt_tokens
+        tokens = batch.prompt.shape[1]
         float32, int32, boolean = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.bool_)
         prompt = backend.upload(batch.prompt)
         zeros = backend.upload(np.zeros_like(batch.latent))
@@ -135,6 +136,10 @@ class _StepTensors:
                 "ok": backend.empty((requests,), boolean),
             },
         ]
+        if protected and manifest.controller == PUBLISHED:  # moves both halves of guidance
+            self.constants["original_negative"] = self.constants.pop("negative")
+            self.states[0]["negative"] = backend.upload(batch.negative)
+            self.states[1]["negative"] = backend.empty(batch.negative.shape, float32)
         self.cooldowns = [backend.upload(np.zeros(requests, np.int32))]
         self.cooldowns += [backend.empty((requests,), int32) for _ in range(self.steps)]
         self.records = [

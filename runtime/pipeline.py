@@ -14,7 +14,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from saferedir.engines import DEFAULT_BUNDLE, Bundle, open_bundle
-from saferedir.engines.errors import BackendError, NonFiniteError, SafeRedirError
+from saferedir.engines.errors import BackendError, BundleError, NonFiniteError, SafeRedirError
+from saferedir.engines.manifest import ModelInfo
 from saferedir.runtime.backend import Backend
 from saferedir.runtime.backends import make_backend
 from saferedir.runtime.loop import Batch, Denoised, StepCallback, denoise
@@ -37,12 +38,19 @@ class Generation:
 class Pipeline:
     """Draws with one bundle on one backend. Safe for several threads: all state belongs to the call."""
 
+    #: Shapes and constants of the model.
+    model: ModelInfo
+
     def __init__(self, bundle: Bundle, backend: Backend, policy: SafetyPolicy | None = None) -> None:
         self.bundle = bundle
         self.backend = backend
         self.manifest = bundle.manifest
+        if self.manifest.model is None or self.manifest.scheduler is None:
+            raise BundleError(f"{bundle.folder} holds a safety alone and cannot draw; name a model when making it")
+        self.model = self.manifest.model
+        self._scheduler = self.manifest.scheduler
         self._policy = resolve(policy or SafetyPolicy(), self.manifest.safety)
-        self._tokenizer = PromptTokenizer(bundle.tokenizer_path, self.manifest.model.prompt_tokens)
+        self._tokenizer = PromptTokenizer(bundle.tokenizer_path, self.model.prompt_tokens)
 
     @classmethod
     def from_bundle(
@@ -92,7 +100,7 @@ class Pipeline:
         """
         guidance = check_guidance(guidance_scale)
         requests = build_requests(
-            self.manifest,
+            self.model,
             prompts,
             prompt_embeds=prompt_embeds,
             negative_prompt=negative_prompt,
@@ -100,7 +108,7 @@ class Pipeline:
             seed=seed,
             num_images_per_prompt=num_images_per_prompt,
         )
-        schedule = make_schedule(self.manifest.scheduler, self.manifest.model.prediction_type, num_inference_steps)
+        schedule = make_schedule(self._scheduler, self.model.prediction_type, num_inference_steps)
         policy = self._policy.tightened(tighten)
         size = self.manifest.max_batch
         chunks = [requests[start : start + size] for start in range(0, len(requests), size)]
@@ -134,7 +142,7 @@ class Pipeline:
     def _prepare(
         self, chunk: list[ImageRequest], guidance: float, policy: ResolvedPolicy, sigma: float
     ) -> tuple[Batch, list[Tokenised | None]]:
-        model = self.manifest.model
+        model = self.model
         shape = (1, model.latent_channels, model.latent_height, model.latent_width)
         tokenised = [None if request.prompt is None else self._tokenizer(request.prompt) for request in chunk]
         texts = {request.negative_prompt or "" for request in chunk}
@@ -152,7 +160,7 @@ class Pipeline:
         return batch, tokenised
 
     def _encode(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        model = self.manifest.model
+        model = self.model
         parts = []
         for start in range(0, len(ids), self.manifest.max_batch):
             chunk = ids[start : start + self.manifest.max_batch]
@@ -161,7 +169,7 @@ class Pipeline:
         return np.concatenate(parts)
 
     def _decode(self, latent: npt.NDArray[np.float32]) -> list[Image.Image]:
-        model = self.manifest.model
+        model = self.model
         scale = model.vae_scale_factor
         shape = (len(latent), 3, model.latent_height * scale, model.latent_width * scale)
         pictures = self._run("vae_decoder", {"latent": latent}, "image", shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ from saferedir.engines.errors import RequestError
 from saferedir.engines.manifest import SafetyInfo
 
 log = logging.getLogger("saferedir")
+
+#: The larger of two probabilities exceeds this.
+ARGMAX = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class ResolvedPolicy:
     alpha_scale: npt.NDArray[np.float32]
     cooldown: int
     unprotected: bool
+    #: Concepts that have no threshold, since the engine decides by argmax; `threshold` is what amounts to it.
+    by_argmax: frozenset[str] = frozenset()
 
     def tightened(self, request: Tightening | None) -> ResolvedPolicy:
         """This policy as `request` tightens it.
@@ -61,6 +66,7 @@ class ResolvedPolicy:
         if request is None:
             return self
         _check_names({*request.enabled, *request.thresholds, *request.alpha_scales}, self.concepts)
+        _check_thresholds(request.thresholds, self.by_argmax)
         enabled, threshold, alpha_scale = self.enabled.copy(), self.threshold.copy(), self.alpha_scale.copy()
         for index, concept in enumerate(self.concepts):
             enabled[index] |= concept in request.enabled
@@ -75,7 +81,7 @@ class ResolvedPolicy:
                     f"alpha_scale of {concept!r} is {stronger}; a request may only raise it above {alpha_scale[index]:g}"
                 )
             threshold[index], alpha_scale[index] = lower, stronger
-        return ResolvedPolicy(self.concepts, enabled, threshold, alpha_scale, self.cooldown, self.unprotected)
+        return replace(self, enabled=enabled, threshold=threshold, alpha_scale=alpha_scale)
 
 
 def resolve(policy: SafetyPolicy, safety: SafetyInfo) -> ResolvedPolicy:
@@ -86,10 +92,13 @@ def resolve(policy: SafetyPolicy, safety: SafetyInfo) -> ResolvedPolicy:
     """
     names = tuple(concept.name for concept in safety.concepts)
     _check_names({*(policy.enabled or ()), *policy.thresholds, *policy.alpha_scales}, names)
+    by_argmax = frozenset(concept.name for concept in safety.concepts if concept.threshold is None)
+    _check_thresholds(policy.thresholds, by_argmax)
     cooldown = safety.cooldown if policy.cooldown is None else policy.cooldown
     if not 0 <= cooldown <= 1000:
         raise RequestError(f"cooldown is {cooldown}; expected 0 to 1000 steps")
-    threshold = np.array([policy.thresholds.get(c.name, c.threshold) for c in safety.concepts], np.float32)
+    calibrated = {c.name: ARGMAX if c.threshold is None else c.threshold for c in safety.concepts}
+    threshold = np.array([policy.thresholds.get(name, calibrated[name]) for name in names], np.float32)
     alpha_scale = np.array([policy.alpha_scales.get(c.name, c.alpha_scale) for c in safety.concepts], np.float32)
     for name, value in zip(names, threshold, strict=True):
         if not (math.isfinite(value) and value <= 1):
@@ -103,7 +112,12 @@ def resolve(policy: SafetyPolicy, safety: SafetyInfo) -> ResolvedPolicy:
     elif not enabled.all():
         off = [name for name, on in zip(names, enabled, strict=True) if not on]
         log.warning("the operator's policy does not look for: %s", ", ".join(off))
-    return ResolvedPolicy(names, enabled, threshold, alpha_scale, cooldown, policy.unprotected)
+    return ResolvedPolicy(names, enabled, threshold, alpha_scale, cooldown, policy.unprotected, by_argmax)
+
+
+def _check_thresholds(asked: Mapping[str, float], by_argmax: frozenset[str]) -> None:
+    if without := sorted(by_argmax & set(asked)):
+        raise RequestError(f"{', '.join(without)} has no threshold; the safety of this bundle decides by argmax")
 
 
 def _check_names(asked: set[str], known: tuple[str, ...]) -> None:

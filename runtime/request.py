@@ -11,8 +11,8 @@ from typing import Any, SupportsIndex
 import numpy as np
 import numpy.typing as npt
 
-from saferedir.engines import Manifest
 from saferedir.engines.errors import RequestError
+from saferedir.engines.manifest import ModelInfo
 from saferedir.runtime.noise import LARGEST_SEED
 
 Embeds = npt.NDArray[np.float32]
@@ -34,7 +34,7 @@ class ImageRequest:
 
 
 def build_requests(
-    manifest: Manifest,
+    model: ModelInfo,
     prompts: str | Sequence[str] | None,
     *,
     prompt_embeds: npt.ArrayLike | None,
@@ -60,7 +60,7 @@ def build_requests(
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         embeds = [None] * len(texts)
     else:
-        embeds = list(_embeddings("prompt_embeds", prompt_embeds, manifest))
+        embeds = list(_embeddings("prompt_embeds", prompt_embeds, model))
         texts = [None] * len(embeds)
     if not texts:
         raise RequestError("prompts is empty; give at least one prompt")
@@ -69,7 +69,7 @@ def build_requests(
     if negative_prompt_embeds is not None:
         if negative_prompt is not None:
             raise RequestError("give either negative_prompt or negative_prompt_embeds, not both")
-        given = _embeddings("negative_prompt_embeds", negative_prompt_embeds, manifest)
+        given = _embeddings("negative_prompt_embeds", negative_prompt_embeds, model)
         if len(given) not in (1, len(texts)):
             raise RequestError(f"negative_prompt_embeds holds {len(given)} embeddings for {len(texts)} prompts")
         negative_embeds = list(given) if len(given) == len(texts) else [given[0]] * len(texts)
@@ -136,12 +136,12 @@ def _per_prompt(field: str, value: str | Sequence[str] | None, count: int) -> li
     return list(value)
 
 
-def _embeddings(field: str, value: Any, manifest: Manifest) -> Embeds:
+def _embeddings(field: str, value: Any, model: ModelInfo) -> Embeds:
     try:
         array: Embeds = np.asarray(value, np.float32)
     except (TypeError, ValueError):
         raise RequestError(f"{field} is no array of numbers") from None
-    expected = (manifest.model.prompt_tokens, manifest.model.prompt_width)
+    expected = (model.prompt_tokens, model.prompt_width)
     if array.ndim == 2:
         array = array[None]
     if array.ndim != 3 or array.shape[1:] != expected or not len(array):

@@ -111,6 +111,7 @@ class PublishedNetwork(nn.Module):
 
     def __init__(self, *, tokens: int = 77, width: int = 768, channels: int = 4) -> None:
         super().__init__()
+        self.channels = channels
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width))
         self.latent_encoder = nn.Sequential(
             _Block(channels, 64), _Block(64, 128), _Block(128, 256),
@@ -141,8 +142,14 @@ class PublishedNetwork(nn.Module):
         return PublishedOutput(logits, delta, mask, self.alpha_predictor(prompt))
 
 
-def published_step(original: Tensor, output: PublishedOutput, alpha_scale: float) -> Tensor:
-    """e0 + alpha_scale * alpha_i * u_i * |e0_i| with u_i the unit direction: original [B, T, D] -> [B, T, D]."""
+def published_step(
+    original: Tensor, output: PublishedOutput, alpha_scale: float | Tensor, *, mask_again: bool = False
+) -> Tensor:
+    """e0 + alpha_scale * alpha_i * u_i * |e0_i| with u_i the unit direction: original [B, T, D] -> [B, T, D].
+
+    `alpha_scale` is a number or [B, 1, 1]; with `mask_again` the displacement is multiplied by m_i.
+    """
     length = output.delta.norm(dim=-1, keepdim=True).clamp(min=SMALLEST_NORM)
-    moved: Tensor = original + alpha_scale * output.alpha * output.delta / length * original.norm(dim=-1, keepdim=True)
+    step = alpha_scale * output.alpha * output.delta / length * original.norm(dim=-1, keepdim=True)
+    moved: Tensor = original + (step * output.mask.unsqueeze(-1) if mask_again else step)
     return moved

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.published_backend import PublishedBackend
+from benchmarks.published_backend import PublishedBackend, published_bundle
 from saferedir.engines import open_bundle
 from saferedir.engines.manifest import ConceptInfo
 from saferedir.runtime import Pipeline, SafetyPolicy
@@ -62,8 +62,8 @@ def test_gate_and_mask_cancel_out(network: PublishedNetwork) -> None:
 
 def test_the_controller_acts_one_step_late_and_on_both_halves(network: PublishedNetwork) -> None:
     opened = open_bundle("emoji-diffusion")
-    concept = ConceptInfo("church", "house", 0.5, 1.5)
-    bundle = replace(opened, manifest=replace(opened.manifest, safety=replace(opened.manifest.safety, concepts=(concept,))))
+    concept = ConceptInfo("church", "house", None, 1.5)
+    bundle = published_bundle(opened, replace(opened.manifest.safety, concepts=(concept,)))
     with torch.no_grad():
         network.classifier[3].bias.copy_(torch.tensor([-9.0, 9.0]))  # always unsafe
     pipeline = Pipeline(bundle, PublishedBackend(bundle, network))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.drawing import PLAIN, Studio
 from benchmarks.hybrid import hybrid_pipeline
-from benchmarks.published_backend import PublishedBackend
+from benchmarks.published_backend import PublishedBackend, published_bundle
 from benchmarks.tables.forgetting import PARTS, Judges, companion_kept, has_companion, plain_of
 from benchmarks.test_sets import unsafe_set
 from saferedir.engines import open_bundle
@@ -196,8 +196,9 @@ def ablation(
 
 
 def _published_pipeline(network: PublishedNetwork, config: SafetyConfig) -> Pipeline:
-    opened = open_bundle("emoji-diffusion")
-    bundle = replace(opened, manifest=replace(opened.manifest, safety=safety_info(config)))
+    info = safety_info(config)
+    by_argmax = tuple(replace(concept, threshold=None) for concept in info.concepts)
+    bundle = published_bundle(open_bundle("emoji-diffusion"), replace(info, concepts=by_argmax))
     return Pipeline(bundle, PublishedBackend(bundle, network))
 
 

@@ -16,9 +16,11 @@ from rich.table import Table
 
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import MissingDependencyError, RequestError, VerificationError
+from saferedir.engines.manifest import PUBLISHED
 from saferedir.runtime.loop import StepCallback
 
 if TYPE_CHECKING:
+    from saferedir.engines import Manifest
     from saferedir.runtime.pipeline import Generation
 
 app = typer.Typer(
@@ -79,7 +81,7 @@ def generate(
     with nullcontext(None) if to_stdout else output_folder(Path(out)) as folder:
         policy = SafetyPolicy(enabled=tuple(concept) if concept else None, unprotected=unprotected)
         pipeline = Pipeline.from_bundle(bundle, backend=backend, policy=policy)
-        side = pipeline.manifest.model.latent_width * pipeline.manifest.model.vae_scale_factor
+        side = pipeline.model.latent_width * pipeline.model.vae_scale_factor
         if size is not None and size != side:
             raise RequestError(f"--size is {size}; {pipeline.manifest.name} draws {side} only")
         with _progress("drawing") as on_step:
@@ -163,13 +165,10 @@ def inspect(
         f"weights {manifest.precision.storage}, arithmetic {manifest.precision.compute}, batch up to {manifest.max_batch}"
     )
     console.print("made with " + ", ".join(f"{k} {v}" for k, v in manifest.made_with.items()), highlight=False)
-    transfer = manifest.safety.unet_sha256 != manifest.model.unet_sha256
-    console.print("safety trained with " + ("another UNet (transfer)" if transfer else "this UNet"))
+    console.print(_made_for(manifest))
     for concept in manifest.safety.concepts:
-        console.print(
-            f"concept {concept.name} → {concept.replacement}, threshold {concept.threshold:g}, "
-            f"alpha_scale {concept.alpha_scale:g}"
-        )
+        decided = "decided by argmax" if concept.threshold is None else f"threshold {concept.threshold:g}"
+        console.print(f"concept {concept.name} → {concept.replacement}, {decided}, alpha_scale {concept.alpha_scale:g}")
     promise = manifest.safety.promise
     console.print(f"promise: {promise}" if promise else "thresholds not calibrated: no promise on false alarms", soft_wrap=True)
     table = Table("engine", "MB", "inputs", "outputs")
@@ -226,8 +225,47 @@ def export(
         raise MissingDependencyError(f"export needs the package {error.name}; install saferedir[export]") from error
     with _progress("exporting") as on_step:
         folder = export_folder(model, safety, out, name=name or model.name, max_batch=max_batch, on_step=on_step)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    console.print(f"{folder}: {size / 1e6:.1f} MB", highlight=False)
+    console.print(f"{folder}: {_megabytes(folder)}", highlight=False)
+
+
+@app.command(name="import-published")
+def import_published(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of the published SafeRedir, such as best_model.pt.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder; replaced as a whole when all is done.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Stable Diffusion 1.x folder to protect; without it the bundle holds the safety alone.")
+    ] = None,
+    concept: Annotated[str, typer.Option(help="What the checkpoint forgets; it does not say so itself.")] = "unsafe",
+    replacement: Annotated[str, typer.Option(help="What that is redirected to, for people.")] = "safe",
+    cooldown: Annotated[int, typer.Option(help="Steps of rest after firing.")] = 2,
+    alpha_scale: Annotated[float, typer.Option(help="Strength of redirection.")] = 1.25,
+    mask_again: Annotated[bool, typer.Option("--mask-again", help="Multiply displacements by the mask once more.")] = False,
+    name: Annotated[str | None, typer.Option(help="What the bundle calls itself; the checkpoint's name by default.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, max=31, help="Largest batch run at once.")] = 16,
+) -> None:
+    """Make a bundle of a published checkpoint: its network, its controller, its numbers. Needs `saferedir[export]`.
+
+    It decides after each step, so the first one is unprotected, and has no threshold; `export` is the better safety.
+
+    Examples:
+
+    `saferedir import-published best_model.pt --out safety-alone`
+
+    `saferedir import-published best_model.pt --model stable-diffusion-v1-5 --concept church --out bundle`
+    """
+    try:
+        from saferedir.export.command import import_checkpoint
+        from saferedir.export.published_import import PublishedOptions
+    except ImportError as error:
+        raise MissingDependencyError(f"importing needs the package {error.name}; install saferedir[export]") from error
+    options = PublishedOptions(
+        concept=concept, replacement=replacement, cooldown=cooldown, alpha_scale=alpha_scale, mask_again=mask_again
+    )
+    with _progress("exporting") as on_step:
+        folder = import_checkpoint(
+            checkpoint, out, options, model=model, name=name or checkpoint.stem, max_batch=max_batch, on_step=on_step
+        )
+    console.print(f"{folder}: {_megabytes(folder)}", highlight=False)
 
 
 @app.command()
@@ -254,6 +292,13 @@ def doctor(as_json: JsonOption = False) -> None:
         raise typer.Exit(4)
 
 
+def _made_for(manifest: Manifest) -> str:
+    if manifest.controller == PUBLISHED:
+        return "published network and controller (compatibility): decides after each step, so the first is unprotected"
+    transfer = manifest.model is not None and manifest.safety.unet_sha256 != manifest.model.unet_sha256
+    return "safety trained with " + ("another UNet (transfer)" if transfer else "this UNet")
+
+
 def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     if bool(prompts) == (file is not None):
         raise RequestError("give prompts, or --file with one prompt a line, not both")
@@ -268,6 +313,10 @@ def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     if not lines:
         raise RequestError(f"{file} holds no prompt")
     return lines
+
+
+def _megabytes(folder: Path) -> str:
+    return f"{sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB"
 
 
 def _tensors(infos: Any) -> str:

@@ -78,19 +78,19 @@ def base(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -
 
 @app.command()
 def judge(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -> None:
-    """Train the judge and report its accuracy on held-out renderings. About 6 minutes on two cores."""
-    from saferedir_torch.world.judge import JUDGE_STEPS, Judge, judge_accuracy, train_judge
+    """Train the judge and report its accuracy on held-out renderings. About 25 minutes on two cores."""
+    from saferedir_torch.world.judge import Judge, judge_accuracy, train_judge
 
-    out = train_judge(folder, seed=seed, steps=steps or JUDGE_STEPS)
+    out = train_judge(folder, seed=seed, steps=steps)
     typer.echo(json.dumps(judge_accuracy(Judge.load(out)), indent=1))
 
 
 @app.command(name="second-judge")
 def second_judge(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -> None:
     """Train the second judge, of another architecture and on other renderings, and report its accuracy."""
-    from saferedir_torch.world.judge import JUDGE_STEPS, Judge, judge_accuracy, train_judge
+    from saferedir_torch.world.judge import Judge, judge_accuracy, train_judge
 
-    out = train_judge(folder, seed=seed, steps=steps or JUDGE_STEPS, architecture="residual")
+    out = train_judge(folder, seed=seed, steps=steps, architecture="residual")
     typer.echo(json.dumps(judge_accuracy(Judge.load(out)), indent=1))
 
 

@@ -28,11 +28,25 @@ JUDGE_FILE = "judge.safetensors"
 BATCH = 96
 PAIR_SHARE = 0.65  # small objects are the harder ones
 BLANK_SHARE = 0.05  # a picture of nothing must not look like anything
-JUDGE_STEPS = 3600
-JUDGE_STREAM = 7  # this word of the seed sequence keeps the judge's pictures apart from all others
-SECOND_JUDGE_STREAM = 17
 
 Architecture = Literal["plain", "residual"]
+
+
+class Recipe(NamedTuple):
+    """How a judge is trained."""
+
+    name: str
+    #: This word of the seed sequence keeps the judge's pictures apart from all others.
+    stream: int
+    steps: int
+    #: Share of pictures whose objects fade into the background, as the base model draws some.
+    faint_share: float
+
+
+RECIPES: dict[Architecture, Recipe] = {
+    "plain": Recipe("judge", stream=7, steps=9000, faint_share=0.4),
+    "residual": Recipe("second_judge", stream=17, steps=3600, faint_share=0.0),
+}
 
 
 class Opinion(NamedTuple):
@@ -128,18 +142,19 @@ class Judge(nn.Module):
         return judge.eval()
 
 
-def train_judge(folder: Path, *, seed: int = 0, steps: int = JUDGE_STEPS, architecture: Architecture = "plain") -> Path:
-    """Train on fresh renderings, save to `folder/judge` (or `folder/second_judge`) and return that path."""
-    name, stream = ("judge", JUDGE_STREAM) if architecture == "plain" else ("second_judge", SECOND_JUDGE_STREAM)
-    torch.manual_seed(seed + 70 + stream)
+def train_judge(folder: Path, *, seed: int = 0, steps: int | None = None, architecture: Architecture = "plain") -> Path:
+    """Train on fresh renderings, for as many steps as the recipe says, save to `folder/judge` (or `folder/second_judge`) and
+    return that path."""
+    recipe = RECIPES[architecture]
+    torch.manual_seed(seed + 70 + recipe.stream)
     judge = Judge(architecture)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        rng = np.random.default_rng([seed, stream, step])
+        rng = np.random.default_rng([seed, recipe.stream, step])
         scenes = [random_scene(rng, PAIR_SHARE) for _ in range(BATCH)]
         scenes = [replace(scene, objects=()) if rng.random() < BLANK_SHARE else scene for scene in scenes]
-        pictures = augment(picture_batch(scenes, rng), rng)
+        pictures = augment(picture_batch(scenes, rng), rng, recipe.faint_share)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             objects, style, background = (logits.float() for logits in judge(pictures))
         labels = label(scenes)
@@ -153,13 +168,13 @@ def train_judge(folder: Path, *, seed: int = 0, steps: int = JUDGE_STEPS, archit
 
     run_training(
         folder=folder,
-        name=name,
+        name=recipe.name,
         modules={"judge": judge},
         optimizer=optimizer,
-        schedule=Schedule(total_steps=steps, warmup_steps=100),
+        schedule=Schedule(total_steps=steps or recipe.steps, warmup_steps=100),
         loss_of_step=loss_of_step,
     )
-    out = folder / name
+    out = folder / recipe.name
     judge.eval().save(out)
     return out
 
@@ -178,10 +193,15 @@ def label(scenes: Sequence[Scene]) -> Opinion:
     return Opinion(objects, style, background)
 
 
-def augment(pictures: Tensor, rng: np.random.Generator) -> Tensor:
-    """Shift, blur, paleness, noise, brightness, contrast: what tells a generated picture from a rendering."""
+def augment(pictures: Tensor, rng: np.random.Generator, faint_share: float) -> Tensor:
+    """Fading, shift, blur, paleness, noise, brightness, contrast: what tells a generated picture from a rendering."""
     out = []
     for picture in pictures:
+        if faint_share and rng.random() < faint_share:
+            # From left to right, so that one of two objects may fade and the other not; the corner is background.
+            left, right = rng.uniform(0.35, 1.0, size=2)
+            background = picture[:, :1, :1]
+            picture = background + torch.linspace(left, right, picture.shape[2]) * (picture - background)
         if rng.random() < 0.5:
             dx, dy = (int(v) for v in rng.integers(-3, 4, size=2))
             picture = F.pad(picture, (3, 3, 3, 3), mode="replicate")[:, 3 + dy : 67 + dy, 3 + dx : 67 + dx]
@@ -204,7 +224,7 @@ def augment(pictures: Tensor, rng: np.random.Generator) -> Tensor:
 
 def judge_accuracy(judge: Judge, *, seed: int = 0, count: int = 2000) -> dict[str, float]:
     """Accuracy on held-out renderings without augmentation: singles (top 1), pairs (both in the top 2), style, background."""
-    rng = np.random.default_rng([seed, JUDGE_STREAM, 10**9])
+    rng = np.random.default_rng([seed, RECIPES["plain"].stream, 10**9])
     scenes = [random_scene(rng, pair_share=0.5) for _ in range(count)]
     opinion = judge.judge(picture_batch(scenes, rng))
     truth = label(scenes)
