@@ -8,7 +8,8 @@ SafeRedirError
 ├── RequestError               the request cannot be drawn as asked                       exit 2
 ├── BackendError               the execution backend cannot be had                        exit 4
 │   ├── MissingDependencyError     a package is missing; the message names the extra
-│   └── ProviderMismatchError      another provider than the one asked for
+│   ├── ProviderMismatchError      another provider than the one asked for
+│   └── PlanError                  an engine cannot be compiled, or its plan not be had
 ├── SafetyError                safety failed closed: no picture leaves                    exit 5
 │   ├── SafetyMissingError         no safety engine
 │   ├── SafetyMismatchError        it was made for another model
@@ -64,6 +65,10 @@ class MissingDependencyError(BackendError):
 
 class ProviderMismatchError(BackendError):
     """The session runs on another provider than the one asked for."""
+
+
+class PlanError(BackendError):
+    """An engine cannot be compiled ahead of time, or its plan cannot be had."""
 
 
 class SafetyError(SafeRedirError):

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -268,6 +269,64 @@ def import_published(
     console.print(f"{folder}: {_megabytes(folder)}", highlight=False)
 
 
+@app.command(name="build-plans")
+def build_plans(
+    bundle: Annotated[str, typer.Argument(help="Bundle folder, or an embedded one's name.")] = DEFAULT_BUNDLE,
+    target: Annotated[str, typer.Option(help="tensorrt-rtx (builds on any machine) or tensorrt (on the GPU it is for).")] = (
+        "tensorrt-rtx"
+    ),
+    engine: Annotated[list[str] | None, typer.Option(help="Engine to build, again for more; all that draw by default.")] = None,
+    batch: Annotated[str, typer.Option(help="SMALLEST:LIKELIEST:LARGEST batch of a call.")] = "1:4:8",
+    compute_capability: Annotated[
+        list[str] | None, typer.Option(help="Such as 8.9, again for more; portable from 8.0 on by default.")
+    ] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="0 to 5; the builder's own by default.")] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Run with later minor versions as well (tensorrt).")
+    ] = False,
+    strip_weights: Annotated[
+        bool, typer.Option("--strip-weights", help="Leave weights out, to be taken from the bundle. Needs a GPU to build.")
+    ] = False,
+    workspace: Annotated[int | None, typer.Option(help="Scratch memory that the builder may plan with, MiB.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of plans; the user's cache by default.")] = None,
+    in_bundle: Annotated[bool, typer.Option("--in-bundle", help="Keep the plans in the bundle's own folder.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compile engines ahead of time. What is there already, for exactly this, is left. Needs `saferedir[tensorrt]`.
+
+    Examples:
+
+    `saferedir build-plans emoji-diffusion --batch 1:1:8`
+
+    `saferedir build-plans bundle --compute-capability 8.9 --compute-capability 12.0 --in-bundle --json`
+    """
+    from saferedir.engines import open_bundle
+    from saferedir.engines.plan_cache import PlanCache, user_cache
+    from saferedir.export.plan_builder import DRAWING, PlanOptions
+    from saferedir.export.plan_builder import build_plans as build
+
+    if out is not None and in_bundle:
+        raise RequestError("give --out or --in-bundle, not both")
+    options = PlanOptions(
+        builder=target, batch=_batch(batch), compute_capabilities=tuple(compute_capability or ()),
+        optimization_level=optimization_level, version_compatible=version_compatible, strip_weights=strip_weights,
+        workspace=workspace,
+    )  # fmt: skip
+    opened = open_bundle(bundle)
+    cache = PlanCache(opened.folder / "plans" if in_bundle else out or user_cache())
+    waiting = lambda: typer.echo("another process builds this plan; waiting for it", err=True)  # noqa: E731
+    with _progress("building") as on_plan:
+        plans = build(opened, options, cache, tuple(engine or DRAWING), on_plan=on_plan, on_wait=waiting)
+    if as_json:
+        print(json.dumps([{**asdict(plan), "path": str(plan.path)} for plan in plans], indent=1))
+        return
+    table = Table("engine", "MB", "seconds", "", "plan")
+    for plan in plans:
+        how = "built" if plan.built else "was there"
+        table.add_row(plan.engine, f"{plan.bytes / 1e6:.1f}", f"{plan.seconds:.1f}", how, str(plan.path))
+    console.print(table)
+
+
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Say which backends can be had here, with versions, and how to get what is missing.
@@ -313,6 +372,14 @@ def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     if not lines:
         raise RequestError(f"{file} holds no prompt")
     return lines
+
+
+def _batch(text: str) -> tuple[int, int, int]:
+    try:
+        low, likely, high = (int(part) for part in text.split(":"))
+    except ValueError:
+        raise RequestError(f"batch is {text!r}; expected SMALLEST:LIKELIEST:LARGEST, such as 1:4:8") from None
+    return low, likely, high
 
 
 def _megabytes(folder: Path) -> str:

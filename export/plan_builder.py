@@ -1,0 +1,208 @@
+"""Plans of a bundle's engines, built ahead of time by TensorRT-RTX (on any machine) or TensorRT (on the GPU it is for)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from saferedir.engines import Bundle
+from saferedir.engines.errors import MissingDependencyError, OutputError, PlanError, RequestError
+from saferedir.engines.plan_cache import PlanCache, PlanKey
+
+#: Builder -> distribution that brings it.
+BUILDERS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+#: Engines that drawing on a plan needs.
+DRAWING = ("text_encoder", "vae_decoder", "step", "step_unguided")
+#: Largest batch that the exported graphs allow.
+LARGEST_BATCH = 31
+#: A plan holds its weights in the precision it computes in, twice that of the bundle's files; as much again while it is
+#: being written.
+ROOM = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What a plan is built for."""
+
+    builder: str = "tensorrt-rtx"
+    #: Smallest, likeliest and largest batch.
+    batch: tuple[int, int, int] = (1, 4, 8)
+    #: Such as `8.9`. Empty: portable over every card from 8.0 on (TensorRT-RTX), or the card of this machine (TensorRT).
+    compute_capabilities: tuple[str, ...] = ()
+    #: 0 to 5; None is the builder's own.
+    optimization_level: int | None = None
+    #: Runs with later minor versions as well (TensorRT).
+    version_compatible: bool = False
+    #: Without the weights, which are taken from the bundle when the plan is loaded. Needs a GPU to build.
+    strip_weights: bool = False
+    #: Scratch memory that the builder may plan with, in MiB.
+    workspace: int | None = None
+
+    def check(self) -> None:
+        """Raise `RequestError` where a value is out of range."""
+        low, likely, high = self.batch
+        if self.builder not in BUILDERS:
+            raise RequestError(f"target is {self.builder!r}; expected one of {', '.join(BUILDERS)}")
+        if not 1 <= low <= likely <= high <= LARGEST_BATCH:
+            raise RequestError(
+                f"batch is {low}:{likely}:{high}; expected 1 <= smallest <= likeliest <= largest <= {LARGEST_BATCH}"
+            )
+        for text in self.compute_capabilities:
+            if not re.fullmatch(r"\d+\.\d", text):
+                raise RequestError(f"compute capability is {text!r}; expected one such as 8.9")
+        if self.compute_capabilities and self.builder == "tensorrt":
+            raise RequestError("tensorrt builds for the card of this machine; only tensorrt-rtx takes compute capabilities")
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise RequestError(f"optimization level is {self.optimization_level}; expected 0 to 5")
+        if self.workspace is not None and self.workspace < 1:
+            raise RequestError(f"workspace is {self.workspace} MiB; expected 1 or more")
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The further options, as polygraphy's `CreateConfig` takes them."""
+        given: dict[str, Any] = {}
+        if self.optimization_level is not None:
+            given["builder_optimization_level"] = self.optimization_level
+        if self.version_compatible:
+            given["version_compatible"] = True
+        if self.strip_weights:
+            given["strip_plan"] = True
+        return given
+
+
+@dataclass(frozen=True)
+class BuiltPlan:
+    """A plan that is there now."""
+
+    engine: str
+    path: Path
+    bytes: int
+    #: False where it was there before.
+    built: bool
+    seconds: float
+    #: What was there before.
+    found: str
+
+
+def build_plans(
+    bundle: Bundle,
+    options: PlanOptions,
+    cache: PlanCache,
+    engines: tuple[str, ...] = DRAWING,
+    *,
+    on_plan: Callable[[int, int], None] | None = None,
+    on_wait: Callable[[], None] | None = None,
+) -> list[BuiltPlan]:
+    """Build what `cache` does not have of the plans of `engines`.
+
+    Raises:
+        RequestError: an option is out of range.
+        MissingDependencyError: the builder, or polygraphy, is not installed.
+        BundleError: the bundle has no such engine.
+        PlanError: an engine cannot be built; the message names the node where the builder does.
+        OutputError: there is not enough room.
+    """
+    options.check()
+    builder_version = _version(options.builder)
+    keys = [
+        PlanKey.of(
+            bundle,
+            engine,
+            builder=options.builder,
+            builder_version=builder_version,
+            batch=options.batch,
+            compute_capabilities=options.compute_capabilities,
+            options={name: str(value) for name, value in {**options.named, "workspace": options.workspace}.items() if value},
+        )
+        for engine in engines
+    ]
+    plans = []
+    for done, key in enumerate(keys):
+        if on_plan is not None:
+            on_plan(done, len(keys))
+        before = cache.look_up(key)
+        if before.path is None:
+            _check_room(bundle, key.engine, cache.folder)
+        path = cache.get_or_build(key, partial(_run_worker, bundle, key, options), on_wait=on_wait)
+        details = cache.details(key)
+        plans.append(BuiltPlan(key.engine, path, path.stat().st_size, before.path is None, details["seconds"], before.message))
+    if on_plan is not None:
+        on_plan(len(keys), len(keys))
+    return plans
+
+
+def _run_worker(bundle: Bundle, key: PlanKey, options: PlanOptions, out: Path) -> Mapping[str, Any]:
+    """Build in another process, whose end, however it comes, is an exception here at most."""
+    info = bundle.manifest.engines[key.engine]
+    named = options.named
+    if options.workspace is not None:
+        named["memory_pool_limits"] = {"WORKSPACE": options.workspace << 20}
+    job = {
+        "builder": key.builder,
+        "onnx": str(bundle.engine_path(key.engine)),
+        "plan": str(out),
+        "inputs": [
+            {"name": tensor.name, "shapes": [[size if isinstance(d, str) else d for d in tensor.shape] for size in key.batch]}
+            for tensor in info.inputs
+        ],
+        "compute_capabilities": list(key.compute_capabilities),
+        "options": named,
+    }
+    with tempfile.TemporaryDirectory() as place:
+        job_file = Path(place) / "plan.job"
+        job_file.write_text(json.dumps(job))
+        portable = "1" if key.builder == "tensorrt-rtx" else "0"
+        done = subprocess.run(
+            [sys.executable, "-m", "saferedir.export.plan_worker", str(job_file)],
+            env={**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": portable},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        result_file = job_file.with_suffix(".result")
+        if done.returncode != 0 or not result_file.exists():
+            raise PlanError(f"{key.engine} cannot be built by {key.builder}: {_reason(done.stdout, done.returncode)}")
+        result: dict[str, Any] = json.loads(result_file.read_text())
+    if result["onnx_sha256"] != key.onnx_sha256:
+        raise PlanError(f"{bundle.engine_path(key.engine)} changed while its plan was built; restore the bundle")
+    return result
+
+
+def _reason(said: str, code: int) -> str:
+    """What the builder said was wrong, most telling first."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    for pattern in (r"In node \d+ with name", r"Error Code \d+", r"^\[E\]|^\[!\]|Error"):
+        if found := [line for line in lines if re.search(pattern, line)]:
+            return re.sub(r"^\[.\] ", "", found[0])[:300]
+    return f"the builder ended with code {code}" + (f": {lines[-1][:300]}" if lines else "")
+
+
+def _version(builder: str) -> str:
+    try:
+        version("polygraphy")
+        return version(BUILDERS[builder])
+    except PackageNotFoundError as error:
+        raise MissingDependencyError(
+            f"building for {builder} needs the package {error.name}; install saferedir[tensorrt]"
+            + (" and tensorrt itself" if builder == "tensorrt" else "")
+        ) from error
+
+
+def _check_room(bundle: Bundle, engine: str, folder: Path) -> None:
+    info, files = bundle.manifest.engines[engine], bundle.manifest.files
+    needed = ROOM * sum(files[name].bytes for name in (info.file, *info.weights))
+    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise OutputError(f"a plan of {engine} needs up to {needed / 1e6:.0f} MB in {folder}, {free / 1e6:.0f} MB are free")

@@ -1,0 +1,255 @@
+"""Plans: really built by TensorRT-RTX without a GPU, and never taken where anything that they depend on differs."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from saferedir.engines import Bundle, open_bundle
+from saferedir.engines.bundle import file_sha256
+from saferedir.engines.errors import BundleError, OutputError, PlanError, RequestError
+from saferedir.engines.plan_cache import PlanCache, PlanKey, PlanStatus
+from saferedir.export.plan_builder import PlanOptions, build_plans
+
+KEY = PlanKey(
+    engine="step", onnx_sha256="a" * 64, weights_sha256=("b" * 64,), precision="float32", builder="tensorrt-rtx",
+    builder_version="1.7.1", batch=(1, 4, 8), compute_capabilities=("8.9",),
+)  # fmt: skip
+
+
+def write(data: bytes = b"a plan") -> Callable[[Path], Mapping[str, Any]]:
+    def build(path: Path) -> Mapping[str, Any]:
+        path.write_bytes(data)
+        return {"seconds": 0.1}
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return open_bundle("emoji-diffusion")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> PlanCache:
+    return PlanCache(tmp_path / "plans")
+
+
+def test_a_plan_is_built_once_and_found_again(cache: PlanCache) -> None:
+    assert cache.look_up(KEY).status is PlanStatus.MISS
+    path = cache.get_or_build(KEY, write())
+    assert path.read_bytes() == b"a plan"
+    assert cache.look_up(KEY) == replace(cache.look_up(KEY), status=PlanStatus.HIT, path=path)
+    assert cache.get_or_build(KEY, pytest.fail) == path
+    assert cache.details(KEY) == {"seconds": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "says"),
+    [
+        ({"onnx_sha256": "c" * 64}, PlanStatus.STALE, "onnx_sha256 'aaa"),
+        ({"weights_sha256": ("c" * 64,)}, PlanStatus.STALE, "weights_sha256"),
+        ({"builder_version": "1.8.0"}, PlanStatus.STALE, "builder_version '1.7.1' instead of '1.8.0'"),
+        ({"batch": (1, 8, 16)}, PlanStatus.STALE, r"batch \[1, 4, 8\] instead of \[1, 8, 16\]"),
+        ({"options": (("strip_plan", "True"),)}, PlanStatus.STALE, "options"),
+        ({"precision": "float16"}, PlanStatus.STALE, "precision 'float32' instead of 'float16'"),
+        ({"compute_capabilities": ("12.0",)}, PlanStatus.FOREIGN, r"compute_capabilities \['8.9'\] instead of \['12.0'\]"),
+        ({"builder": "tensorrt"}, PlanStatus.FOREIGN, "builder 'tensorrt-rtx' instead of 'tensorrt'"),
+    ],
+)
+def test_another_plan_is_not_taken_and_the_difference_is_said(
+    cache: PlanCache, change: dict[str, Any], status: PlanStatus, says: str
+) -> None:
+    first = cache.get_or_build(KEY, write())
+    wanted = replace(KEY, **change)
+    found = cache.look_up(wanted)
+    assert (found.status, found.path) == (status, None)
+    with pytest.raises(AssertionError, match=says):
+        raise AssertionError(found.message)
+    second = cache.get_or_build(wanted, write(b"another"))
+    assert (first.read_bytes(), second.read_bytes()) == (b"a plan", b"another")
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:-1] + b"?", lambda data: b""])
+def test_a_damaged_plan_is_not_taken_but_built_again(cache: PlanCache, damage: Callable[[bytes], bytes]) -> None:
+    path = cache.get_or_build(KEY, write())
+    path.write_bytes(damage(path.read_bytes()))
+    found = cache.look_up(KEY)
+    assert (found.status, found.path) == (PlanStatus.DAMAGED, None)
+    assert "will be built again" in found.message
+    assert cache.get_or_build(KEY, write()).read_bytes() == b"a plan"
+    assert cache.look_up(KEY).status is PlanStatus.HIT
+
+
+def test_a_plan_under_anothers_name_is_not_taken(cache: PlanCache) -> None:
+    path = cache.get_or_build(KEY, write())
+    wanted = replace(KEY, onnx_sha256="c" * 64)
+    for ending in (".plan", ".json"):
+        path.with_suffix(ending).rename(cache.folder / f"{wanted.stem}{ending}")
+    found = cache.look_up(wanted)
+    assert (found.status, found.path) == (PlanStatus.DAMAGED, None)
+    assert "onnx_sha256" in found.message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": {}}'])
+def test_a_plan_without_its_statement_is_no_plan(cache: PlanCache, text: str) -> None:
+    path = cache.get_or_build(KEY, write())
+    path.with_suffix(".json").write_text(text)
+    assert cache.look_up(KEY).status is PlanStatus.MISS
+    assert cache.get_or_build(KEY, write(b"anew")).read_bytes() == b"anew"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, PlanError])
+def test_an_interrupted_build_leaves_nothing(cache: PlanCache, error: type[BaseException]) -> None:
+    def interrupted(path: Path) -> Mapping[str, Any]:
+        path.write_bytes(b"half")
+        raise error
+
+    with pytest.raises(error):
+        cache.get_or_build(KEY, interrupted)
+    assert {path.suffix for path in cache.folder.iterdir()} == {".lock"}
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PlanError, match="cannot hold plans"):
+        PlanCache(tmp_path / "file" / "plans").get_or_build(KEY, write())
+
+
+def _slowly(folder: Path, begun: Any, waited: Any) -> None:
+    def build(path: Path) -> Mapping[str, Any]:
+        with (folder / "builds").open("a") as file:
+            file.write("x")
+        begun.set()
+        time.sleep(0.5)
+        path.write_bytes(b"a plan")
+        return {}
+
+    PlanCache(folder).get_or_build(KEY, build, on_wait=waited.set)
+
+
+def test_two_processes_build_a_plan_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    begun, waited = context.Event(), context.Event()
+    first = context.Process(target=_slowly, args=(tmp_path, begun, waited))
+    first.start()
+    assert begun.wait(20)
+    _slowly(tmp_path, begun, waited)
+    first.join(20)
+    assert first.exitcode == 0
+    assert waited.is_set()
+    assert (tmp_path / "builds").read_text() == "x"
+
+
+@pytest.fixture(scope="module")
+def built(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> PlanCache:
+    """Portable plans of every engine of the embedded bundle."""
+    cache = PlanCache(tmp_path_factory.mktemp("plans"))
+    plans = build_plans(bundle, PlanOptions(), cache, tuple(bundle.manifest.engines))
+    assert all(plan.built for plan in plans)
+    return cache
+
+
+def test_every_plan_takes_and_gives_what_the_manifest_says(bundle: Bundle, built: PlanCache) -> None:
+    statements = [json.loads(path.read_text()) for path in built.folder.glob("*.json")]
+    assert {statement["key"]["engine"] for statement in statements} == set(bundle.manifest.engines)
+    for statement in statements:
+        engine = bundle.manifest.engines[statement["key"]["engine"]]
+        tensors = statement["details"]["tensors"]
+        for stated, is_input in ((engine.inputs, True), (engine.outputs, False)):
+            found = [(t["name"], t["dtype"], t["shape"]) for t in tensors if t["input"] == is_input]
+            assert found == [(t.name, t.dtype, [None if isinstance(size, str) else size for size in t.shape]) for t in stated]
+        for tensor in engine.inputs:
+            shapes = statement["details"]["profiles"][tensor.name]
+            assert shapes == [[batch, *tensor.shape[1:]] for batch in (1, 4, 8)]
+        assert statement["details"]["onnx_sha256"] == file_sha256(bundle.folder / engine.file)
+        assert statement["bytes"] > 2 * bundle.manifest.files[engine.weights[0]].bytes / 3
+
+
+def test_what_is_there_is_not_built_again_and_builds_are_the_same(bundle: Bundle, built: PlanCache, tmp_path: Path) -> None:
+    (again,) = build_plans(bundle, PlanOptions(), built, ("text_encoder",))
+    assert not again.built
+    (other,) = build_plans(bundle, PlanOptions(), PlanCache(tmp_path), ("text_encoder",))
+    assert other.built
+    assert file_sha256(other.path) == file_sha256(again.path)
+
+
+def test_plans_for_chosen_cards_are_plans_of_their_own(bundle: Bundle, built: PlanCache) -> None:
+    said: list[tuple[int, int]] = []
+    options = PlanOptions(compute_capabilities=("8.9", "12.0"), optimization_level=2)
+    (plan,) = build_plans(bundle, options, built, ("vae_decoder",), on_plan=lambda *at: said.append(at))
+    assert plan.built
+    assert "foreign" in plan.found
+    assert said == [(0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (PlanOptions(builder="tvm"), "target is 'tvm'"),
+        (PlanOptions(batch=(4, 2, 8)), "batch is 4:2:8"),
+        (PlanOptions(batch=(1, 2, 64)), "batch is 1:2:64"),
+        (PlanOptions(compute_capabilities=("89",)), "compute capability is '89'"),
+        (PlanOptions(builder="tensorrt", compute_capabilities=("8.9",)), "card of this machine"),
+        (PlanOptions(optimization_level=9), "optimization level is 9"),
+        (PlanOptions(workspace=0), "workspace is 0"),
+    ],
+)
+def test_impossible_options_are_named(bundle: Bundle, cache: PlanCache, options: PlanOptions, says: str) -> None:
+    with pytest.raises(RequestError, match=says):
+        build_plans(bundle, options, cache)
+    assert not cache.folder.exists()
+
+
+def test_an_unknown_engine_is_named(bundle: Bundle, cache: PlanCache) -> None:
+    with pytest.raises(BundleError, match="no engine 'controlnet'"):
+        build_plans(bundle, PlanOptions(), cache, ("controlnet",))
+
+
+def test_a_card_that_the_builder_does_not_know_is_an_error(bundle: Bundle, cache: PlanCache) -> None:
+    with pytest.raises(PlanError, match=r"text_encoder cannot be built by tensorrt-rtx: .*3\.0"):
+        build_plans(bundle, PlanOptions(compute_capabilities=("3.0",)), cache, ("text_encoder",))
+    assert {path.suffix for path in cache.folder.iterdir()} == {".lock"}
+
+
+def test_an_operator_that_the_builder_lacks_is_named_with_its_node(
+    bundle: Bundle, bundle_copy: Path, cache: PlanCache, rehash: Callable[[Path, str], None]
+) -> None:
+    tensor = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in ("x", "y")]
+    node = helper.make_node("Strange", ["x"], ["y"], name="node_7", domain="own")
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
+    onnx.save(helper.make_model(helper.make_graph([node], "g", tensor[:1], tensor[1:]), opset_imports=opsets),
+              bundle_copy / "text_encoder.onnx")  # fmt: skip
+    rehash(bundle_copy, "text_encoder.onnx")
+    with pytest.raises(PlanError, match="node_7 and operator: Strange"):
+        build_plans(open_bundle(bundle_copy), PlanOptions(), cache, ("text_encoder",))
+
+
+def test_too_little_room_is_said_before_building(bundle: Bundle, cache: PlanCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(OutputError, match="0 MB are free"):
+        build_plans(bundle, PlanOptions(), cache, ("step",))
+
+
+def test_the_command_builds_into_the_folder_named(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "saferedir.runtime", "build-plans", "--engine", "vae_decoder", "--batch", "1:1:2",
+        "--out", str(tmp_path / "p"), "--json",
+    ]  # fmt: skip
+    first, second = (json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(2))
+    assert (first[0]["built"], second[0]["built"]) == (True, False)
+    assert Path(first[0]["path"]).stat().st_size == first[0]["bytes"]
+    wrong = subprocess.run([*command, "--batch", "many"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "batch is 'many'" in wrong.stderr
