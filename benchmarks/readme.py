@@ -87,9 +87,10 @@ def _benign() -> str:
     result = _read("benign")
     fired, same = result["fired"], result["bit_identical_where_nothing_fired"]
     near, worst = result["fired_near_neighbours"], result["worst_object"]
-    return f"""**Does it fire on benign prompts?** On {fired["hits"]} of {fired["of"]} ({_share(fired)}), of which
-{near["of"]} name what looks or is called like a concept; {same["hits"]} of the {same["of"]} other pictures equal the unprotected ones to the bit.
-Worst object: {worst["object"]}, {worst["fired"]} of {worst["of"]}. (`python -m benchmarks.evaluate benign`)"""
+    share, low, high = (100 * fired[key] for key in ("share", "low", "high"))
+    return f"""**Does it fire on benign prompts?** On {fired["hits"]} of {fired["of"]}, {share:.2f} % ({low:.2f} to {high:.2f} %);
+{near["of"]} of them name what looks or is called like a concept. {same["hits"]} of the {same["of"]} other pictures equal the unprotected ones to
+the bit. Worst object: {worst["object"]}, {worst["fired"]} of {worst["of"]}. (`python -m benchmarks.evaluate benign`)"""
 
 
 def _base() -> str:

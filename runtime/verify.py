@@ -1,4 +1,4 @@
-"""Verification of a bundle: hashes, tensors read back from the engines, parity with the eager reference."""
+"""Verification of a bundle: hashes, tensors read back from the engines, and one backend against another on real runs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from saferedir.engines import Bundle, open_bundle
 from saferedir.engines.errors import BundleAlteredError, RequestError
 from saferedir.engines.manifest import EngineInfo
+from saferedir.runtime.backend import Backend
+from saferedir.runtime.backends import make_backend
 from saferedir.runtime.ort import import_onnxruntime
+from saferedir.runtime.pipeline import Pipeline
+from saferedir.runtime.replay import Recorded, draw, record_runs, replay
 
+#: Worst absolute error allowed in fp32.
+TOLERANCE = 1e-4
+TORCH = "torch"
+#: Engines that no other is fused into.
+INNERMOST = {"text_encoder", "unet", "vae_decoder", "safety", "published_network"}
 ORT_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -23,14 +34,46 @@ ORT_TYPES = {
 
 @dataclass(frozen=True)
 class ParityRow:
-    """One output of one engine against the eager reference."""
+    """One output of one engine against the other backend's, over all recorded calls."""
 
     engine: str
     output: str
     worst: float
-    #: Index of the worst element.
+    mean: float
+    worst_relative: float
+    mean_relative: float
+    cosine: float
+    #: Index of the worst element; calls are joined along the batch.
     where: str
+    passed: bool
     allowed: float
+
+
+@dataclass(frozen=True)
+class PictureParity:
+    """Whole runs of both backends under the bundle's own policy."""
+
+    pictures: int
+    decisions: int
+    decisions_equal: int
+    worst_score: float
+    #: Of the worst picture, 8 bits a channel; infinite where all are equal.
+    psnr: float
+    #: Of the worst picture; None where torchmetrics is not installed.
+    ssim: float | None
+
+
+@dataclass(frozen=True)
+class BisectedEngine:
+    """The first node of an engine that differs from the graph exported anew from its reference."""
+
+    engine: str
+    tensors: int
+    equal_before: int
+    node: str | None
+    operator: str | None
+    output: str | None
+    worst: float
 
 
 @dataclass(frozen=True)
@@ -39,37 +82,129 @@ class VerificationReport:
 
     files: int
     engines: int
-    #: None where torch or the reference is not here.
+    #: None where the other backend is not here.
     parity: list[ParityRow] | None
+    #: None where nothing was compared, or the bundle holds a safety alone.
+    pictures: PictureParity | None
+    bisected: list[BisectedEngine]
     parity_note: str
 
     @property
     def passed(self) -> bool:
-        return self.parity is None or all(row.worst <= row.allowed for row in self.parity)
+        decided = self.pictures is None or self.pictures.decisions == self.pictures.decisions_equal
+        return decided and (self.parity is None or all(row.passed for row in self.parity))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"passed": self.passed}
 
 
-def verify_bundle(path_or_name: str | Path, model: Path | None = None, safety: Path | None = None) -> VerificationReport:
-    """Open the bundle with its hashes, read every engine's tensors back, and compare with the reference if it is here.
+def verify_bundle(
+    path_or_name: str | Path,
+    model: Path | None = None,
+    safety: Path | None = None,
+    *,
+    backend: str = "ort-cpu",
+    against_backend: str = TORCH,
+    bisect: bool = False,
+) -> VerificationReport:
+    """Open the bundle with its hashes, read every engine's tensors back, and compare two backends on inputs of real runs.
+
+    `model` and `safety` name what the eager reference is made of, the shipped ones by default. With `bisect`, the
+    innermost engines that differ from it are followed to the first node that does.
 
     Raises:
         BundleError: a file is missing or altered, or an engine's tensors are not what the manifest says.
-        RequestError: a reference was named, but torch is not installed.
+        RequestError: a comparison was asked for that a missing package prevents.
+        BackendError: a backend cannot be had.
     """
     bundle = open_bundle(path_or_name)
     for name, info in bundle.manifest.engines.items():
         _check_tensors(bundle, name, info)
     counts = (len(bundle.manifest.files), len(bundle.manifest.engines))
-    if any(importlib.util.find_spec(package) is None for package in ("torch", "diffusers", "onnx")):
-        if model is not None or safety is not None:
-            raise RequestError("comparing with a reference needs torch; install saferedir[export]")
-        return VerificationReport(*counts, None, "parity not checked: torch is not installed (saferedir[export] brings it)")
-    from saferedir.export.parity import compare_with_reference  # loads torch
+    packages = ("polygraphy", "onnx", *(("torch", "diffusers") if TORCH in (backend, against_backend) or bisect else ()))
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        asked = model is not None or safety is not None or bisect or (backend, against_backend) != ("ort-cpu", TORCH)
+        note = f"parity not checked: {', '.join(missing)} not installed (saferedir[export] brings it)"
+        if asked:
+            raise RequestError(note)
+        return VerificationReport(*counts, None, None, [], note)
+    first, second = (_backend(bundle, name, model, safety) for name in (backend, against_backend))
+    recorded = record_runs(bundle, first)
+    rows = _compare(bundle, first, second, recorded)
+    pictures = None if bundle.manifest.model is None else _compare_pictures(bundle, first, second)
+    wrong = {row.engine for row in rows if not row.passed}
+    # The steps hold the nodes of safety and UNet, where these differ already.
+    innermost = sorted(wrong & INNERMOST or wrong)
+    bisected = _bisect(bundle, model, safety, innermost, recorded) if bisect else []
+    return VerificationReport(*counts, rows, pictures, bisected, "")
 
-    rows = compare_with_reference(bundle, model, safety)
-    return VerificationReport(*counts, [ParityRow(**asdict(row)) for row in rows], "")
+
+def _backend(bundle: Bundle, name: str, model: Path | None, safety: Path | None) -> Backend:
+    if name != TORCH:
+        return make_backend(bundle, name)
+    from saferedir.export.torch_backend import TorchBackend  # loads torch
+
+    return TorchBackend(bundle, model, safety)
+
+
+def _compare(bundle: Bundle, first: Backend, second: Backend, recorded: Recorded) -> list[ParityRow]:
+    from saferedir.export.comparison import compare
+
+    found, expected = replay(bundle, first, recorded), replay(bundle, second, recorded)
+    return [
+        ParityRow(engine, output, *difference, allowed=TOLERANCE)
+        for engine in bundle.manifest.engines
+        for output, difference in compare(found[engine], expected[engine], TOLERANCE).items()
+    ]
+
+
+def _compare_pictures(bundle: Bundle, first: Backend, second: Backend) -> PictureParity:
+    runs = [draw(Pipeline(bundle, backend), 5.0) for backend in (first, second)]
+    steps = [[step for record in run.records for step in record.steps] for run in runs]
+    names = [concept.name for concept in bundle.manifest.safety.concepts]
+    scores = [np.array([[step.score[name] for name in names] for step in own]) for own in steps]
+    fired = [np.array([[name in step.fired for name in names] for step in own]) for own in steps]
+    pixels = [np.stack([np.asarray(image) for image in run.images]) for run in runs]
+    squares = ((pixels[0].astype(np.float64) - pixels[1]) ** 2).mean(axis=(1, 2, 3))
+    worst = float(squares.max())
+    return PictureParity(
+        pictures=len(pixels[0]),
+        decisions=int(fired[0].size),
+        decisions_equal=int((fired[0] == fired[1]).sum()),
+        worst_score=float(np.abs(scores[0] - scores[1]).max()),
+        psnr=float("inf") if worst == 0 else float(10 * np.log10(255**2 / worst)),
+        ssim=_ssim(*pixels),
+    )
+
+
+def _ssim(found: Any, expected: Any) -> float | None:
+    if any(importlib.util.find_spec(package) is None for package in ("torch", "torchmetrics")):
+        return None
+    import torch
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    first, second = (torch.from_numpy(array).permute(0, 3, 1, 2).float() for array in (found, expected))
+    each = structural_similarity_index_measure(first, second, data_range=255.0, reduction="none")
+    return float(torch.as_tensor(each).min())
+
+
+def _bisect(
+    bundle: Bundle, model: Path | None, safety: Path | None, engines: list[str], recorded: Recorded
+) -> list[BisectedEngine]:
+    from saferedir.export.bisect import first_difference
+    from saferedir.export.onnx_export import to_onnx
+    from saferedir.export.reference import open_reference
+
+    graphs = open_reference(bundle, model, safety).graphs
+    return [
+        BisectedEngine(
+            engine,
+            **asdict(
+                first_difference(bundle.engine_path(engine), to_onnx(engine, graphs[engine]), recorded[engine][-1], TOLERANCE)
+            ),
+        )
+        for engine in engines
+    ]
 
 
 def _check_tensors(bundle: Bundle, name: str, info: EngineInfo) -> None:

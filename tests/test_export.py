@@ -120,12 +120,17 @@ def test_planted_difference_is_found(exported: Path, folder: Path, small: tuple[
     with torch.no_grad():
         changed.branches[0].detector.heads.bias += 0.05
     changed.save(folder / "changed")
-    report = verify_bundle(exported, folder / "model", folder / "changed")
+    report = verify_bundle(exported, folder / "model", folder / "changed", bisect=True)
     assert not report.passed
-    wrong = {(row.engine, row.output) for row in report.parity or [] if row.worst > row.allowed}
+    wrong = {(row.engine, row.output) for row in report.parity or [] if not row.passed}
     assert ("safety", "score") in wrong
     assert not any(engine in ("text_encoder", "unet", "vae_decoder", "plain_step") for engine, _ in wrong)
     assert VerificationError.exit_code == 7
+    assert report.pictures is not None
+    assert report.pictures.worst_score > 1e-3
+    (found,) = report.bisected  # and not the steps, which hold the same node
+    assert (found.engine, found.operator, found.worst) == ("safety", "Gemm", pytest.approx(0.05, rel=0.01))
+    assert 0 < found.equal_before < found.tensors
 
 
 def test_safety_of_another_model_is_refused_and_leaves_nothing(small: tuple[Any, SafetyModule], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from saferedir.runtime.loop import StepCallback
 if TYPE_CHECKING:
     from saferedir.engines import Manifest
     from saferedir.runtime.pipeline import Generation
+    from saferedir.runtime.verify import VerificationReport
 
 app = typer.Typer(
     help="Draw pictures with the safety always on.\n\nExit codes: 0 done, 2 bad request, 3 bad bundle, 4 no backend, "
@@ -183,29 +184,61 @@ def inspect(
 def verify(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, or an embedded one's name.")] = DEFAULT_BUNDLE,
     against: Annotated[Path | None, typer.Option(help="Diffusers folder of the reference; the shipped one by default.")] = None,
-    safety: Annotated[Path | None, typer.Option(help="Safety module of the reference; the shipped one by default.")] = None,
+    safety: Annotated[
+        Path | None, typer.Option(help="Safety module, or published checkpoint, of the reference; the shipped one by default.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Backend that is verified; see `doctor`.")] = "ort-cpu",
+    against_backend: Annotated[str, typer.Option(help="Backend that it must equal; torch is the eager reference.")] = "torch",
+    bisect: Annotated[bool, typer.Option("--bisect", help="Find the first node of each engine that differs.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check hashes and tensors, and, where torch is installed, that every engine equals its eager reference.
+    """Check hashes and tensors, and, where the packages are installed, one backend against another on real runs.
 
-    Example: `saferedir verify emoji-diffusion --json`
+    Examples:
+
+    `saferedir verify emoji-diffusion --json`
+
+    `saferedir verify bundle --against MODEL --safety castle/safety --bisect`
+
+    `saferedir verify bundle --backend ort-cuda --against-backend ort-cpu`
     """
     from saferedir.runtime.verify import verify_bundle
 
-    report = verify_bundle(bundle, against, safety)
+    report = verify_bundle(bundle, against, safety, backend=backend, against_backend=against_backend, bisect=bisect)
     if as_json:
         print(json.dumps(report.to_dict(), indent=1))
     else:
-        console.print(f"{report.files} files: hashes as stated; {report.engines} engines: tensors as stated")
-        if report.parity is None:
-            console.print(report.parity_note, highlight=False)
-        else:
-            table = Table("engine", "output", "worst absolute", "at", "allowed")
-            for row in report.parity:
-                table.add_row(row.engine, row.output, f"{row.worst:.2e}", row.where, f"{row.allowed:.0e}")
-            console.print(table)
+        _show(report)
     if not report.passed:
-        raise VerificationError("an engine differs from its reference by more than allowed; see the table")
+        raise VerificationError(f"{backend} differs from {against_backend} by more than allowed; see the table")
+
+
+def _show(report: VerificationReport) -> None:
+    console.print(f"{report.files} files: hashes as stated; {report.engines} engines: tensors as stated")
+    if report.parity is None:
+        console.print(report.parity_note, highlight=False)
+        return
+    table = Table("engine", "output", "worst", "mean", "cosine", "allowed", "", box=None)
+    for row in report.parity:
+        numbers = (f"{row.worst:.1e}", f"{row.mean:.1e}", f"{row.cosine:.7f}", f"{row.allowed:.0e}")
+        table.add_row(row.engine, row.output, *numbers, "" if row.passed else "differs")
+    console.print(table)
+    if (drawn := report.pictures) is not None:
+        ssim = "" if drawn.ssim is None else f", SSIM {drawn.ssim:.6f}"
+        console.print(
+            f"{drawn.pictures} pictures: {drawn.decisions_equal} of {drawn.decisions} decisions equal, worst score difference "
+            f"{drawn.worst_score:.1e}, worst picture PSNR {drawn.psnr:.1f} dB{ssim}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for engine in report.bisected:
+        said = (
+            f"no tensor of {engine.tensors} differs by itself"
+            if engine.node is None
+            else f"differs from node {engine.node} ({engine.operator}) on, output {engine.output} by {engine.worst:.1e}; "
+            f"{engine.equal_before} of {engine.tensors} tensors before it are equal"
+        )
+        console.print(f"{engine.engine}: {said}", highlight=False, soft_wrap=True)
 
 
 @app.command()

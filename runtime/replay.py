@@ -1,0 +1,152 @@
+"""What engines are given in real runs, recorded on one backend and given to any other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from saferedir.engines import Bundle
+from saferedir.engines.manifest import PUBLISHED, EngineInfo
+from saferedir.runtime.backend import Array, Backend, Call, DeviceTensor
+from saferedir.runtime.pipeline import Generation, Pipeline
+from saferedir.runtime.policy import SafetyPolicy
+
+PROMPTS = ("a church", "a church next to a cat in ink style", "a castle on blue", "")
+STEPS = 8
+#: Height and width of the latent where no model states one.
+ANY_SIZE = 16
+SIZES = {"batch": len(PROMPTS)}
+
+#: Engine -> what it was given, call by call.
+Recorded = dict[str, list[dict[str, Array]]]
+
+
+class RecordingBackend:
+    """Another backend, of which every call's inputs are kept."""
+
+    def __init__(self, backend: Backend, engines: Mapping[str, EngineInfo]) -> None:
+        self.name = backend.name
+        self.backend = backend
+        self.recorded: Recorded = {}
+        self._engines = engines
+
+    def upload(self, array: Array) -> DeviceTensor:
+        return self.backend.upload(array)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceTensor:
+        return self.backend.empty(shape, dtype)
+
+    def download(self, tensor: DeviceTensor) -> Array:
+        return self.backend.download(tensor)
+
+    def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
+        bound = self.backend.bind(engine, inputs, outputs)
+
+        def call() -> None:
+            given = {tensor.name: self.backend.download(inputs[tensor.name]) for tensor in self._engines[engine].inputs}
+            self.recorded.setdefault(engine, []).append(given)
+            bound()
+
+        return call
+
+    def versions(self) -> dict[str, str]:
+        return self.backend.versions()
+
+
+def record_runs(bundle: Bundle, backend: Backend) -> Recorded:
+    """Inputs of every engine of `bundle`, from runs of `PROMPTS` with and without guidance and safety.
+
+    Among the protected runs are some whose thresholds every score reaches, so that every other step fires. A bundle that
+    holds a safety alone gets noise.
+    """
+    if bundle.manifest.model is None:
+        return _noise(bundle.manifest.engines)
+    recording = RecordingBackend(backend, bundle.manifest.engines)
+    names = [concept.name for concept in bundle.manifest.safety.concepts]
+    by_argmax = bundle.manifest.controller == PUBLISHED
+    always = SafetyPolicy(cooldown=1, thresholds={} if by_argmax else dict.fromkeys(names, 0.0))
+    without = SafetyPolicy(unprotected=True)
+    with _unsaid():
+        for policy, guidance in ((SafetyPolicy(), 5.0), (always, 5.0), (always, 1.0), (without, 5.0), (without, 1.0)):
+            draw(Pipeline(bundle, recording, policy), guidance)
+    recorded = recording.recorded
+    recorded["unet"] = [
+        {"latent": _seen(given), "timestep": given["timestep"], "prompt_embeds": given["prompt"]}
+        for given in recorded["plain_step"]
+    ]
+    steps = [{**given, "latent": _seen(given)} for given in recorded["step"]]
+    for engine, renamed in (("safety", {}), ("published_network", {"prompt_embeds": "prompt"})):
+        if engine in bundle.manifest.engines:
+            taken = [tensor.name for tensor in bundle.manifest.engines[engine].inputs]
+            recorded[engine] = [{name: given[renamed.get(name, name)] for name in taken} for given in steps]
+    return recorded
+
+
+def draw(pipeline: Pipeline, guidance: float) -> Generation:
+    """The pictures that recorded runs are of."""
+    return pipeline(list(PROMPTS), seed=0, num_inference_steps=STEPS, guidance_scale=guidance)
+
+
+def replay(bundle: Bundle, backend: Backend, recorded: Recorded) -> dict[str, dict[str, Array]]:
+    """What `backend` makes of recorded inputs: engine -> output -> all calls' results, one after the other."""
+    results: dict[str, dict[str, Array]] = {}
+    for engine, info in bundle.manifest.engines.items():
+        calls = [_run(backend, engine, info, given) for given in recorded[engine]]
+        results[engine] = {tensor.name: np.concatenate([call[tensor.name] for call in calls]) for tensor in info.outputs}
+    return results
+
+
+def _run(backend: Backend, engine: str, info: EngineInfo, given: Mapping[str, Array]) -> dict[str, Array]:
+    sizes: dict[int | str, int] = {}
+    for tensor in info.inputs:
+        sizes |= dict(zip(tensor.shape, given[tensor.name].shape, strict=True))
+    inputs = {name: backend.upload(array) for name, array in given.items()}
+    outputs = {
+        tensor.name: backend.empty(
+            tuple(size if isinstance(size, int) else sizes[size] for size in tensor.shape), np.dtype(tensor.dtype)
+        )
+        for tensor in info.outputs
+    }
+    backend.bind(engine, inputs, outputs)()
+    return {name: backend.download(tensor) for name, tensor in outputs.items()}
+
+
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """No warning that the safety is off: no picture of these runs leaves."""
+    log = logging.getLogger("saferedir")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _seen(given: Mapping[str, Array]) -> Array:
+    """The latent after input scaling."""
+    scaled: Array = given["latent"] * given["input_scale"][:, None, None, None]
+    return scaled
+
+
+def _noise(engines: Mapping[str, EngineInfo]) -> Recorded:
+    rng = np.random.default_rng(0)
+    recorded: Recorded = {}
+    for engine, info in engines.items():
+        recorded[engine] = []
+        for step in range(STEPS):
+            own: dict[str, float] = {
+                "timestep": 981 - 120 * step, "cooldown": step % 2, "period": 1, "alpha_scale": 1.25,
+                "active": step > 0, "enabled": True, "ok": True,
+            }  # fmt: skip
+            given = {}
+            for tensor in info.inputs:
+                shape = tuple(size if isinstance(size, int) else SIZES.get(size, ANY_SIZE) for size in tensor.shape)
+                value = np.full(shape, own[tensor.name]) if tensor.name in own else rng.standard_normal(shape)
+                given[tensor.name] = value.astype(tensor.dtype)
+            recorded[engine].append(given)
+    return recorded
