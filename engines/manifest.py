@@ -84,6 +84,9 @@ class SchedulerInfo:
     timestep_spacing: str
     steps_offset: int
     set_alpha_to_one: bool
+    #: Of a latent consistency model: the number of steps it was distilled for, and the scale of its boundary condition.
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,12 @@ from saferedir_torch.config import SafetyConfig
 from saferedir_torch.protect import check_match
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 
+#: diffusers' samplers that the runtime has.
+SAMPLERS = {"DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler", "LCMScheduler": "lcm"}
+UNKNOWN_SPACINGS = (
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas",
+    "rescale_betas_zero_snr",
+)  # fmt: skip
 MAKERS = ("saferedir", "torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 
@@ -77,7 +83,7 @@ def write_bundle(
     Raises:
         ExportError: a graph cannot be exported, or the scheduler clips or thresholds.
     """
-    scheduler = None if pipeline is None else scheduler_info(pipeline.scheduler.config)
+    scheduler = None if pipeline is None else scheduler_info(pipeline.scheduler)
     weights = [safety_weights]
     if pipeline is not None:
         parts = {"text_encoder": pipeline.text_encoder, "unet": pipeline.unet, "vae": pipeline.vae}
@@ -114,16 +120,19 @@ def write_bundle(
     return out
 
 
-def scheduler_info(config: Any) -> SchedulerInfo:
-    """The scheduler's configuration in the bundle's terms.
+def scheduler_info(scheduler: Any) -> SchedulerInfo:
+    """The scheduler's configuration in the bundle's terms. Samplers that are not known here are replaced by DDIM.
 
     Raises:
-        ExportError: it clips or thresholds, which no linear step can do.
+        ExportError: it clips or thresholds, which no linear step can do, or spaces its noise levels in an unknown way.
     """
+    config = scheduler.config
     if config.get("clip_sample") or config.get("thresholding"):
         raise ExportError("the scheduler clips or thresholds its samples; set clip_sample and thresholding to false")
+    if odd := [name for name in UNKNOWN_SPACINGS if config.get(name)]:
+        raise ExportError(f"the scheduler has {', '.join(odd)} set, which is not known here; set it to false")
     return SchedulerInfo(
-        kind="ddim",
+        kind=SAMPLERS.get(type(scheduler).__name__, "ddim"),
         num_train_timesteps=config["num_train_timesteps"],
         beta_start=config["beta_start"],
         beta_end=config["beta_end"],
@@ -131,6 +140,8 @@ def scheduler_info(config: Any) -> SchedulerInfo:
         timestep_spacing=config.get("timestep_spacing", "leading"),
         steps_offset=config.get("steps_offset", 0),
         set_alpha_to_one=config.get("set_alpha_to_one", True),
+        original_inference_steps=config.get("original_inference_steps", 50),
+        timestep_scaling=config.get("timestep_scaling", 10.0),
     )
 
 

@@ -33,6 +33,8 @@ class Batch:
     #: Unconditional or negative embedding, [B, T, D].
     negative: Float32
     guidance_scale: float
+    #: Noise of each step's own, [steps, B, C, h, w], or None where the sampler adds none.
+    noise: Float32 | None
     policies: tuple[ResolvedPolicy, ...]
 
     @property
@@ -104,8 +106,6 @@ class _StepTensors:
         prompt = backend.upload(batch.prompt)
         zeros = backend.upload(np.zeros_like(batch.latent))
         self.constants: dict[str, DeviceTensor] = {
-            "history": zeros,
-            "noise": zeros,
             "negative": backend.upload(batch.negative),
             "guidance_scale": backend.upload(np.full(requests, batch.guidance_scale, np.float32)),
             "original": prompt,
@@ -119,6 +119,7 @@ class _StepTensors:
                 "timestep": backend.upload(np.full(requests, schedule.timesteps[step], np.float32)),
                 "input_scale": backend.upload(np.full(requests, schedule.input_scale[step], np.float32)),
                 "coefficients": backend.upload(np.tile(schedule.coefficients[step], (requests, 1))),
+                "noise": zeros if batch.noise is None else backend.upload(batch.noise[step]),
             }
             for step in range(self.steps)
         ]
@@ -151,18 +152,25 @@ class _StepTensors:
         ]
         self.mask_shape = (requests, concepts, tokens)
         self.token_mask = backend.empty(self.mask_shape, float32)
-        self.model_output = backend.empty(batch.latent.shape, float32)
+        # What the model gave before is the next step's history; there is none before the first.
+        self.model_outputs = [zeros, *(backend.empty(batch.latent.shape, float32) for _ in range(min(2, self.steps)))]
 
     def bind_all(self) -> list[Call]:
         calls = []
         for step in range(self.steps):
             before, after = self.states[step % 2], self.states[(step + 1) % 2]
-            inputs = self.constants | self.per_step[step] | before | {"cooldown": self.cooldowns[step]}
+            history, model_output = self._model_output(step), self._model_output(step + 1)
+            inputs = self.constants | self.per_step[step] | before
+            inputs |= {"cooldown": self.cooldowns[step], "history": history}
             outputs = {f"next_{name}": tensor for name, tensor in after.items()}
-            outputs |= {"next_cooldown": self.cooldowns[step + 1], "model_output": self.model_output}
+            outputs |= {"next_cooldown": self.cooldowns[step + 1], "model_output": model_output}
             outputs |= self.records[step] | {"token_mask": self.token_mask}
             calls.append(self.backend.bind(self.engine, inputs, outputs))
         return calls
+
+    def _model_output(self, step: int) -> DeviceTensor:
+        """What the model gave in the step before `step`: two buffers in turn, and zeros before the first."""
+        return self.model_outputs[0 if step == 0 else 2 - step % 2]
 
     def collect(self) -> Denoised:
         """Download once, and read `ok` before anything else is made of it: nothing of a run that is not ok leaves."""

@@ -17,25 +17,35 @@ BLOCK = 16
 LARGEST_SEED = 2**32 - 1
 
 
-def torch_noise(seed: int, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """What `torch.randn(shape, generator=torch.Generator().manual_seed(seed))` gives, float32.
+class TorchNoise:
+    """What a torch CPU generator with this seed draws, one tensor after the other.
 
     Raises:
-        RequestError: the seed is not in 0..2^32-1, or the shape holds fewer than 16 values.
+        RequestError: the seed is not in 0..2^32-1.
     """
-    if not 0 <= seed <= LARGEST_SEED:
-        raise RequestError(f"seed is {seed}; expected 0 to {LARGEST_SEED}")
-    count = math.prod(shape)
-    if count < BLOCK:
-        raise RequestError(f"noise of shape {shape} has fewer than {BLOCK} values; torch draws those differently")
-    generator = np.random.MT19937()
-    generator.state = np.random.RandomState(seed).get_state(legacy=False)  # type: ignore[assignment]  # init_genrand, as torch seeds it
-    values = _uniform(generator, count)
-    whole = count - count % BLOCK
-    values[:whole] = _box_muller(values[:whole])
-    if whole < count:  # torch draws the last 16 values anew
-        values[-BLOCK:] = _box_muller(_uniform(generator, BLOCK))
-    return values.reshape(shape)
+
+    def __init__(self, seed: int) -> None:
+        if not 0 <= seed <= LARGEST_SEED:
+            raise RequestError(f"seed is {seed}; expected 0 to {LARGEST_SEED}")
+        self._generator = np.random.MT19937()
+        # init_genrand, as torch seeds it
+        self._generator.state = np.random.RandomState(seed).get_state(legacy=False)  # type: ignore[assignment]
+
+    def draw(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        """What the next `torch.randn(shape, generator=...)` gives, float32.
+
+        Raises:
+            RequestError: the shape holds fewer than 16 values.
+        """
+        count = math.prod(shape)
+        if count < BLOCK:
+            raise RequestError(f"noise of shape {shape} has fewer than {BLOCK} values; torch draws those differently")
+        values = _uniform(self._generator, count)
+        whole = count - count % BLOCK
+        values[:whole] = _box_muller(values[:whole])
+        if whole < count:  # torch draws the last 16 values anew
+            values[-BLOCK:] = _box_muller(_uniform(self._generator, BLOCK))
+        return values.reshape(shape)
 
 
 def _uniform(generator: np.random.MT19937, count: int) -> npt.NDArray[np.float32]:

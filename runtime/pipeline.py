@@ -19,11 +19,11 @@ from saferedir.engines.manifest import ModelInfo
 from saferedir.runtime.backend import Backend
 from saferedir.runtime.backends import make_backend
 from saferedir.runtime.loop import Batch, Denoised, StepCallback, denoise
-from saferedir.runtime.noise import torch_noise
+from saferedir.runtime.noise import TorchNoise
 from saferedir.runtime.policy import ResolvedPolicy, SafetyPolicy, Tightening, resolve
 from saferedir.runtime.record import SafetyRecord, StepRecord
 from saferedir.runtime.request import ImageRequest, Seeds, build_requests, check_guidance
-from saferedir.runtime.schedulers import make_schedule
+from saferedir.runtime.schedulers import Schedule, make_schedule
 from saferedir.runtime.tokenizer import PromptTokenizer, Tokenised
 
 
@@ -83,6 +83,7 @@ class Pipeline:
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 25,
         guidance_scale: float = 5.0,
+        scheduler: str | None = None,
         tighten: Tightening | None = None,
         on_step: StepCallback | None = None,
         cancel: threading.Event | None = None,
@@ -91,7 +92,8 @@ class Pipeline:
 
         `prompt_embeds` [pictures, T, D] may stand in place of the prompts and is protected alike. An integer `seed` is
         the first picture's and counts up; the noise is that of torch's CPU generator. Guidance of at most 1 draws
-        unguided. `on_step(done, total)` counts over all pictures' steps; setting `cancel` ends the run between steps.
+        unguided. `scheduler` is another sampler than the bundle's: ddim, euler, dpm-solver or lcm. `on_step(done, total)`
+        counts over all pictures' steps; setting `cancel` ends the run between steps.
 
         Raises:
             RequestError: an option is out of range; the message names it.
@@ -108,14 +110,14 @@ class Pipeline:
             seed=seed,
             num_images_per_prompt=num_images_per_prompt,
         )
-        schedule = make_schedule(self._scheduler, self.model.prediction_type, num_inference_steps)
+        schedule = make_schedule(self._scheduler, self.model.prediction_type, num_inference_steps, scheduler)
         policy = self._policy.tightened(tighten)
         size = self.manifest.max_batch
         chunks = [requests[start : start + size] for start in range(0, len(requests), size)]
         images: list[Image.Image] = []
         records: list[SafetyRecord] = []
         for index, chunk in enumerate(chunks):
-            batch, tokenised = self._prepare(chunk, guidance, policy, schedule.init_noise_sigma)
+            batch, tokenised = self._prepare(chunk, guidance, policy, schedule)
             progress = _offset(on_step, index, len(chunks))
             result = denoise(
                 self.backend,
@@ -140,7 +142,7 @@ class Pipeline:
         return self._encode(np.stack([self._tokenizer(prompt).ids for prompt in prompts]))
 
     def _prepare(
-        self, chunk: list[ImageRequest], guidance: float, policy: ResolvedPolicy, sigma: float
+        self, chunk: list[ImageRequest], guidance: float, policy: ResolvedPolicy, schedule: Schedule
     ) -> tuple[Batch, list[Tokenised | None]]:
         model = self.model
         shape = (1, model.latent_channels, model.latent_height, model.latent_width)
@@ -153,9 +155,15 @@ class Pipeline:
         negative = [
             embeds[r.negative_prompt or ""] if r.negative_prompt_embeds is None else r.negative_prompt_embeds for r in chunk
         ]
-        latent = np.concatenate([torch_noise(request.seed, shape) for request in chunk]) * np.float32(sigma)
+        streams = [TorchNoise(request.seed) for request in chunk]
+        latent = np.concatenate([stream.draw(shape) for stream in streams]) * np.float32(schedule.init_noise_sigma)
         batch = Batch(
-            latent, np.stack([p for p in prompt if p is not None]), np.stack(negative), guidance, (policy,) * len(chunk)
+            latent=latent,
+            prompt=np.stack([p for p in prompt if p is not None]),
+            negative=np.stack(negative),
+            guidance_scale=guidance,
+            noise=_step_noise(schedule, streams, shape),
+            policies=(policy,) * len(chunk),
         )
         return batch, tokenised
 
@@ -238,6 +246,15 @@ class Pipeline:
             **self.backend.versions(),
             **hashes,
         }
+
+
+def _step_noise(schedule: Schedule, streams: list[TorchNoise], shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None:
+    """Noise for the steps that add some, of each picture's own stream: [steps, B, C, h, w]."""
+    adds = schedule.coefficients[:, 3] != 0
+    if not adds.any():
+        return None
+    nothing = np.zeros(shape, np.float32)
+    return np.stack([np.concatenate([stream.draw(shape) if add else nothing for stream in streams]) for add in adds])
 
 
 def _offset(on_step: StepCallback | None, index: int, chunks: int) -> StepCallback | None:

@@ -2,13 +2,16 @@
 
     z' = c_latent z + c_model e + c_history h + c_noise n
 
-with e the model's (guided) output. A scheduler is a function from the noise schedule and the number of steps to the
-coefficients; adding one touches this file alone.
+with e the model's (guided) output, h that of the step before, and n noise of the step's own. A scheduler is a function from
+the noise schedule and the number of steps to the coefficients; adding one touches this file alone.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +22,11 @@ from saferedir.runtime.request import as_integer
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+
+#: dpm-solver takes its last step of first order where there are fewer steps than this.
+LOWER_ORDER_FINAL = 15
+#: Of the boundary condition of consistency models.
+SIGMA_DATA = 0.5
 
 
 @dataclass(frozen=True)
@@ -35,18 +43,19 @@ class Schedule:
     init_noise_sigma: float
 
 
-def make_schedule(info: SchedulerInfo, prediction_type: str, num_inference_steps: int) -> Schedule:
-    """The schedule of the bundle's sampler.
+def make_schedule(info: SchedulerInfo, prediction_type: str, num_inference_steps: int, kind: str | None = None) -> Schedule:
+    """The schedule of the bundle's sampler, or of another `kind` of sampler over the same noise schedule.
 
     Raises:
-        RequestError: the number of steps is not in 1..999, or the sampler or prediction type is not known here.
+        RequestError: the number of steps is not one the sampler allows, or sampler or prediction type are not known here.
     """
+    kind = kind or info.kind
     most = info.num_train_timesteps - 1
     if not 1 <= as_integer("num_inference_steps", num_inference_steps) <= most:
         raise RequestError(f"num_inference_steps is {num_inference_steps}; expected 1 to {most}")
-    if info.kind != "ddim":
-        raise RequestError(f"scheduler {info.kind!r} is not known to this version; known: ddim")
-    return ddim(info, prediction_type, num_inference_steps)
+    if kind not in SCHEDULERS:
+        raise RequestError(f"scheduler {kind!r} is not known to this version; known: {', '.join(SCHEDULERS)}")
+    return SCHEDULERS[kind](info, prediction_type, num_inference_steps)
 
 
 def ddim(info: SchedulerInfo, prediction_type: str, num_inference_steps: int) -> Schedule:
@@ -65,14 +74,115 @@ def ddim(info: SchedulerInfo, prediction_type: str, num_inference_steps: int) ->
         latent = np.sqrt(alpha_previous * alpha) + sigma_previous * sigma
         model = sigma_previous * np.sqrt(alpha) - np.sqrt(alpha_previous) * sigma
     else:
-        raise RequestError(f"prediction type {prediction_type!r} is not known; expected epsilon or v_prediction")
+        raise _unknown_prediction(prediction_type)
+    return _schedule(steps, latent, model)
+
+
+def euler(info: SchedulerInfo, prediction_type: str, num_inference_steps: int) -> Schedule:
+    """Euler steps of the probability flow (Karras et al. 2022, algorithm 2 without churn); latents have variance s^2 + 1."""
+    steps = _spaced(info, num_inference_steps)
+    sigmas = _sigmas(info)
+    sigma = np.interp(steps, np.arange(len(sigmas)), sigmas)
+    change = np.append(sigma[1:], 0) - sigma
+    if prediction_type == "epsilon":
+        latent, model = np.ones_like(sigma), change
+    elif prediction_type == "v_prediction":
+        # The derivative is (z - x0) / s with x0 = z / (s^2 + 1) - v s / sqrt(s^2 + 1).
+        latent = 1 + change * sigma / (sigma**2 + 1)
+        model = change / np.sqrt(sigma**2 + 1)
+    else:
+        raise _unknown_prediction(prediction_type)
+    highest = float(sigma.max())
+    start = highest if info.timestep_spacing in ("linspace", "trailing") else math.sqrt(highest**2 + 1)
+    return _schedule(steps, latent, model, input_scale=1 / np.sqrt(sigma**2 + 1), init_noise_sigma=start)
+
+
+def dpm_solver(info: SchedulerInfo, prediction_type: str, num_inference_steps: int) -> Schedule:
+    """DPM-Solver-2, multistep, on noise predictions (Lu et al. 2022, section 3.3 of the multistep variant): history is the
+    output of the step before. The first step is of first order, the last one too where there are fewer than 15."""
+    if prediction_type != "epsilon":
+        raise RequestError(f"dpm-solver needs a model that predicts noise; this one's prediction type is {prediction_type}")
+    count, total = num_inference_steps, info.num_train_timesteps
+    if info.timestep_spacing == "trailing":
+        steps = np.round(np.arange(total, 0, -total / count)) - 1
+    elif info.timestep_spacing == "leading":
+        steps = (np.arange(count + 1) * (total // (count + 1))).round()[::-1][:-1] + info.steps_offset
+    else:
+        steps = np.linspace(0, total - 1, count + 1).round()[::-1][:-1]
+    sigmas = _sigmas(info)
+    every = np.append(np.interp(steps, np.arange(total), sigmas), sigmas[0])
+    alpha = 1 / np.sqrt(every**2 + 1)
+    noise, lam = every * alpha, -np.log(every)  # half the log of the signal-to-noise ratio
+    ahead = lam[1:] - lam[:-1]
+    growth = noise[1:] * np.expm1(ahead)
+    share = np.zeros(count)  # of the change since the step before, half of h over the step before's h
+    share[1:] = ahead[1:] / (2 * ahead[:-1])
+    if count < LOWER_ORDER_FINAL:
+        share[-1] = 0
+    return _schedule(steps, alpha[1:] / alpha[:-1], -growth * (1 + share), history=growth * share)
+
+
+def lcm(info: SchedulerInfo, prediction_type: str, num_inference_steps: int) -> Schedule:
+    """Multistep sampling of a latent consistency model (Luo et al. 2023, algorithm 3): fresh noise in all but the last step."""
+    distilled = (
+        np.arange(1, info.original_inference_steps + 1) * (info.num_train_timesteps // info.original_inference_steps) - 1
+    )
+    if num_inference_steps > len(distilled):
+        raise RequestError(f"num_inference_steps is {num_inference_steps}; lcm was distilled for at most {len(distilled)}")
+    steps = distilled[::-1][np.floor(np.linspace(0, len(distilled), num_inference_steps, endpoint=False)).astype(np.int64)]
+    alphas = _alphas_cumprod(info)
+    alpha, sigma = np.sqrt(alphas[steps]), np.sqrt(1 - alphas[steps])
+    scaled = steps * info.timestep_scaling
+    skip, out = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2), scaled / np.sqrt(scaled**2 + SIGMA_DATA**2)
+    if prediction_type == "epsilon":
+        latent, model = skip + out / alpha, -out * sigma / alpha
+    elif prediction_type == "v_prediction":
+        latent, model = skip + out * alpha, -out * sigma
+    else:
+        raise _unknown_prediction(prediction_type)
+    kept, fresh = np.append(alpha[1:], 1), np.append(sigma[1:], 0)
+    return _schedule(steps, kept * latent, kept * model, noise=fresh)
+
+
+Scheduler = Callable[[SchedulerInfo, str, int], Schedule]
+SCHEDULERS: dict[str, Scheduler] = {"ddim": ddim, "euler": euler, "dpm-solver": dpm_solver, "lcm": lcm}
+
+
+def _schedule(
+    steps: npt.NDArray[Any],
+    latent: Float64,
+    model: Float64,
+    *,
+    history: Float64 | None = None,
+    noise: Float64 | None = None,
+    input_scale: Float64 | None = None,
+    init_noise_sigma: float = 1.0,
+) -> Schedule:
     zeros = np.zeros_like(latent)
+    columns = [latent, model, zeros if history is None else history, zeros if noise is None else noise]
     return Schedule(
         timesteps=steps.astype(np.float32),
-        coefficients=np.stack([latent, model, zeros, zeros], axis=1).astype(np.float32),
-        input_scale=np.ones(num_inference_steps, np.float32),
-        init_noise_sigma=1.0,
+        coefficients=np.stack(columns, axis=1).astype(np.float32),
+        input_scale=np.ones(len(steps), np.float32) if input_scale is None else input_scale.astype(np.float32),
+        init_noise_sigma=init_noise_sigma,
     )
+
+
+def _unknown_prediction(prediction_type: str) -> RequestError:
+    return RequestError(f"prediction type {prediction_type!r} is not known; expected epsilon or v_prediction")
+
+
+def _sigmas(info: SchedulerInfo) -> Float64:
+    """Noise over signal at every training timestep."""
+    alphas = _alphas_cumprod(info)
+    return np.asarray(np.sqrt((1 - alphas) / alphas))
+
+
+def _spaced(info: SchedulerInfo, steps: int) -> Float64:
+    """Timesteps that need not be whole."""
+    if info.timestep_spacing == "linspace":
+        return np.linspace(0, info.num_train_timesteps - 1, steps)[::-1]
+    return _timesteps(info, steps).astype(np.float64)
 
 
 def _alphas_cumprod(info: SchedulerInfo) -> Float64:

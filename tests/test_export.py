@@ -9,7 +9,15 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from saferedir.engines import open_bundle
@@ -171,9 +179,21 @@ def test_folders_that_are_not_what_they_should_be(small: tuple[Any, SafetyModule
     assert not out.exists()
 
 
-def test_clipping_scheduler_is_refused() -> None:
+def test_samplers_that_no_linear_step_follows_are_refused() -> None:
     with pytest.raises(ExportError, match="clip"):
-        scheduler_info({"clip_sample": True})
+        scheduler_info(DDIMScheduler(clip_sample=True))
+    with pytest.raises(ExportError, match="use_karras_sigmas"):
+        scheduler_info(EulerDiscreteScheduler(use_karras_sigmas=True))
+
+
+def test_samplers_are_known_by_their_class() -> None:
+    kinds = {
+        DDIMScheduler(clip_sample=False): "ddim", PNDMScheduler(): "ddim", EulerDiscreteScheduler(): "euler",
+        LCMScheduler(clip_sample=False, original_inference_steps=25): "lcm",
+    }  # fmt: skip
+    infos = [scheduler_info(scheduler) for scheduler in kinds]
+    assert [info.kind for info in infos] == list(kinds.values())
+    assert infos[-1].original_inference_steps == 25
 
 
 def test_weight_files_are_those_of_the_model_folder(exported: Path, folder: Path) -> None:

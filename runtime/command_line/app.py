@@ -51,6 +51,9 @@ def generate(
     steps: Annotated[int, typer.Option(help="Denoising steps, 1 to 999.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale; at most 1 draws unguided.")] = 5.0,
     negative: Annotated[str | None, typer.Option(help="What to draw away from.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="ddim, euler, dpm-solver or lcm; the bundle's own, which its promise is for, by default.")
+    ] = None,
     size: Annotated[int | None, typer.Option(help="Side of the picture in pixels, where the model allows another.")] = None,
     bundle: BundleOption = DEFAULT_BUNDLE,
     backend: BackendOption = "auto",
@@ -94,6 +97,7 @@ def generate(
                 num_images_per_prompt=count,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
+                scheduler=scheduler,
                 on_step=on_step,
             )
         files = _write(result, folder)
