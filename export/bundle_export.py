@@ -28,6 +28,7 @@ from saferedir.engines.manifest import (
     SafetyInfo,
     SchedulerInfo,
 )
+from saferedir.export.families import family_of_width
 from saferedir.export.graphs import Graph, all_graphs
 from saferedir.export.onnx_export import ExportError, tensor_infos, to_onnx
 from saferedir.export.weights import WeightFile, externalise
@@ -97,7 +98,7 @@ def write_bundle(
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             name=name,
-            model_family="stable-diffusion-1.x",
+            model_family="" if pipeline is None else family_of_width(pipeline.unet.config.cross_attention_dim).name,
             controller=controller,
             max_batch=max_batch,
             model=None if pipeline is None else _model_info(pipeline),
@@ -165,7 +166,11 @@ def _write_engines(
 
 
 def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    tokenizer.backend_tokenizer.save(str(folder / TOKENIZER_FILE))
+    """The tokenizer with its padding, which differs between families."""
+    backend, length = tokenizer.backend_tokenizer, tokenizer.model_max_length
+    backend.enable_truncation(length)
+    backend.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    backend.save(str(folder / TOKENIZER_FILE))
 
 
 def _model_info(pipeline: Any) -> ModelInfo:

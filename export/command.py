@@ -11,6 +11,7 @@ from typing import Any
 from saferedir.engines.errors import BundleError, OutputError, RequestError, SafetyMismatchError
 from saferedir.engines.manifest import DRAWING_ENGINES, PUBLISHED, SAFETY_ENGINES
 from saferedir.export.bundle_export import export_bundle
+from saferedir.export.families import family_of
 from saferedir.export.onnx_export import ExportError
 from saferedir.export.published_import import PublishedOptions, import_published
 from saferedir_torch import protect
@@ -80,8 +81,7 @@ def _counter(on_step: Callable[[int, int], None], engines: int) -> Callable[[str
 
 
 def _open(model: Path) -> Any:
-    if not (model / "model_index.json").is_file():
-        raise RequestError(f"{model} holds no model_index.json; expected a diffusers folder of Stable Diffusion 1.x")
+    family_of(model)
     try:
         return load_pipeline(model)
     except Exception as error:  # diffusers, transformers and safetensors raise several types of their own

@@ -35,6 +35,7 @@ class PromptTokenizer:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
             raise BundleAlteredError(f"{path} is not a tokenizer file: {error}") from error
+        padding = self._tokenizer.padding
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._length = length
@@ -42,6 +43,8 @@ class PromptTokenizer:
         if end is None:
             raise BundleAlteredError(f"{path} has no token {END_OF_TEXT}")
         self._end: int = end
+        #: Stable Diffusion 1 pads with its end of text, 2 with another token.
+        self._padding: int = padding["pad_id"] if padding else end
 
     def __call__(self, prompt: str) -> Tokenised:
         """Tokenise one prompt, which may be empty.
@@ -63,6 +66,6 @@ class PromptTokenizer:
         if cut:
             ids = [*ids[: self._length - 1], self._end]
             tokens = [*tokens[: self._length - 1], END_OF_TEXT]
-        padded = np.full(self._length, self._end, np.int32)
+        padded = np.full(self._length, self._padding, np.int32)
         padded[: len(ids)] = ids
         return Tokenised(padded, tuple(tokens), cut)

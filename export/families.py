@@ -1,0 +1,81 @@
+"""Which model families can be protected, known by the files of a diffusers folder, and why others cannot."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saferedir.engines.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model that the exporter knows."""
+
+    name: str
+    #: Class of the pipeline, as `model_index.json` names it.
+    pipeline: str
+    #: Width of its cross-attention, None for any that no other family of the pipeline has.
+    width: int | None
+
+
+FAMILIES = (
+    Family("stable-diffusion-2.x", "StableDiffusionPipeline", 1024),
+    Family("stable-diffusion-1.x", "StableDiffusionPipeline", None),
+)
+#: Pipelines that redirection would not protect, or not wholly.
+REFUSED = {
+    "StableDiffusionXLPipeline": "its UNet is also conditioned by a pooled embedding, past cross-attention, which redirection "
+    "does not reach",
+    "StableDiffusion3Pipeline": "text and picture attend to each other jointly, and a pooled embedding conditions every block",
+    "FluxPipeline": "text and picture attend to each other jointly, and a pooled embedding conditions every block",
+    "LatentConsistencyModelPipeline": "its UNet is also conditioned by the guidance scale, which no engine here passes; "
+    "save it as a StableDiffusionPipeline with an LCMScheduler if it does without",
+}
+
+
+def family_of(folder: Path) -> Family:
+    """The family of the model in a diffusers folder.
+
+    Raises:
+        RequestError: it is no diffusers folder, or its family is not known or cannot be protected.
+    """
+    index = _read(folder / "model_index.json", folder)
+    kind = str(index.get("_class_name"))
+    if kind in REFUSED:
+        raise RequestError(f"{folder} is a {kind}, which is refused: {REFUSED[kind]}")
+    known = [family for family in FAMILIES if family.pipeline == kind]
+    if not known:
+        names = ", ".join(sorted({family.pipeline for family in FAMILIES}))
+        raise RequestError(f"{folder} is a {kind}, which is not known here; known: {names}")
+    unet = _read(folder / "unet" / "config.json", folder)
+    if (channels := unet.get("in_channels")) != (given := unet.get("out_channels")):
+        raise RequestError(
+            f"{folder} takes {channels} latent channels and gives {given}; inpainting and image-conditioned models are not "
+            "known here"
+        )
+    if further := [name for name in ("time_cond_proj_dim", "addition_embed_type", "class_embed_type") if unet.get(name)]:
+        raise RequestError(
+            f"{folder} is conditioned by more than cross-attention and the timestep ({', '.join(further)}), which redirection "
+            "does not reach"
+        )
+    return family_of_width(unet.get("cross_attention_dim"))
+
+
+def family_of_width(width: Any) -> Family:
+    """The family of a Stable Diffusion pipeline whose cross-attention has this width."""
+    return next(family for family in FAMILIES if family.width in (None, width))
+
+
+def _read(path: Path, folder: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{folder} holds no readable {path.relative_to(folder)}; expected a diffusers folder of Stable Diffusion"
+        ) from error
+    if not isinstance(raw, dict):
+        raise RequestError(f"{path} is no JSON object")
+    return raw

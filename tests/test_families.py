@@ -1,0 +1,133 @@
+"""Model families: a small pipeline of each kind exported and verified; what cannot be protected is refused, and why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from saferedir.engines import open_bundle
+from saferedir.engines.errors import RequestError
+from saferedir.export.command import export_folder
+from saferedir.export.families import family_of
+from saferedir.runtime import Pipeline, SafetyPolicy
+from saferedir.runtime.tokenizer import PromptTokenizer
+from saferedir.runtime.verify import verify_bundle
+from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
+from saferedir_torch.train import new_module
+
+SMALL = {
+    "latent_widths": (8, 16, 24), "latent_features": 24, "timestep_frequencies": 16, "timestep_features": 8,
+    "classifier_width": 16, "redirector_width": 16, "adapter_rank": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what sets Stable Diffusion 2 apart: width 1024, velocity prediction, its own padding. Random weights."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("second")
+    tokenizer = CLIPTokenizer.from_pretrained(SHIPPED_MODEL / "tokenizer", pad_token="!")
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=64, num_hidden_layers=1, num_attention_heads=16,
+            hidden_act="gelu", eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(16,), layers_per_block=1, cross_attention_dim=1024, attention_head_dim=2,
+        norm_num_groups=8, use_linear_projection=True,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, sample_size=32, mid_block_add_attention=False,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, prediction_type="v_prediction",
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.to(torch.float16).save_pretrained(folder / "model")
+    new_module(load_pipeline(folder / "model"), {"church": "house"}, **SMALL).save(folder / "safety")
+    export_folder(folder / "model", folder / "safety", folder / "bundle", name="second", max_batch=4, on_step=lambda *_: None)
+    return folder
+
+
+def test_stable_diffusion_2_is_exported_and_equals_its_reference(second: Path) -> None:
+    manifest = open_bundle(second / "bundle").manifest
+    assert manifest.model is not None
+    assert (manifest.model_family, manifest.model.prompt_width) == ("stable-diffusion-2.x", 1024)
+    assert manifest.model.prediction_type == "v_prediction"
+    report = verify_bundle(second / "bundle", second / "model", second / "safety")
+    assert report.passed
+    assert report.pictures is not None
+    assert report.pictures.psnr > 40
+
+
+def test_half_the_steps_fire_and_pictures_differ_from_unprotected_ones(second: Path) -> None:
+    policy = SafetyPolicy(thresholds={"church": 0.0}, cooldown=1)
+    fires = Pipeline.from_bundle(second / "bundle", policy=policy)
+    result = fires("a church", num_inference_steps=6)
+    assert [bool(step.fired) for step in result.records[0].steps] == [True, False] * 3
+    plain = Pipeline(fires.bundle, fires.backend, SafetyPolicy(unprotected=True))
+    assert result.images[0].tobytes() != plain("a church", num_inference_steps=6).images[0].tobytes()
+
+
+@pytest.mark.parametrize("prompt", ["", "a church beside a cat", "many words " * 60])
+def test_prompts_are_padded_as_the_model_was_trained_with(second: Path, prompt: str) -> None:
+    theirs = CLIPTokenizer.from_pretrained(second / "model" / "tokenizer")
+    assert theirs.pad_token_id != theirs.eos_token_id
+    expected = theirs(prompt, padding="max_length", truncation=True).input_ids
+    assert PromptTokenizer(second / "bundle" / "tokenizer.json", 77)(prompt).ids.tolist() == expected
+
+
+def folder_with(tmp_path: Path, pipeline: str, **unet: Any) -> Path:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    config = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 768, **unet}
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_families_are_known_by_their_files(tmp_path: Path) -> None:
+    assert family_of(SHIPPED_MODEL).name == "stable-diffusion-1.x"
+    assert family_of(folder_with(tmp_path, "StableDiffusionPipeline", cross_attention_dim=1024)).name == "stable-diffusion-2.x"
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "unet", "says"),
+    [
+        ("StableDiffusionXLPipeline", {}, "refused: its UNet is also conditioned by a pooled embedding"),
+        ("StableDiffusion3Pipeline", {}, "refused: text and picture attend to each other"),
+        ("LatentConsistencyModelPipeline", {}, "refused: its UNet is also conditioned by the guidance scale"),
+        ("AudioLDMPipeline", {}, "is a AudioLDMPipeline, which is not known here; known: StableDiffusionPipeline"),
+        ("StableDiffusionPipeline", {"in_channels": 9}, "takes 9 latent channels and gives 4"),
+        ("StableDiffusionPipeline", {"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
+        ("StableDiffusionPipeline", {"addition_embed_type": "text_time"}, "addition_embed_type"),
+    ],
+)
+def test_what_cannot_be_protected_is_refused_with_the_reason(
+    tmp_path: Path, pipeline: str, unet: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(RequestError, match=says):
+        family_of(folder_with(tmp_path, pipeline, **unet))
+
+
+def test_a_folder_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, "StableDiffusionPipeline")
+    (folder / "unet" / "config.json").write_text("{")
+    with pytest.raises(RequestError, match=r"unet/config\.json"):
+        family_of(folder)
+    (folder / "model_index.json").unlink()
+    with pytest.raises(RequestError, match=r"model_index\.json"):
+        family_of(folder)
