@@ -27,6 +27,8 @@ DRAWING_ENGINES = (
 #: after the UNet call, decides by argmax and moves both halves of guidance.
 SAFETY_ENGINES = {"saferedir": ("safety",), "published": ("safety", "published_network")}
 PUBLISHED = "published"
+#: The safety in two engines, for loops that call it by itself: what depends on the prompt alone, and the rest. From schema 3.
+SPLIT_SAFETY = ("safety_prompt", "safety_step")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saferedir.engines.errors import BundleError, OutputError, RequestError, SafetyMismatchError
-from saferedir.engines.manifest import DRAWING_ENGINES, PUBLISHED, SAFETY_ENGINES
+from saferedir.engines.manifest import DRAWING_ENGINES, PUBLISHED, SAFETY_ENGINES, SPLIT_SAFETY
 from saferedir.export.bundle_export import export_bundle
 from saferedir.export.families import family_of
 from saferedir.export.onnx_export import ExportError
@@ -32,14 +32,15 @@ def export_folder(
         BundleError: a graph cannot be exported.
         OutputError: `out` cannot be written.
     """
+    engines = len(DRAWING_ENGINES) + len(SPLIT_SAFETY)
     with _typed_errors(out):
         try:
             module = SafetyModule.load(safety)
         except SafetyConfigError as error:
             raise RequestError(str(error)) from error
         pipeline = _open(model)
-        export_bundle(pipeline, module, out, name=name, max_batch=max_batch, on_engine=_counter(on_step, len(DRAWING_ENGINES)))
-    on_step(len(DRAWING_ENGINES), len(DRAWING_ENGINES))
+        export_bundle(pipeline, module, out, name=name, max_batch=max_batch, on_engine=_counter(on_step, engines))
+    on_step(engines, engines)
     return out
 
 

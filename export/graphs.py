@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saferedir_torch.controller import Controller, Policy, State
-from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.safety_module import PromptPart, SafetyModule
 
 #: Example batch for tracing; the exporter would specialise a dimension of 1.
 EXAMPLE_BATCH = 2
@@ -81,6 +81,51 @@ class SafetyGraph(nn.Module):
             original,
             State(prompt, cooldown, active, ok),
             Policy(period, enabled, threshold, alpha_scale),
+        )
+        return (*state, *verdict)
+
+
+class SafetyPromptGraph(nn.Module):
+    """What the safety makes of the original embedding alone, once per prompt: original [B, T, D] -> its parts."""
+
+    def __init__(self, module: SafetyModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, original: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.module.prompt_part(original))
+
+
+class SafetyStepGraph(nn.Module):
+    """The safety engine with what `SafetyPromptGraph` made of the prompt: what is left to do in every step."""
+
+    def __init__(self, module: SafetyModule) -> None:
+        super().__init__()
+        self.controller = Controller(module)
+
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        prompt: Tensor,
+        original: Tensor,
+        prompt_features: Tensor,
+        word_logits: Tensor,
+        cooldown: Tensor,
+        period: Tensor,
+        active: Tensor,
+        ok: Tensor,
+        enabled: Tensor,
+        threshold: Tensor,
+        alpha_scale: Tensor,
+    ) -> tuple[Tensor, ...]:
+        state, verdict = self.controller(
+            latent,
+            timestep,
+            original,
+            State(prompt, cooldown, active, ok),
+            Policy(period, enabled, threshold, alpha_scale),
+            PromptPart(prompt_features, word_logits),
         )
         return (*state, *verdict)
 
@@ -176,6 +221,7 @@ def per_request(values: Tensor) -> Tensor:
 
 DRAWN_OUTPUTS = ("next_latent", "model_output")
 STATE_OUTPUTS = ("next_prompt", "next_cooldown", "next_active", "next_ok")
+PART_OUTPUTS = ("prompt_features", "word_logits")
 VERDICT_OUTPUTS = ("score", "fired", "token_mask")
 
 
@@ -245,6 +291,18 @@ def model_graphs(pipeline: Any) -> dict[str, Graph]:
     }
 
 
+def safety_graphs(safety: SafetyModule, example: dict[str, Tensor]) -> dict[str, Graph]:
+    """The engines of the safety alone; `example` is that of a step."""
+    with torch.no_grad():
+        parts = dict(zip(PART_OUTPUTS, safety.prompt_part(example["original"]), strict=True))
+    outputs = (*STATE_OUTPUTS, *VERDICT_OUTPUTS)
+    return {
+        "safety": graph(SafetyGraph(safety), example, outputs),
+        "safety_prompt": graph(SafetyPromptGraph(safety), example, PART_OUTPUTS),
+        "safety_step": graph(SafetyStepGraph(safety), example | parts, outputs),
+    }
+
+
 def all_graphs(pipeline: Any, safety: SafetyModule) -> dict[str, Graph]:
     """Every engine of a Stable Diffusion 1.x pipeline protected by `safety`, with example inputs."""
     config, size = safety.config, pipeline.unet.config.sample_size
@@ -252,8 +310,8 @@ def all_graphs(pipeline: Any, safety: SafetyModule) -> dict[str, Graph]:
     embeds = torch.randn(EXAMPLE_BATCH, config.prompt_tokens, config.prompt_width)
     example = step_example(latent, embeds, len(config.concepts))
     step_outputs = (*DRAWN_OUTPUTS, *STATE_OUTPUTS, *VERDICT_OUTPUTS)
-    return model_graphs(pipeline) | {
-        "safety": graph(SafetyGraph(safety), example, (*STATE_OUTPUTS, *VERDICT_OUTPUTS)),
+    steps = {
         "step": graph(StepGraph(safety, pipeline.unet, guided=True), example, step_outputs),
         "step_unguided": graph(StepGraph(safety, pipeline.unet, guided=False), example, step_outputs),
     }
+    return model_graphs(pipeline) | safety_graphs(safety, example) | steps

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from saferedir.engines import Bundle
-from saferedir.engines.manifest import PUBLISHED, EngineInfo
+from saferedir.engines.manifest import PUBLISHED, SPLIT_SAFETY, EngineInfo
 from saferedir.runtime.backend import Array, Backend, Call, DeviceTensor
 from saferedir.runtime.pipeline import Generation, Pipeline
 from saferedir.runtime.policy import SafetyPolicy
@@ -83,6 +83,13 @@ def record_runs(bundle: Bundle, backend: Backend) -> Recorded:
         if engine in bundle.manifest.engines:
             taken = [tensor.name for tensor in bundle.manifest.engines[engine].inputs]
             recorded[engine] = [{name: given[renamed.get(name, name)] for name in taken} for given in steps]
+    if set(SPLIT_SAFETY) <= bundle.manifest.engines.keys():
+        prompt_engine = bundle.manifest.engines["safety_prompt"]
+        recorded["safety_prompt"] = [{"original": given["original"]} for given in recorded["safety"]]
+        recorded["safety_step"] = [
+            given | _run(backend, "safety_prompt", prompt_engine, {"original": given["original"]})
+            for given in recorded["safety"]
+        ]
     return recorded
 
 

@@ -22,7 +22,7 @@ from saferedir.runtime.replay import Recorded, draw, record_runs, replay
 TOLERANCE = 1e-4
 TORCH = "torch"
 #: Engines that no other is fused into.
-INNERMOST = {"text_encoder", "unet", "vae_decoder", "safety", "published_network"}
+INNERMOST = {"text_encoder", "unet", "vae_decoder", "safety", "safety_prompt", "safety_step", "published_network"}
 ORT_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",

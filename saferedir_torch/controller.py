@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.safety_module import PromptPart, SafetyModule
 
 
 class Policy(NamedTuple):
@@ -70,9 +70,18 @@ class Controller(nn.Module):
         self.module = module
 
     def forward(
-        self, latent: Tensor, timestep: Tensor, original: Tensor, state: State, policy: Policy
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        original: Tensor,
+        state: State,
+        policy: Policy,
+        part: PromptPart | None = None,
     ) -> tuple[State, Verdict]:
-        """latent z [B, C, h, w] after the scheduler's input scaling, timestep [B], original embedding p0 [B, T, D]."""
+        """latent z [B, C, h, w] after the scheduler's input scaling, timestep [B], original embedding p0 [B, T, D].
+
+        `part` is what the module makes of p0 alone, computed here where it is not given.
+        """
         score, joint = self.module.score(latent, timestep, state.prompt)
         watching = state.cooldown <= 0
         fired = (score >= policy.threshold) & policy.enabled & watching[:, None]
@@ -80,7 +89,7 @@ class Controller(nn.Module):
         active = state.active | fired
         again = fired & state.active
         strength = torch.where(again, self.module.config.persistence * policy.alpha_scale, policy.alpha_scale)
-        moved, token_mask = self.module.redirect(original, joint, active, strength)
+        moved, token_mask = self.module.redirect(original, joint, active, strength, part)
         prompt = torch.where(any_fired[:, None, None], moved, state.prompt)
         resting = torch.where(watching, state.cooldown, state.cooldown - 1)
         cooldown = torch.where(any_fired, policy.period, resting)

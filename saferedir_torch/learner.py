@@ -223,7 +223,8 @@ class Learner:
         original, target = self._noisy(original, generator), clean
         active = self._active(chosen, rng)
         joint = self.module.encoder(self.bank.latent[shown].float(), self.bank.timestep[shown])
-        redirection = self.branch.redirection(original, joint, active)
+        features = self.branch.redirector.prompt_features(original)
+        redirection = self.branch.redirection(original, features, joint, active)
         return redirection_loss(redirection, original, target, mask, strength=STRENGTH)
 
     def _active(self, chosen: Tensor, rng: np.random.Generator) -> Tensor:

@@ -30,6 +30,15 @@ SAYS_NOTHING = -5.0
 LOWEST = -60.0
 
 
+class PromptPart(NamedTuple):
+    """What a redirection needs of the original prompt alone, the same in every step."""
+
+    #: Of the redirector's trunk, [B, T, hidden].
+    features: Tensor
+    #: What each token says by itself of each concept, [B, T, concepts].
+    words: Tensor
+
+
 class Branch(nn.Module):
     """Detector and redirector of concepts that are trained together, on the joint feature of all.
 
@@ -64,26 +73,34 @@ class Branch(nn.Module):
         near = torch.relu(1 - (place - knots).abs())  # [B, KNOTS], two of them not 0
         return (logits - near @ self.levels.T) * self.gains
 
-    def redirection(self, prompt: Tensor, joint: Tensor, active: Tensor) -> Redirection:
-        """Prompt to redirect [B, T, D], j [B, J], active [B, concepts] -> target, alpha and mask of every token."""
-        context = self.detector.context(joint, prompt)
-        features = self.redirector.prompt_features(prompt)
-        return self.redirector.heads(prompt, features, joint, context, active)
+    def prompt_part(self, prompt: Tensor) -> PromptPart:
+        """What depends on the prompt to redirect alone, [B, T, D]."""
+        return PromptPart(self.redirector.prompt_features(prompt), self.detector.words.tokens(prompt))
 
-    def with_word_evidence(self, redirection: Redirection, prompt: Tensor, active: Tensor) -> Redirection:
-        """`redirection` of the prompt [B, T, D] with its mask corrected by what tokens say by themselves of the active
-        concepts [B, N] bool.
+    def redirection(self, prompt: Tensor, features: Tensor, joint: Tensor, active: Tensor) -> Redirection:
+        """Prompt to redirect [B, T, D] and its features, j [B, J], active [B, concepts] -> target, alpha and mask of every
+        token."""
+        return self.redirector.heads(prompt, features, joint, self.detector.context(joint, prompt), active)
+
+    def corrected_redirection(self, prompt: Tensor, part: PromptPart, joint: Tensor, active: Tensor) -> Redirection:
+        """As training leaves it, and its mask corrected: prompt to redirect [B, T, D] and its part, j [B, J], active
+        [B, concepts] bool."""
+        redirection = self.redirection(prompt, part.features, joint, active.to(prompt.dtype))
+        return self.with_word_evidence(redirection, part.words, active)
+
+    def with_word_evidence(self, redirection: Redirection, words: Tensor, active: Tensor) -> Redirection:
+        """`redirection` with its mask corrected by what tokens say by themselves, `words` [B, T, concepts], of the active
+        concepts [B, concepts] bool.
 
         A token that means one of them is moved, whatever stands beside it. Where such tokens are there for every active
         concept, how far the logit of a token by itself is below `SAYS_NOTHING` is taken from that of its mask: words that say
         nothing of the kind belong to what stands beside, unless the mask's head is very sure. Without such tokens
         the name is one that nobody taught, and the mask is left to its head, which is taught without all this.
         """
-        logits = self.detector.words.tokens(prompt)
         chosen = active[:, None, :]
-        means = torch.where(chosen, torch.sigmoid(logits), torch.zeros_like(logits))
+        means = torch.where(chosen, torch.sigmoid(words), torch.zeros_like(words))
         named = torch.where(chosen, means, torch.ones_like(means)).amax(dim=1).amin(dim=1, keepdim=True)  # [B, 1]
-        most = torch.where(chosen, logits, torch.full_like(logits, LOWEST)).amax(dim=2)
+        most = torch.where(chosen, words, torch.full_like(words, LOWEST)).amax(dim=2)
         mask = torch.sigmoid(redirection.mask_logits - named * torch.relu(SAYS_NOTHING - most))
         return redirection._replace(mask=mask + (1 - mask) * means.amax(dim=2))
 
@@ -116,8 +133,16 @@ class SafetyModule(nn.Module):
         logits = [branch.comparable(branch.logits(joint, prompt), timestep) for branch in self.each_branch()]
         return torch.sigmoid(torch.cat(logits, dim=1)), joint
 
-    def redirect(self, original: Tensor, joint: Tensor, active: Tensor, strength: Tensor) -> Redirected:
+    def prompt_part(self, original: Tensor) -> PromptPart:
+        """What the first branch needs of p0 [B, T, D] alone. The later ones read what that branch made of it."""
+        return next(self.each_branch()).prompt_part(original)
+
+    def redirect(
+        self, original: Tensor, joint: Tensor, active: Tensor, strength: Tensor, part: PromptPart | None = None
+    ) -> Redirected:
         """p0 [B, T, D], j [B, J], active [B, N] bool, strength s [B, N] -> p, and the masks that made it.
+
+        `part` is the prompt's own, computed here where it is not given.
 
         Of the concepts of one branch the largest strength among the active ones is used. Where no concept of a later
         branch is active that branch leaves the embedding as it is.
@@ -127,8 +152,8 @@ class SafetyModule(nn.Module):
         sizes = list(self.config.branch_sizes)
         parts = zip(self.each_branch(), torch.split(active, sizes, dim=1), torch.split(strength, sizes, dim=1), strict=True)
         for index, (branch, flags, scales) in enumerate(parts):
-            redirection = branch.redirection(prompt, joint, flags.to(prompt.dtype))
-            redirection = branch.with_word_evidence(redirection, prompt, flags)
+            own = branch.prompt_part(prompt) if part is None or index > 0 else part
+            redirection = branch.corrected_redirection(prompt, own, joint, flags)
             moved = redirect(prompt, redirection, scales.amax(dim=1, keepdim=True))
             prompt = moved if index == 0 and len(sizes) == 1 else torch.where(flags.any(dim=1)[:, None, None], moved, prompt)
             masks.append(torch.where(flags[:, :, None], redirection.mask[:, None, :], torch.zeros_like(prompt[:, None, :, 0])))

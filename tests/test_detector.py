@@ -78,8 +78,9 @@ def test_a_word_that_tells_by_itself_is_moved_and_what_stands_beside_it_stays() 
     assert (mask[:2, 5] < 0.05).all()  # the hammer and the guitar beside it stay
     assert mask[2].max() < 0.5
     active = active.roll(1, dims=1)  # another concept
-    said = module.last_branch.redirection(embeds, joint, active.float())
-    assert module.last_branch.with_word_evidence(said, embeds, active).mask[:2, 2].max() < 0.5
+    part = module.prompt_part(embeds)
+    said = module.last_branch.redirection(embeds, part.features, joint, active.float())
+    assert module.last_branch.with_word_evidence(said, part.words, active).mask[:2, 2].max() < 0.5
 
 
 @torch.no_grad()
@@ -89,11 +90,12 @@ def test_the_mask_is_left_to_its_head_unless_every_active_concept_is_named() -> 
     branch, names = module.last_branch, module.config.concept_names
     joint = module.encoder(torch.zeros(1, 4, 16, 16), torch.full((1,), 961.0))
     active = torch.tensor([[name in ("weapons", "ink") for name in names]])
-    said = branch.redirection(embeds, joint, active.float())
-    corrected = branch.with_word_evidence(said, embeds, active).mask
+    part = branch.prompt_part(embeds)
+    said = branch.redirection(embeds, part.features, joint, active.float())
+    corrected = branch.with_word_evidence(said, part.words, active).mask
     assert (corrected >= said.mask - 1e-4).all()
     nothing = torch.zeros_like(active)
-    assert branch.with_word_evidence(said, embeds, nothing).mask.max() < 1e-6
+    assert branch.with_word_evidence(said, part.words, nothing).mask.max() < 1e-6
 
 
 def test_pairs_mark_the_words_before_the_end_of_text() -> None:
@@ -116,7 +118,8 @@ def test_training_in_half_precision_reaches_every_parameter_as_in_full() -> None
             joint = module.encoder(latent, torch.linspace(0, 999, 8))
             branch = module.last_branch
             active = torch.ones(8, len(branch.gains))
-            said = branch.redirection(prompt, joint, active)
+            part = branch.prompt_part(prompt)
+            said = branch.redirection(prompt, part.features, joint, active)
             loss = branch.logits(joint, prompt).float().square().mean() + (said.target - prompt).square().mean()
             loss = loss + said.alpha.float().mean() + said.mask_logits.float().mean()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -82,7 +82,7 @@ def exported(small: tuple[Any, SafetyModule], folder: Path) -> Path:
         folder / "model", folder / "safety", folder / "bundle", name="small", max_batch=3,
         on_step=lambda done, total: steps.append((done, total)),
     )  # fmt: skip
-    assert steps == [(done, 8) for done in range(9)]
+    assert steps == [(done, 10) for done in range(11)]
     return out
 
 
@@ -91,6 +91,7 @@ def test_every_engine_equals_its_reference(exported: Path, folder: Path) -> None
     assert report.passed
     assert report.parity is not None
     assert {row.engine for row in report.parity} == set(open_bundle(exported).manifest.engines)
+    assert {"safety_prompt", "safety_step"} <= {row.engine for row in report.parity}
 
 
 def test_large_weights_are_outside_and_in_half_precision(exported: Path) -> None:
@@ -136,7 +137,8 @@ def test_planted_difference_is_found(exported: Path, folder: Path, small: tuple[
     assert VerificationError.exit_code == 7
     assert report.pictures is not None
     assert report.pictures.worst_score > 1e-3
-    (found,) = report.bisected  # and not the steps, which hold the same node
+    found, other = report.bisected  # and not the steps, which hold the same node
+    assert other.engine == "safety_step"
     assert (found.engine, found.operator, found.worst) == ("safety", "Gemm", pytest.approx(0.05, rel=0.01))
     assert 0 < found.equal_before < found.tensors
 

@@ -29,7 +29,7 @@ from saferedir_torch.evaluation.intervals import clustered_mean, clustered_share
 from saferedir_torch.learner import PAIR_BATCH, STRENGTH, TAU, Learner
 from saferedir_torch.published import PublishedNetwork, published_step
 from saferedir_torch.redirector import Redirection
-from saferedir_torch.safety_module import Branch, SafetyModule
+from saferedir_torch.safety_module import Branch, PromptPart, SafetyModule
 from saferedir_torch.train import RUNS_FILE, make_comparable, new_module, optimise, teach_redirector, teach_words
 from saferedir_torch.training_data import LatentBank, PairBank, load_runs, make_pairs
 from saferedir_torch.world.prompts import CONCEPTS
@@ -78,11 +78,11 @@ class ShapedBranch(Branch):
 
     shape: Shape
 
-    def redirection(self, prompt: Tensor, joint: Tensor, active: Tensor) -> Redirection:
-        return self.shape(prompt, super().redirection(prompt, joint, active))
+    def redirection(self, prompt: Tensor, features: Tensor, joint: Tensor, active: Tensor) -> Redirection:
+        return self.shape(prompt, super().redirection(prompt, features, joint, active))
 
-    def with_word_evidence(self, redirection: Redirection, prompt: Tensor, active: Tensor) -> Redirection:
-        return self.shape(prompt, super().with_word_evidence(redirection, prompt, active))
+    def corrected_redirection(self, prompt: Tensor, part: PromptPart, joint: Tensor, active: Tensor) -> Redirection:
+        return self.shape(prompt, super().corrected_redirection(prompt, part, joint, active))
 
 
 @dataclass
