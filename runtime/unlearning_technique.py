@@ -1,0 +1,61 @@
+"""A technique for the `eval-unlearn` benchmarks: any bundle under its own safety, found by that package through an entry point.
+
+`eval-unlearn` builds it with its configuration and calls `generate` batch by batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from saferedir.engines import DEFAULT_BUNDLE
+from saferedir.engines.errors import RequestError
+from saferedir.runtime.pipeline import Pipeline
+from saferedir.runtime.policy import SafetyPolicy
+from saferedir.runtime.record import SafetyRecord
+
+#: What `generate` may be given beside prompts and seed.
+OPTIONS = ("num_inference_steps", "guidance_scale", "negative_prompt", "scheduler")
+
+
+class SafeRedirTechnique:
+    """Draws with the deployed engines; `records` says of the last batch what the safety saw and did."""
+
+    def __init__(
+        self,
+        bundle: str = DEFAULT_BUNDLE,
+        backend: str = "auto",
+        erase_concept: str | Sequence[str] | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 5.0,
+        **unknown: Any,
+    ) -> None:
+        """`erase_concept` names one or several concepts of the bundle; all of them by default.
+
+        Raises:
+            RequestError: an option or a concept is not known.
+            BundleError, SafetyError, BackendError: the bundle cannot be opened or run.
+        """
+        if unknown:
+            raise RequestError(f"unknown options {', '.join(sorted(unknown))}; expected bundle, backend, erase_concept, "
+                               "num_inference_steps, guidance_scale")  # fmt: skip
+        concepts = (erase_concept,) if isinstance(erase_concept, str) else erase_concept
+        policy = SafetyPolicy(enabled=None if concepts is None else tuple(concepts))
+        self.pipeline = Pipeline.from_bundle(bundle, backend=backend, policy=policy)
+        self.records: list[SafetyRecord] = []
+        self._options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+
+    def generate(self, prompts: Sequence[str], seed: int | None = None, **options: Any) -> list[Image.Image]:
+        """A picture a prompt; the seed is the first picture's and counts up, 0 where none is given.
+
+        Raises:
+            RequestError: an option is not known, or out of range.
+            SafetyError: the safety failed; no picture of this batch leaves.
+        """
+        if unknown := sorted(set(options) - set(OPTIONS)):
+            raise RequestError(f"unknown options {', '.join(unknown)}; expected {', '.join(OPTIONS)}")
+        result = self.pipeline(list(prompts), seed=seed or 0, **{**self._options, **options})
+        self.records = result.records
+        return result.images
