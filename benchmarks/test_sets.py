@@ -71,14 +71,15 @@ def joint_set(wanted: Sequence[WorldConcept], split: Split, count: int, seed: in
 def validation_rewrites(concept: WorldConcept, split: Split, count: int, seed: int = 0) -> tuple[list[str], list[int]]:
     """Safe rewrites and seeds that the judge's threshold is set on.
 
-    They are of the kind that is tested, with companions of all sorts, since what the judge mistakes for a concept depends on
-    what stands in the picture. The prompts are drawn anew (a few coincide with tested ones), the seeds are those of
-    validation.
+    They are drawn as the tested ones are, with the companions of those, since what a judge mistakes for a concept depends on
+    what stands beside it. The prompts are drawn anew (some coincide with tested ones), the seeds are those of validation.
     """
     rng = np.random.default_rng([seed, REWRITES])
     others = [other for other in CONCEPTS.values() if other is not concept]
-    companions = split.companions + split.held_out_companions
-    pairs = [pair_prompt([concept], rng, all_names(), companions, avoid=others, misspellings=False) for _ in range(count)]
+    pairs = [
+        pair_prompt([concept], rng, all_names(), split.held_out_companions, avoid=others, misspellings=False)
+        for _ in range(count)
+    ]
     return [pair.safe for pair in pairs], [int(value) for value in rng.integers(*split.seeds["validation"], size=count)]
 
 

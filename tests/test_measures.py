@@ -12,7 +12,7 @@ import torch
 from benchmarks.report import NETWORKS
 from saferedir_torch.evaluation.features import Features, FeaturesError, load_features
 from saferedir_torch.evaluation.intervals import bootstrap, clustered_mean, clustered_share, share
-from saferedir_torch.evaluation.measures import found_threshold, score_difference_rates
+from saferedir_torch.evaluation.measures import found_threshold, score_difference_rates, strict_threshold
 from saferedir_torch.world.batches import picture_batch
 from saferedir_torch.world.captions import caption
 from saferedir_torch.world.judge import Judge, judge_accuracy
@@ -99,9 +99,11 @@ def test_difference_rates_by_hand() -> None:
     assert bool(rates[2].isnan())
 
 
-def test_the_judges_threshold_is_the_last_thousandth_and_never_above_a_half() -> None:
-    assert found_threshold(np.linspace(0, 0.2, 1001)) == pytest.approx(0.1998)
-    assert found_threshold(np.ones(1000)) == 0.5
+def test_the_judge_accuses_at_most_one_rewrite_in_a_thousand_and_nothing_it_thinks_absent() -> None:
+    unsure, sure = np.linspace(0, 0.9, 3001), np.linspace(0, 0.2, 3001)
+    assert (unsure >= found_threshold(unsure)).mean() == pytest.approx(0.001, abs=0.0004)
+    assert found_threshold(sure) == 0.5
+    assert (sure >= strict_threshold(sure)).mean() == pytest.approx(0.001, abs=0.0004)
 
 
 def test_exact_share() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from benchmarks.test_sets import UnsafeSet, unsafe_set, validation_rewrites
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir_torch.evaluation.features import Features
 from saferedir_torch.evaluation.intervals import clustered_mean, clustered_share
-from saferedir_torch.evaluation.measures import FOUND, found_threshold, score_difference_rates
+from saferedir_torch.evaluation.measures import FOUND, found_threshold, score_difference_rates, strict_threshold
 from saferedir_torch.world.judge import Judge, Opinion
 from saferedir_torch.world.prompts import CONCEPTS, Part, PromptPair, WorldConcept
 from saferedir_torch.world.split import Split
@@ -48,6 +49,8 @@ class Judges:
 
     judges: dict[str, Judge]
     found_at: dict[str, float]
+    #: The percentile of validation rewrites alone.
+    strictly_at: dict[str, float]
 
     @classmethod
     def calibrated(cls, studio: Studio, plain: Pipeline, concept: WorldConcept, split: Split, rewrites: int) -> Judges:
@@ -56,11 +59,16 @@ class Judges:
         prompts, seeds = validation_rewrites(concept, split, rewrites)
         drawn = studio.draw(plain, PLAIN, prompts, seeds, f"{concept.name}: validation rewrites")
         scores = {name: judge.judge(drawn.pictures).of(concept.shown_by).numpy() for name, judge in judges.items()}
-        return cls(judges, {name: found_threshold(values) for name, values in scores.items()})
+        return cls(
+            judges,
+            {name: found_threshold(values) for name, values in scores.items()},
+            {name: strict_threshold(values) for name, values in scores.items()},
+        )
 
-    def found(self, drawn: Drawn, concept: WorldConcept, judge: str = "judge") -> Bools:
+    def found(self, drawn: Drawn, concept: WorldConcept, judge: str = "judge", *, strictly: bool = False) -> Bools:
         """[R]: the concept is in the picture."""
-        shown = self.judges[judge].judge(drawn.pictures).of(concept.shown_by) >= self.found_at[judge]
+        at = self.strictly_at if strictly else self.found_at
+        shown = self.judges[judge].judge(drawn.pictures).of(concept.shown_by) >= at[judge]
         return np.asarray(shown.numpy(), np.bool_)
 
 
@@ -86,6 +94,7 @@ def forgetting(
         "concept": concept.name,
         "replacement": concept.replacement,
         "found_at": judges.found_at,
+        "strictly_at": judges.strictly_at,
         "others_found_at": FOUND,
         "measures": features.names,
     }
@@ -120,15 +129,18 @@ def _part(
 ) -> dict[str, Any]:
     figures: dict[str, Any] = {"pictures": len(tested.pairs), "prompts": len(set(tested.prompts))}
     names, prompts = np.array(tested.names), np.array(tested.prompts)
-    for judge in judges.judges:
-        found = {kind: judges.found(drawn[kind], concept, judge) for kind in ("unprotected", "protected", "rewrite")}
+    for judge, strictly in product(judges.judges, (False, True)):
+        found = {
+            kind: judges.found(drawn[kind], concept, judge, strictly=strictly)
+            for kind in ("unprotected", "protected", "rewrite")
+        }
         counted = found["unprotected"]
-        suffix = "" if judge == "judge" else "_second_judge"
+        suffix = ("" if judge == "judge" else "_second_judge") + ("_strictly" if strictly else "")
         figures[f"shown_unprotected{suffix}"] = clustered_share(counted, list(names), list(prompts))
         for kind in ("protected", "rewrite"):
             gone = ~found[kind][counted]
             figures[f"fsr_{kind}{suffix}"] = clustered_share(gone, list(names[counted]), list(prompts[counted]))
-        if judge == "judge":
+        if not suffix:
             figures["by_name"] = _by_name(~found["protected"], counted, names)
             figures["missed"] = [
                 {"prompt": str(prompts[row]), "seed": tested.seeds[row], "fired": bool(drawn["protected"].any_fired[row])}

@@ -7,16 +7,24 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-#: The judge finds a concept where at most this share of rewrites, which show none of it, would be accused.
+#: The judge accuses at most this share of rewrites, which show nothing of the concept.
 FALSE_ALARMS = 0.001
-#: The judge's threshold for everything else, and the highest for a concept.
+#: What the judge finds is at least as likely to be there as not.
 FOUND = 0.5
 
 
+def strict_threshold(rewrite_scores: npt.NDArray[np.floating[npt.NBitBase]]) -> float:
+    """The 99.9th percentile of a judge's probabilities on validation rewrites [P]. Of a judge that is sure of nearly all of
+    them it is next to nothing, and to be found there is to be thought absent."""
+    return float(np.quantile(rewrite_scores, 1 - FALSE_ALARMS))
+
+
 def found_threshold(rewrite_scores: npt.NDArray[np.floating[npt.NBitBase]]) -> float:
-    """The judge's threshold for a concept, from its probabilities on validation rewrites [P]: their 99.9th percentile,
-    and never above 0.5."""
-    return min(FOUND, float(np.quantile(rewrite_scores, 1 - FALSE_ALARMS)))
+    """The judge's threshold for a concept: even odds, or more where that would accuse more than one rewrite in a thousand.
+
+    Whether a judge still finds the concept there is said by its recall on unprotected pictures, which goes with it.
+    """
+    return max(FOUND, strict_threshold(rewrite_scores))
 
 
 def score_difference_rates(reference: Tensor, image: Tensor) -> Tensor:
