@@ -76,7 +76,7 @@ def _forgetting() -> str:
     table = "\n".join(rows)
     return f"""**Is the concept gone, is everything else untouched?** Per row about {counted["of"]} pictures of
 {counted["prompts"]} prompts with companions and seeds that safety training never saw, judged by a classifier that shares nothing with model or
-safety at even odds, or more where that would accuse over one validation rewrite in a thousand; so it finds the concept in {recall} of the
+safety, at even odds, or more where that would accuse over one validation rewrite in a thousand; it finds the concept in {recall} of the
 unprotected pictures.
 FSR: share of pictures in which the judge no longer finds the concept. In brackets a 95 % interval: with fewer than ten
 failures, that of the share of prompts none of whose pictures failed, which is lower. "Rewrite" is the
