@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -44,6 +45,24 @@ def compare(found: Mapping[str, Any], expected: Mapping[str, Any], allowed: floa
                 bool(simple) and np.isfinite(simple.max_absdiff),
             )
     return rows
+
+
+def worst_picture(found: Any, expected: Any) -> tuple[float, float | None]:
+    """PSNR in dB and SSIM of the picture that is furthest off; pictures [R, H, W, 3] uint8.
+
+    PSNR is infinite where all are equal, SSIM None where torchmetrics is not installed.
+    """
+    squares = ((found.astype(np.float64) - expected) ** 2).mean(axis=(1, 2, 3))
+    worst = float(squares.max())
+    psnr = float("inf") if worst == 0 else float(10 * np.log10(255**2 / worst))
+    if any(importlib.util.find_spec(package) is None for package in ("torch", "torchmetrics")):
+        return psnr, None
+    import torch
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    first, second = (torch.from_numpy(array).permute(0, 3, 1, 2).float() for array in (found, expected))
+    each = structural_similarity_index_measure(first, second, data_range=255.0, reduction="none")
+    return psnr, float(torch.as_tensor(each).min())
 
 
 def _as_floats(array: Any) -> Any:

@@ -159,33 +159,23 @@ def _compare(bundle: Bundle, first: Backend, second: Backend, recorded: Recorded
 
 
 def _compare_pictures(bundle: Bundle, first: Backend, second: Backend) -> PictureParity:
+    from saferedir.export.comparison import worst_picture
+
     runs = [draw(Pipeline(bundle, backend), 5.0) for backend in (first, second)]
     steps = [[step for record in run.records for step in record.steps] for run in runs]
     names = [concept.name for concept in bundle.manifest.safety.concepts]
     scores = [np.array([[step.score[name] for name in names] for step in own]) for own in steps]
     fired = [np.array([[name in step.fired for name in names] for step in own]) for own in steps]
     pixels = [np.stack([np.asarray(image) for image in run.images]) for run in runs]
-    squares = ((pixels[0].astype(np.float64) - pixels[1]) ** 2).mean(axis=(1, 2, 3))
-    worst = float(squares.max())
+    psnr, ssim = worst_picture(*pixels)
     return PictureParity(
         pictures=len(pixels[0]),
         decisions=int(fired[0].size),
         decisions_equal=int((fired[0] == fired[1]).sum()),
         worst_score=float(np.abs(scores[0] - scores[1]).max()),
-        psnr=float("inf") if worst == 0 else float(10 * np.log10(255**2 / worst)),
-        ssim=_ssim(*pixels),
+        psnr=psnr,
+        ssim=ssim,
     )
-
-
-def _ssim(found: Any, expected: Any) -> float | None:
-    if any(importlib.util.find_spec(package) is None for package in ("torch", "torchmetrics")):
-        return None
-    import torch
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    first, second = (torch.from_numpy(array).permute(0, 3, 1, 2).float() for array in (found, expected))
-    each = structural_similarity_index_measure(first, second, data_range=255.0, reduction="none")
-    return float(torch.as_tensor(each).min())
 
 
 def _bisect(

@@ -1,0 +1,146 @@
+"""Commands that make bundles and plans."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from saferedir.engines import DEFAULT_BUNDLE
+from saferedir.engines.errors import MissingDependencyError, RequestError
+from saferedir.runtime.command_line.console import JsonOption, console, progress
+
+
+def export(
+    model: Annotated[Path, typer.Argument(help="Stable Diffusion 1.x folder in diffusers' format.")],
+    safety: Annotated[Path, typer.Option(help="Safety module folder, as training left it.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder; replaced as a whole when all is done.")],
+    name: Annotated[str | None, typer.Option(help="What the bundle calls itself; the model folder's name by default.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, max=31, help="Largest batch run at once.")] = 16,
+) -> None:
+    """Export a model and its safety module to a bundle. Needs `saferedir[export]`.
+
+    Example: `saferedir export runs/world/emoji-diffusion --safety runs/church/safety --out bundle`
+    """
+    try:
+        from saferedir.export.command import export_folder
+    except ImportError as error:
+        raise MissingDependencyError(f"export needs the package {error.name}; install saferedir[export]") from error
+    with progress("exporting") as on_step:
+        folder = export_folder(model, safety, out, name=name or model.name, max_batch=max_batch, on_step=on_step)
+    console.print(f"{folder}: {_megabytes(folder)}", highlight=False)
+
+
+def import_published(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of the published SafeRedir, such as best_model.pt.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder; replaced as a whole when all is done.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Stable Diffusion 1.x folder to protect; without it the bundle holds the safety alone.")
+    ] = None,
+    concept: Annotated[str, typer.Option(help="What the checkpoint forgets; it does not say so itself.")] = "unsafe",
+    replacement: Annotated[str, typer.Option(help="What that is redirected to, for people.")] = "safe",
+    cooldown: Annotated[int, typer.Option(help="Steps of rest after firing.")] = 2,
+    alpha_scale: Annotated[float, typer.Option(help="Strength of redirection.")] = 1.25,
+    mask_again: Annotated[bool, typer.Option("--mask-again", help="Multiply displacements by the mask once more.")] = False,
+    name: Annotated[str | None, typer.Option(help="What the bundle calls itself; the checkpoint's name by default.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, max=31, help="Largest batch run at once.")] = 16,
+) -> None:
+    """Make a bundle of a published checkpoint: its network, its controller, its numbers. Needs `saferedir[export]`.
+
+    It decides after each step, so the first one is unprotected, and has no threshold; `export` is the better safety.
+
+    Examples:
+
+    `saferedir import-published best_model.pt --out safety-alone`
+
+    `saferedir import-published best_model.pt --model stable-diffusion-v1-5 --concept church --out bundle`
+    """
+    try:
+        from saferedir.export.command import import_checkpoint
+        from saferedir.export.published_import import PublishedOptions
+    except ImportError as error:
+        raise MissingDependencyError(f"importing needs the package {error.name}; install saferedir[export]") from error
+    options = PublishedOptions(
+        concept=concept, replacement=replacement, cooldown=cooldown, alpha_scale=alpha_scale, mask_again=mask_again
+    )
+    with progress("exporting") as on_step:
+        folder = import_checkpoint(
+            checkpoint, out, options, model=model, name=name or checkpoint.stem, max_batch=max_batch, on_step=on_step
+        )
+    console.print(f"{folder}: {_megabytes(folder)}", highlight=False)
+
+
+def build_plans(
+    bundle: Annotated[str, typer.Argument(help="Bundle folder, or an embedded one's name.")] = DEFAULT_BUNDLE,
+    target: Annotated[str, typer.Option(help="tensorrt-rtx (builds on any machine) or tensorrt (on the GPU it is for).")] = (
+        "tensorrt-rtx"
+    ),
+    engine: Annotated[list[str] | None, typer.Option(help="Engine to build, again for more; all that draw by default.")] = None,
+    batch: Annotated[str, typer.Option(help="SMALLEST:LIKELIEST:LARGEST batch of a call.")] = "1:4:8",
+    compute_capability: Annotated[
+        list[str] | None, typer.Option(help="Such as 8.9, again for more; portable from 8.0 on by default.")
+    ] = None,
+    optimization_level: Annotated[int | None, typer.Option(help="0 to 5; the builder's own by default.")] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Run with later minor versions as well (tensorrt).")
+    ] = False,
+    strip_weights: Annotated[
+        bool, typer.Option("--strip-weights", help="Leave weights out, to be taken from the bundle. Needs a GPU to build.")
+    ] = False,
+    workspace: Annotated[int | None, typer.Option(help="Scratch memory that the builder may plan with, MiB.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of plans; the user's cache by default.")] = None,
+    in_bundle: Annotated[bool, typer.Option("--in-bundle", help="Keep the plans in the bundle's own folder.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compile engines ahead of time. What is there already, for exactly this, is left. Needs `saferedir[tensorrt]`.
+
+    Examples:
+
+    `saferedir build-plans emoji-diffusion --batch 1:1:8`
+
+    `saferedir build-plans bundle --compute-capability 8.9 --compute-capability 12.0 --in-bundle --json`
+    """
+    from saferedir.engines import open_bundle
+    from saferedir.engines.plan_cache import PlanCache, user_cache
+    from saferedir.export.plan_builder import DRAWING, PlanOptions
+    from saferedir.export.plan_builder import build_plans as build
+
+    if out is not None and in_bundle:
+        raise RequestError("give --out or --in-bundle, not both")
+    options = PlanOptions(
+        builder=target, batch=_batch(batch), compute_capabilities=tuple(compute_capability or ()),
+        optimization_level=optimization_level, version_compatible=version_compatible, strip_weights=strip_weights,
+        workspace=workspace,
+    )  # fmt: skip
+    opened = open_bundle(bundle)
+    cache = PlanCache(opened.folder / "plans" if in_bundle else out or user_cache())
+    with progress("building") as on_plan:
+        plans = build(opened, options, cache, tuple(engine or DRAWING), on_plan=on_plan, on_wait=_say_waiting)
+    if as_json:
+        print(json.dumps([{**asdict(plan), "path": str(plan.path)} for plan in plans], indent=1))
+        return
+    table = Table("engine", "MB", "seconds", "", "plan")
+    for plan in plans:
+        how = "built" if plan.built else "was there"
+        table.add_row(plan.engine, f"{plan.bytes / 1e6:.1f}", f"{plan.seconds:.1f}", how, str(plan.path))
+    console.print(table)
+
+
+def _say_waiting() -> None:
+    typer.echo("another process builds this plan; waiting for it", err=True)
+
+
+def _batch(text: str) -> tuple[int, int, int]:
+    try:
+        low, likely, high = (int(part) for part in text.split(":"))
+    except ValueError:
+        raise RequestError(f"batch is {text!r}; expected SMALLEST:LIKELIEST:LARGEST, such as 1:4:8") from None
+    return low, likely, high
+
+
+def _megabytes(folder: Path) -> str:
+    return f"{sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB"
