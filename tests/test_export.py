@@ -10,15 +10,12 @@ import onnx
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from small_pipeline import SMALL, save_small_pipeline
 
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import OutputError, RequestError, SafetyMismatchError, VerificationError
@@ -31,12 +28,7 @@ from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
 from saferedir_torch.protect import SafetyMismatchError as EagerMismatchError
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.train import extended_module, new_module
-from saferedir_torch.world.base import new_scheduler
 
-SMALL = {
-    "latent_widths": (8, 16, 24), "latent_features": 24, "timestep_frequencies": 16, "timestep_features": 8,
-    "classifier_width": 16, "redirector_width": 16, "adapter_rank": 4,
-}  # fmt: skip
 TWO_CONCEPTS = {"church": "house", "castle": "tent"}
 
 
@@ -48,28 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def small(folder: Path) -> tuple[Any, SafetyModule]:
     """A pipeline with random weights, width 32, and a safety module of two concepts and an added one for it."""
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(SHIPPED_MODEL / "tokenizer")
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-            eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=32, attention_head_dim=2,
-        norm_num_groups=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, sample_size=32, mid_block_add_attention=False,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=new_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.to(torch.float16).save_pretrained(folder / "model")
+    save_small_pipeline(folder / "model", width=32, heads=2, two_levels=True)
     pipeline = load_pipeline(folder / "model")
     extended_module(new_module(pipeline, TWO_CONCEPTS, **SMALL), {"teddy": "gift"}).save(folder / "safety")
     return pipeline, SafetyModule.load(folder / "safety")

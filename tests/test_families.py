@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import DDIMScheduler
+from small_pipeline import SMALL, save_small_pipeline
+from transformers import CLIPTokenizer
 
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import RequestError
@@ -21,43 +21,16 @@ from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
 from saferedir_torch.train import new_module
 
-SMALL = {
-    "latent_widths": (8, 16, 24), "latent_features": 24, "timestep_frequencies": 16, "timestep_features": 8,
-    "classifier_width": 16, "redirector_width": 16, "adapter_rank": 4,
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what sets Stable Diffusion 2 apart: width 1024, velocity prediction, its own padding. Random weights."""
-    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("second")
-    tokenizer = CLIPTokenizer.from_pretrained(SHIPPED_MODEL / "tokenizer", pad_token="!")
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=64, num_hidden_layers=1, num_attention_heads=16,
-            hidden_act="gelu", eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(16,), layers_per_block=1, cross_attention_dim=1024, attention_head_dim=2,
-        norm_num_groups=8, use_linear_projection=True,
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, sample_size=32, mid_block_add_attention=False,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1, prediction_type="v_prediction",
     )  # fmt: skip
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.to(torch.float16).save_pretrained(folder / "model")
+    save_small_pipeline(folder / "model", width=1024, heads=16, pad_token="!", scheduler=scheduler)
     new_module(load_pipeline(folder / "model"), {"church": "house"}, **SMALL).save(folder / "safety")
     export_folder(folder / "model", folder / "safety", folder / "bundle", name="second", max_batch=4, on_step=lambda *_: None)
     return folder

@@ -12,9 +12,8 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from published_float64 import Controller, network
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from small_pipeline import save_small_pipeline
 
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import BundleError, RequestError, SafetyMismatchError
@@ -27,7 +26,6 @@ from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
 from saferedir_torch.published import PublishedNetwork
 from saferedir_torch.published_checkpoint import PublishedCheckpointError, load_published
 from saferedir_torch.trajectories import encode, initial_noise, sample
-from saferedir_torch.world.base import new_scheduler
 
 #: Of each tensor's largest magnitude.
 TOLERANCE = 1e-5
@@ -91,28 +89,7 @@ def alone(checkpoint: Path, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Path:
     """A pipeline of Stable Diffusion's classes and prompt width, otherwise small, with random weights."""
-    torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(SHIPPED_MODEL / "tokenizer")
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=768, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-            eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(16,), layers_per_block=1, cross_attention_dim=768, attention_head_dim=2,
-        norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, sample_size=32, mid_block_add_attention=False,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=new_scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipeline.to(torch.float16).save_pretrained(folder / "model")
-    return folder / "model"
+    return save_small_pipeline(folder / "model", width=768, heads=4)
 
 
 @pytest.fixture(scope="module")

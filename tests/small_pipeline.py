@@ -1,0 +1,51 @@
+"""Small pipelines of Stable Diffusion's true classes with random weights, for tests of the exporter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from saferedir_torch.models import SHIPPED_MODEL
+from saferedir_torch.world.base import new_scheduler
+
+#: Widths of a safety module that goes with them.
+SMALL = {
+    "latent_widths": (8, 16, 24), "latent_features": 24, "timestep_frequencies": 16, "timestep_features": 8,
+    "classifier_width": 16, "redirector_width": 16, "adapter_rank": 4,
+}  # fmt: skip
+
+
+def save_small_pipeline(
+    folder: Path, *, width: int, heads: int, two_levels: bool = False, pad_token: str | None = None,
+    scheduler: SchedulerMixin | None = None,
+) -> Path:  # fmt: skip
+    """Write a pipeline whose prompt embedding is `width` wide, in fp16, with the embedded model's words."""
+    torch.manual_seed(0)
+    padding = {} if pad_token is None else {"pad_token": pad_token}
+    tokenizer = CLIPTokenizer.from_pretrained(SHIPPED_MODEL / "tokenizer", **padding)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=1, num_attention_heads=heads,
+            eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    down, up = ("CrossAttnDownBlock2D",), ("CrossAttnUpBlock2D",)
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(16, 32) if two_levels else (16,), layers_per_block=1, cross_attention_dim=width,
+        attention_head_dim=2, norm_num_groups=8,
+        down_block_types=("DownBlock2D", *down) if two_levels else down,
+        up_block_types=(*up, "UpBlock2D") if two_levels else up,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, sample_size=32, mid_block_add_attention=False,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler or new_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.to(torch.float16).save_pretrained(folder)
+    return folder
