@@ -26,6 +26,8 @@ from saferedir_torch.world.split import Split
 from saferedir_torch.world.vocabulary import load_vocabulary
 
 Bools = npt.NDArray[np.bool_]
+#: Of the tested prompts and picture seeds: a set that no judge and no rule was made with knowledge of.
+TEST_SEED = 8
 #: Pictures of each prompt that are compared with a reference picture as well.
 REFERENCES = 2
 PARTS: tuple[Part, ...] = ("seen", "held_out")
@@ -99,7 +101,7 @@ def forgetting(
         "measures": features.names,
     }
     for part in PARTS:
-        tested = unsafe_set(concept, split, part, size.prompts, size.per_prompt)
+        tested = unsafe_set(concept, split, part, size.prompts, size.per_prompt, seed=TEST_SEED)
         drawn = _draw_all(studio, protected, plain, identity, tested, f"{concept.name}, {part}", size)
         figures[part] = _part(concept, tested, drawn, judges, features, size)
         contact_sheet(
