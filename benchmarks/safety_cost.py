@@ -102,7 +102,7 @@ def one_request(name: str, graph: Graph) -> dict[str, Tensor]:
 
 def _session(name: str, graph: Graph, inputs: dict[str, Tensor], folder: Path) -> Callable[[], object]:
     path = folder / f"{name}.onnx"
-    path.write_bytes(to_onnx(name, graph).SerializeToString())
+    path.write_bytes(to_onnx(name, {name: graph}).SerializeToString())
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     given = {key: value.numpy() for key, value in inputs.items()}
     return lambda: session.run(None, given)

@@ -144,10 +144,16 @@ class SafetyInfo:
 
 @dataclass(frozen=True)
 class PrecisionInfo:
-    """How weights are stored and what the graphs compute in."""
+    """How weights are stored, what the model computes in, and what verification demands of the engines."""
 
     storage: str
     compute: str
+    #: Worst error allowed against the reference in fp32, relative to an output's largest magnitude where that exceeds 1.
+    tolerance: float = 1e-4
+    #: Share of the safety's decisions that equal the reference's.
+    decisions: float = 1.0
+    #: Of the worst picture, in dB; None where the tolerance says enough.
+    psnr: float | None = None
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx
+import torch
+from torch import nn
 
 from saferedir.engines.bundle import file_sha256
+from saferedir.engines.errors import RequestError
 from saferedir.engines.manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
@@ -30,7 +33,8 @@ from saferedir.engines.manifest import (
 )
 from saferedir.export.families import family_of_width
 from saferedir.export.graphs import Graph, all_graphs
-from saferedir.export.onnx_export import ExportError, tensor_infos, to_onnx
+from saferedir.export.half import ISLANDS, PRECISIONS, halved
+from saferedir.export.onnx_export import BF16_OPSET, LARGEST_BATCH, OPSET, ExportError, tensor_infos, to_onnx
 from saferedir.export.weights import WeightFile, externalise
 from saferedir_torch.config import SafetyConfig
 from saferedir_torch.protect import check_match
@@ -42,69 +46,93 @@ UNKNOWN_SPACINGS = (
     "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas",
     "rescale_betas_zero_snr",
 )  # fmt: skip
+#: How weights are stored, what the model computes in, and how far it may lie from its reference in fp32.
+PRECISION_INFOS = {
+    "fp32": PrecisionInfo(storage="float16", compute="float32"),
+    "fp16": PrecisionInfo(storage="float16", compute="float16", tolerance=2e-2, decisions=0.999, psnr=40.0),
+    "bf16": PrecisionInfo(storage="bfloat16", compute="bfloat16", tolerance=2e-1, decisions=0.999, psnr=40.0),
+}
 MAKERS = ("saferedir", "torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BundleOptions:
+    """What a bundle is to be."""
+
+    name: str
+    max_batch: int = 8
+    #: What the model computes in; the safety computes in fp32.
+    precision: str = "fp32"
+    #: Types of modules that compute in fp32 whatever the precision.
+    islands: tuple[type[nn.Module], ...] = ISLANDS
+
+    def check(self) -> None:
+        """Raise `RequestError` where a value is out of range."""
+        if not 1 <= self.max_batch <= LARGEST_BATCH:
+            raise RequestError(f"largest batch is {self.max_batch}; expected 1 to {LARGEST_BATCH}")
+        if self.precision not in PRECISIONS:
+            raise RequestError(f"precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
+
+
 def export_bundle(
-    pipeline: Any,
-    safety: SafetyModule,
-    out: Path,
-    *,
-    name: str,
-    max_batch: int = 8,
-    on_engine: Callable[[str], None] | None = None,
+    pipeline: Any, safety: SafetyModule, out: Path, options: BundleOptions, on_engine: Callable[[str], None] | None = None
 ) -> Path:
     """Export every engine and write the bundle to `out`, which is replaced as a whole when all is done.
 
     Raises:
+        RequestError: an option is out of range.
         SafetyMismatchError: the safety module is made for another text encoder or other shapes.
         ExportError: a graph cannot be exported, or the scheduler clips or thresholds.
     """
     check_match(pipeline, safety)
     return write_bundle(
-        out, pipeline, all_graphs(pipeline, safety), WeightFile("safety.safetensors", safety), safety_info(safety.config),
-        controller="saferedir", name=name, max_batch=max_batch, on_engine=on_engine,
+        out, pipeline, lambda computing: all_graphs(computing, safety), WeightFile("safety.safetensors", safety),
+        safety_info(safety.config), options, controller="saferedir", on_engine=on_engine,
     )  # fmt: skip
 
 
 def write_bundle(
     out: Path,
     pipeline: Any | None,
-    graphs: Mapping[str, Graph],
+    graphs_of: Callable[[Any], Mapping[str, Graph]],
     safety_weights: WeightFile,
     safety: SafetyInfo,
+    options: BundleOptions,
     *,
     controller: str,
-    name: str,
-    max_batch: int,
     on_engine: Callable[[str], None] | None,
 ) -> Path:
-    """Write the bundle of these graphs to `out`, which is replaced as a whole; without `pipeline`, of a safety alone.
+    """Write the bundle of `graphs_of` the pipeline to `out`, which is replaced as a whole; without one, of a safety alone.
 
     Raises:
+        RequestError: an option is out of range.
         ExportError: a graph cannot be exported, or the scheduler clips or thresholds.
     """
+    options.check()
+    dtype = PRECISIONS[options.precision]
+    opset = BF16_OPSET if dtype == torch.bfloat16 else OPSET
+    computing = pipeline if pipeline is None or dtype == torch.float32 else halved(pipeline, dtype, options.islands)
     scheduler = None if pipeline is None else scheduler_info(pipeline.scheduler)
     weights = [safety_weights]
-    if pipeline is not None:
-        parts = {"text_encoder": pipeline.text_encoder, "unet": pipeline.unet, "vae": pipeline.vae}
+    if computing is not None:
+        parts = {"text_encoder": computing.text_encoder, "unet": computing.unet, "vae": computing.vae}
         weights = [*(WeightFile(f"{part}.safetensors", module) for part, module in parts.items()), safety_weights]
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        engines = _write_engines(graphs, weights, folder, on_engine)
+        engines = _write_engines(graphs_of(computing), weights, folder, opset, on_engine)
         if pipeline is not None:
             _write_tokenizer(pipeline.tokenizer, folder)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
-            name=name,
+            name=options.name,
             model_family="" if pipeline is None else family_of_width(pipeline.unet.config.cross_attention_dim).name,
             controller=controller,
-            max_batch=max_batch,
+            max_batch=options.max_batch,
             model=None if pipeline is None else _model_info(pipeline),
             scheduler=scheduler,
             safety=safety,
-            precision=PrecisionInfo(storage="float16", compute="float32"),
+            precision=PRECISION_INFOS[options.precision],
             made_with={maker: version(maker) for maker in MAKERS},
             engines=engines,
             files={
@@ -147,13 +175,18 @@ def scheduler_info(scheduler: Any) -> SchedulerInfo:
 
 
 def _write_engines(
-    graphs: Mapping[str, Graph], files: Sequence[WeightFile], folder: Path, on_engine: Callable[[str], None] | None
+    graphs: Mapping[str, Graph],
+    files: Sequence[WeightFile],
+    folder: Path,
+    opset: int,
+    on_engine: Callable[[str], None] | None,
 ) -> dict[str, EngineInfo]:
-    engines = {}
-    for name, graph in graphs.items():
+    engines: dict[str, EngineInfo] = {}
+    models: dict[str, Any] = {}
+    for name in graphs:
         if on_engine is not None:
             on_engine(name)
-        model = to_onnx(name, graph)
+        model = to_onnx(name, graphs, models, opset)
         used = externalise(model, files)
         path = folder / f"{name}.onnx"
         path.write_bytes(model.SerializeToString(deterministic=True))

@@ -10,7 +10,7 @@ from typing import Any
 
 from saferedir.engines.errors import BundleError, OutputError, RequestError, SafetyMismatchError
 from saferedir.engines.manifest import DRAWING_ENGINES, PUBLISHED, SAFETY_ENGINES, SPLIT_SAFETY
-from saferedir.export.bundle_export import export_bundle
+from saferedir.export.bundle_export import BundleOptions, export_bundle
 from saferedir.export.families import family_of
 from saferedir.export.onnx_export import ExportError
 from saferedir.export.published_import import PublishedOptions, import_published
@@ -21,13 +21,11 @@ from saferedir_torch.published_checkpoint import PublishedCheckpointError, load_
 from saferedir_torch.safety_module import SafetyModule
 
 
-def export_folder(
-    model: Path, safety: Path, out: Path, *, name: str, max_batch: int, on_step: Callable[[int, int], None]
-) -> Path:
+def export_folder(model: Path, safety: Path, out: Path, options: BundleOptions, *, on_step: Callable[[int, int], None]) -> Path:
     """Export the pipeline in `model`, protected by the module in `safety`, to the bundle folder `out`.
 
     Raises:
-        RequestError: a folder is missing or is not what it should be.
+        RequestError: a folder is missing or is not what it should be, or an option is out of range.
         SafetyMismatchError: the module was made for another model.
         BundleError: a graph cannot be exported.
         OutputError: `out` cannot be written.
@@ -39,7 +37,7 @@ def export_folder(
         except SafetyConfigError as error:
             raise RequestError(str(error)) from error
         pipeline = _open(model)
-        export_bundle(pipeline, module, out, name=name, max_batch=max_batch, on_engine=_counter(on_step, engines))
+        export_bundle(pipeline, module, out, options, _counter(on_step, engines))
     on_step(engines, engines)
     return out
 
@@ -48,10 +46,9 @@ def import_checkpoint(
     checkpoint: Path,
     out: Path,
     options: PublishedOptions,
+    bundle: BundleOptions,
     *,
     model: Path | None,
-    name: str,
-    max_batch: int,
     on_step: Callable[[int, int], None],
 ) -> Path:
     """Make a bundle of a published checkpoint in compatibility mode, with the pipeline in `model` or of the safety alone.
@@ -69,8 +66,7 @@ def import_checkpoint(
         except PublishedCheckpointError as error:
             raise RequestError(str(error)) from error
         pipeline = None if model is None else _open(model)
-        import_published(network, out, options, pipeline=pipeline, name=name, max_batch=max_batch,
-                         on_engine=_counter(on_step, engines))  # fmt: skip
+        import_published(network, out, options, bundle, pipeline=pipeline, on_engine=_counter(on_step, engines))
     on_step(engines, engines)
     return out
 

@@ -22,17 +22,22 @@ class Difference(NamedTuple):
     cosine: float
     #: Index of the worst element.
     where: str
-    #: `worst` is at most what is allowed, and both are finite in the same places.
+    #: `worst` is at most `allowed`, and both are finite in the same places.
     passed: bool
+    allowed: float
 
 
 def compare(found: Mapping[str, Any], expected: Mapping[str, Any], allowed: float) -> dict[str, Difference]:
-    """Output -> how far `found` lies from `expected`, which have the same names and shapes."""
+    """Output -> how far `found` lies from `expected`, which have the same names and shapes.
+
+    `allowed` is relative to an output's largest magnitude where that exceeds 1.
+    """
     rows = {}
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         for name, reference in expected.items():
             pair = [IterationResult({name: _as_floats(array)}) for array in (found[name], reference)]
-            simple = SimpleCompareFunc(check_error_stat="max", atol=allowed, rtol=0)(*pair)[name]
+            scaled = allowed * max(1.0, float(np.abs(np.nan_to_num(_as_floats(reference))).max(initial=0.0)))
+            simple = SimpleCompareFunc(check_error_stat="max", atol=scaled, rtol=0)(*pair)[name]
             cosine = CosineSimilarityCompareFunc()(*pair)[name].cosine_similarity
             zero = not np.any(found[name]) and not np.any(reference)
             rows[name] = Difference(
@@ -43,6 +48,7 @@ def compare(found: Mapping[str, Any], expected: Mapping[str, Any], allowed: floa
                 1.0 if zero else float(cosine),
                 _where(found[name], reference),
                 bool(simple) and np.isfinite(simple.max_absdiff),
+                scaled,
             )
     return rows
 

@@ -1,4 +1,7 @@
-"""One wrapper module an engine: names the tensors and changes nothing in the model."""
+"""One wrapper module an engine: names the tensors and changes nothing in the model.
+
+A model in half precision is given its own type; the tensors of every engine are fp32, and so are guidance, sampler and safety.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +29,25 @@ class TextEncoderGraph(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         embeds: Tensor = self.text_encoder(input_ids).last_hidden_state
-        return embeds
+        return embeds.float()
 
 
 class UNetGraph(nn.Module):
     """latent [B, C, h, w], timestep [B], prompt_embeds [B, T, D] -> model_output [B, C, h, w]."""
 
-    def __init__(self, unet: nn.Module) -> None:
+    engine = "unet"
+
+    def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = unet
 
     def forward(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
-        output: Tensor = self.unet(latent, timestep, prompt_embeds, return_dict=False)[0]
-        return output
+        dtype = self.unet.dtype
+        output: Tensor = self.unet(latent.to(dtype), timestep, prompt_embeds.to(dtype), return_dict=False)[0]
+        return output.float()
+
+    def output_shapes(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> list[tuple[torch.dtype, Any]]:
+        return [(torch.float32, latent.shape)]
 
 
 class VaeDecoderGraph(nn.Module):
@@ -49,13 +58,16 @@ class VaeDecoderGraph(nn.Module):
         self.vae = vae
 
     def forward(self, latent: Tensor) -> Tensor:
-        decoded = self.vae.decode(latent / self.vae.config.scaling_factor, return_dict=False)[0]
+        scaled = (latent / self.vae.config.scaling_factor).to(self.vae.dtype)
+        decoded = self.vae.decode(scaled, return_dict=False)[0].float()
         image: Tensor = (decoded / 2 + 0.5).clamp(0, 1)
         return image
 
 
 class SafetyGraph(nn.Module):
     """The safety engine alone: what the UNet is about to see, and the request's state, in and out."""
+
+    engine = "safety"
 
     def __init__(self, module: SafetyModule) -> None:
         super().__init__()
@@ -83,6 +95,24 @@ class SafetyGraph(nn.Module):
             Policy(period, enabled, threshold, alpha_scale),
         )
         return (*state, *verdict)
+
+    def output_shapes(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        prompt: Tensor,
+        original: Tensor,
+        cooldown: Tensor,
+        period: Tensor,
+        active: Tensor,
+        ok: Tensor,
+        enabled: Tensor,
+        threshold: Tensor,
+        alpha_scale: Tensor,
+    ) -> list[tuple[torch.dtype, Any]]:
+        masks = (*enabled.shape, prompt.shape[1])
+        state = [(tensor.dtype, tensor.shape) for tensor in (prompt, cooldown, active, ok)]
+        return [*state, (torch.float32, enabled.shape), (torch.bool, enabled.shape), (torch.float32, masks)]
 
 
 class SafetyPromptGraph(nn.Module):
@@ -136,9 +166,9 @@ class StepGraph(nn.Module):
     `coefficients` [B, 4] are the factors of latent, model output, history and noise.
     """
 
-    def __init__(self, module: SafetyModule, unet: nn.Module, *, guided: bool) -> None:
+    def __init__(self, module: SafetyModule, unet: Any, *, guided: bool) -> None:
         super().__init__()
-        self.controller = Controller(module)
+        self.safety = SafetyGraph(module)
         self.denoiser = PlainStepGraph(unet, guided=guided)
 
     def forward(
@@ -162,27 +192,22 @@ class StepGraph(nn.Module):
         alpha_scale: Tensor,
     ) -> tuple[Tensor, ...]:
         seen = latent * per_request(input_scale)
-        state, verdict = self.controller(
-            seen,
-            timestep,
-            original,
-            State(prompt, cooldown, active, ok),
-            Policy(period, enabled, threshold, alpha_scale),
+        next_prompt, next_cooldown, next_active, safe, *verdict = self.safety(
+            seen, timestep, prompt, original, cooldown, period, active, ok, enabled, threshold, alpha_scale
         )
         moved, model_output = self.denoiser(
-            latent, timestep, input_scale, coefficients, history, noise, negative, guidance_scale, state.prompt
+            latent, timestep, input_scale, coefficients, history, noise, negative, guidance_scale, next_prompt
         )
-        finite = torch.isfinite(moved).flatten(1).all(dim=1)
-        state = state._replace(ok=state.ok & finite)
-        return (moved, model_output, *state, *verdict)
+        next_ok = safe & torch.isfinite(moved).flatten(1).all(dim=1)
+        return (moved, model_output, next_prompt, next_cooldown, next_active, next_ok, *verdict)
 
 
 class PlainStepGraph(nn.Module):
     """The same step without safety, for an operator who switched it off, and to prove what safety leaves untouched."""
 
-    def __init__(self, unet: nn.Module, *, guided: bool) -> None:
+    def __init__(self, unet: Any, *, guided: bool) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet = UNetGraph(unet)
         self.guided = guided
 
     def forward(
@@ -199,16 +224,11 @@ class PlainStepGraph(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         seen = latent * per_request(input_scale)
         if self.guided:
-            both = self.unet(
-                torch.cat([seen, seen]),
-                torch.cat([timestep, timestep]),
-                torch.cat([negative, prompt]),
-                return_dict=False,
-            )[0]
+            both = self.unet(torch.cat([seen, seen]), torch.cat([timestep, timestep]), torch.cat([negative, prompt]))
             without, conditional = both[: latent.shape[0]], both[latent.shape[0] :]
             model_output = without + per_request(guidance_scale) * (conditional - without)
         else:
-            model_output = self.unet(seen, timestep, prompt, return_dict=False)[0]
+            model_output = self.unet(seen, timestep, prompt)
         factors = [per_request(factor) for factor in coefficients.unbind(1)]
         moved = factors[0] * latent + factors[1] * model_output
         return moved + factors[2] * history + factors[3] * noise, model_output

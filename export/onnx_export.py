@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,12 @@ import onnx
 import torch
 
 from saferedir.engines.manifest import TensorInfo
+from saferedir.export.engine_calls import called_engines, calls_for_engines, write_in
 from saferedir.export.graphs import Graph
 
 OPSET = 20
+#: The first one whose convolutions take bf16.
+BF16_OPSET = 22
 #: Name of the dynamic dimension.
 BATCH = "batch"
 #: diffusers' upsampling branches at 64 rows, which guidance reaches with 32 requests.
@@ -32,12 +35,27 @@ class ExportError(RuntimeError):
     """A graph could not be exported, or is not what the bundle needs."""
 
 
-def to_onnx(name: str, graph: Graph) -> Any:
-    """The graph as an `onnx.ModelProto` in fp32, first dimension dynamic and called `batch`, others as the graph says.
+def to_onnx(name: str, graphs: Mapping[str, Graph], done: dict[str, Any] | None = None, opset: int = OPSET) -> Any:
+    """The graph called `name` as an `onnx.ModelProto`, first dimension dynamic and called `batch`, others as the graph says.
+
+    Engines that it calls are written in; `done` keeps what was exported, so that each is traced once.
 
     Raises:
         ExportError: the exporter dropped or renamed a tensor, or fixed its batch.
     """
+    done = {} if done is None else done
+    if name not in done:
+        module = graphs[name].module
+        called = {engine: to_onnx(engine, graphs, done, opset) for engine in sorted(called_engines(module))}
+        with calls_for_engines(module):
+            model = _traced(name, graphs[name], opset)
+        write_in(model, called)
+        _check_outputs(name, graphs[name], model)
+        done[name] = model
+    return done[name]
+
+
+def _traced(name: str, graph: Graph, opset: int) -> Any:
     batch = torch.export.Dim(BATCH, max=LARGEST_BATCH)
     dims = {name: torch.export.Dim(name) for axes in graph.dynamic.values() for name in axes.values()}
     shapes = {
@@ -51,7 +69,7 @@ def to_onnx(name: str, graph: Graph) -> Any:
             dynamic_shapes=shapes,
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            opset_version=OPSET,
+            opset_version=opset,
             dynamo=True,
             verbose=False,
         )
@@ -59,13 +77,16 @@ def to_onnx(name: str, graph: Graph) -> Any:
         raise ExportError(f"{name}: the exporter returned nothing")
     model = program.model_proto
     _strip_metadata(model)
+    return model
+
+
+def _check_outputs(name: str, graph: Graph, model: Any) -> None:
     found = [value.name for value in model.graph.output]
     if found != list(graph.outputs):
         raise ExportError(f"{name}: outputs are {found}, expected {list(graph.outputs)}")
     for info in tensor_infos([*model.graph.input, *model.graph.output]):
         if info.shape[0] != BATCH:
             raise ExportError(f"{name}: the batch of {info.name!r} became fixed at {info.shape[0]}")
-    return model
 
 
 def tensor_infos(values: Any) -> tuple[TensorInfo, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from saferedir.engines.errors import RequestError
 from saferedir.engines.manifest import PUBLISHED, ConceptInfo, SafetyInfo
-from saferedir.export.bundle_export import write_bundle
+from saferedir.export.bundle_export import BundleOptions, write_bundle
 from saferedir.export.published_graphs import published_graphs
 from saferedir.export.weights import WeightFile
 from saferedir_torch.protect import SafetyMismatchError
@@ -45,10 +45,9 @@ def import_published(
     network: PublishedNetwork,
     out: Path,
     options: PublishedOptions,
+    bundle: BundleOptions,
     *,
     pipeline: Any | None,
-    name: str,
-    max_batch: int = 8,
     on_engine: Callable[[str], None] | None = None,
 ) -> Path:
     """Write the bundle of `network` to `out`: with `pipeline` one that draws, else the safety and the bare network alone.
@@ -72,9 +71,8 @@ def import_published(
         mask_again=options.mask_again,
     )
     return write_bundle(
-        out, pipeline, published_graphs(pipeline, network, mask_again=options.mask_again),
-        WeightFile("safety.safetensors", network), info,
-        controller=PUBLISHED, name=name, max_batch=max_batch, on_engine=on_engine,
+        out, pipeline, lambda computing: published_graphs(computing, network, mask_again=options.mask_again),
+        WeightFile("safety.safetensors", network), info, bundle, controller=PUBLISHED, on_engine=on_engine,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from torch import nn
 
 #: Smaller tensors stay inside the graph.
 SMALLEST = 1024
+FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
 
 class Place(NamedTuple):
@@ -35,7 +36,7 @@ class Place(NamedTuple):
 class WeightFile:
     """A module's parameters as a safetensors file, as `save_pretrained` writes it for a model in fp16.
 
-    Parameters are stored in fp16 where that loses nothing, in their own type elsewhere.
+    Parameters in fp32 are stored in fp16 where that loses nothing; all others in their own type.
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
@@ -60,45 +61,65 @@ class WeightFile:
 
 
 def externalise(model: Any, files: Iterable[WeightFile]) -> list[str]:
-    """Point large initialisers of `model` at the weights they came from, cast back to fp32 and transposed where needed.
+    """Point large initialisers of `model` at the weights they came from, cast back and transposed where needed.
 
     The exporter transposes the weights of linear layers; a runtime folds casts and transposes once, at loading.
-    Constants that are in no file stay in the graph. Returns the names of the files used.
+    Constants that are in no file stay in the graph, and what is outside already stays there. Returns the names of the files used.
     """
     files = list(files)
-    used: dict[str, None] = {}
     restoring, initialisers = [], []
     for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            initialisers.append(tensor)
+            continue
         array = numpy_helper.to_array(tensor)
-        found = _find(array, files) if array.dtype == np.float32 and array.nbytes >= SMALLEST else None
+        found = _find(array, files) if tensor.data_type in FLOATS and array.nbytes >= SMALLEST else None
         if found is None:
             initialisers.append(tensor)
             continue
         stored, transposed, place = found
-        used[place.file] = None
+        if stored.dtype == array.dtype and not transposed:
+            initialisers.append(_external(tensor.name, stored, place))
+            continue
         name = f"{tensor.name}.stored"
         initialisers.append(_external(name, stored, place))
-        cast = tensor.name if not transposed else f"{tensor.name}.cast"
-        restoring.append(onnx.helper.make_node("Cast", [name], [cast], name=f"{name}.cast", to=onnx.TensorProto.FLOAT))
-        if transposed:
-            restoring.append(onnx.helper.make_node("Transpose", [cast], [tensor.name], name=f"{name}.transpose", perm=[1, 0]))
+        restoring += _restored(name, tensor.name, cast_to=tensor.data_type if stored.dtype != array.dtype else None,
+                               transposed=transposed)  # fmt: skip
     del model.graph.initializer[:]
     model.graph.initializer.extend(initialisers)
     nodes = [*restoring, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    return list(used)
+    used = {entry.value for tensor in initialisers for entry in tensor.external_data if entry.key == "location"}
+    return [file.name for file in files if file.name in used]
+
+
+def _restored(stored: str, name: str, *, cast_to: int | None, transposed: bool) -> list[Any]:
+    """Nodes that make the tensor `name` of what is stored: a cast, a transpose, or both."""
+    nodes, given = [], stored
+    if cast_to is not None:
+        cast = f"{name}.cast" if transposed else name
+        nodes.append(onnx.helper.make_node("Cast", [given], [cast], name=f"{stored}.cast", to=cast_to))
+        given = cast
+    if transposed:
+        nodes.append(onnx.helper.make_node("Transpose", [given], [name], name=f"{stored}.transpose", perm=[1, 0]))
+    return nodes
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:
-    half = tensor.detach().half()
-    return (half if torch.equal(half.to(tensor.dtype), tensor) else tensor.detach()).contiguous()
+    own = tensor.detach().contiguous()
+    if own.dtype != torch.float32:
+        return own
+    half = own.half()
+    return half if torch.equal(half.float(), own) else own
 
 
 def _find(array: Any, files: list[WeightFile]) -> tuple[Any, bool, Place] | None:
     """The array as it is stored, whether that is its transpose, and where."""
-    half = array.astype(np.float16)
-    stored = half if bool((half.astype(np.float32) == array).all()) else array
+    stored = array
+    if array.dtype == np.float32:
+        half = array.astype(np.float16)
+        stored = half if bool((half.astype(np.float32) == array).all()) else array
     for file in files:
         if (place := file.find(stored)) is not None:
             return stored, False, place

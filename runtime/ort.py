@@ -33,6 +33,8 @@ PROVIDERS = {
 }
 #: `auto` takes the first of these that this installation offers.
 PREFERENCE = ("ort-cuda", "ort-cpu")
+#: Where a graph that comes as bytes has its weights.
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 
 
@@ -136,6 +138,17 @@ class OrtBackend:
                 self._sessions[engine] = self._load(engine)
             return self._sessions[engine]
 
+    def _source(self, engine: str) -> str | bytes:
+        """The graph's path, or the graph."""
+        return str(self._bundle.engine_path(engine))
+
+    def _reason(self, error: Exception) -> str:
+        if self.name == "ort-cpu" and self._bundle.manifest.precision.compute == "bfloat16":
+            return (
+                "it computes in bf16, which ONNX Runtime has no CPU kernels for; export it in fp32 or fp16, or run it on a GPU"
+            )
+        return _first_line(error)
+
     def _load(self, engine: str) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
@@ -144,10 +157,13 @@ class OrtBackend:
         if wanted != "CPUExecutionProvider":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         path = self._bundle.engine_path(engine)
+        source = self._source(engine)
+        if isinstance(source, bytes):
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(path.resolve().parent))
         try:
-            session = self._ort.InferenceSession(str(path), options, providers=[wanted])
+            session = self._ort.InferenceSession(source, options, providers=[wanted])
         except Exception as error:  # ONNX Runtime raises several types of its own
-            raise BackendError(f"{path} cannot be loaded on {self.name}: {_first_line(error)}") from error
+            raise BackendError(f"{path} cannot be loaded on {self.name}: {self._reason(error)}") from error
         if session.get_providers()[0] != wanted:
             raise ProviderMismatchError(f"{path} was asked for on {wanted} but runs on {session.get_providers()[0]}")
         return session

@@ -19,7 +19,7 @@ from small_pipeline import SMALL, save_small_pipeline
 
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import OutputError, RequestError, SafetyMismatchError, VerificationError
-from saferedir.export.bundle_export import export_bundle, scheduler_info
+from saferedir.export.bundle_export import BundleOptions, export_bundle, scheduler_info
 from saferedir.export.command import export_folder
 from saferedir.export.onnx_export import ExportError
 from saferedir.runtime import Pipeline, SafetyPolicy
@@ -50,7 +50,7 @@ def small(folder: Path) -> tuple[Any, SafetyModule]:
 def exported(small: tuple[Any, SafetyModule], folder: Path) -> Path:
     steps: list[tuple[int, int]] = []
     out = export_folder(
-        folder / "model", folder / "safety", folder / "bundle", name="small", max_batch=3,
+        folder / "model", folder / "safety", folder / "bundle", BundleOptions(name="small", max_batch=3),
         on_step=lambda done, total: steps.append((done, total)),
     )  # fmt: skip
     assert steps == [(done, 10) for done in range(11)]
@@ -116,7 +116,7 @@ def test_planted_difference_is_found(exported: Path, folder: Path, small: tuple[
 
 def test_safety_of_another_model_is_refused_and_leaves_nothing(small: tuple[Any, SafetyModule], tmp_path: Path) -> None:
     with pytest.raises(EagerMismatchError):
-        export_bundle(load_pipeline(), small[1], tmp_path / "bundle", name="x")
+        export_bundle(load_pipeline(), small[1], tmp_path / "bundle", BundleOptions(name="x"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -126,12 +126,12 @@ def test_interrupted_export_leaves_nothing(small: tuple[Any, SafetyModule], tmp_
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export_bundle(*small, tmp_path / "bundle", name="x", on_engine=interrupt)
+        export_bundle(*small, tmp_path / "bundle", BundleOptions(name="x"), interrupt)
     assert list(tmp_path.iterdir()) == []
 
 
 def export_to(model: Path, safety: Path, out: Path) -> Path:
-    return export_folder(model, safety, out, name="x", max_batch=3, on_step=lambda done, total: None)
+    return export_folder(model, safety, out, BundleOptions(name="x", max_batch=3), on_step=lambda done, total: None)
 
 
 def test_folders_that_are_not_what_they_should_be(small: tuple[Any, SafetyModule], folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import CLIPTokenizer
 
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import RequestError
+from saferedir.export.bundle_export import BundleOptions
 from saferedir.export.command import export_folder
 from saferedir.export.families import family_of
 from saferedir.runtime import Pipeline, SafetyPolicy
@@ -32,7 +33,13 @@ def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     save_small_pipeline(folder / "model", width=1024, heads=16, pad_token="!", scheduler=scheduler)
     new_module(load_pipeline(folder / "model"), {"church": "house"}, **SMALL).save(folder / "safety")
-    export_folder(folder / "model", folder / "safety", folder / "bundle", name="second", max_batch=4, on_step=lambda *_: None)
+    export_folder(
+        folder / "model",
+        folder / "safety",
+        folder / "bundle",
+        BundleOptions(name="second", max_batch=4),
+        on_step=lambda *_: None,
+    )
     return folder
 
 

@@ -17,6 +17,7 @@ from small_pipeline import save_small_pipeline
 
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import BundleError, RequestError, SafetyMismatchError
+from saferedir.export.bundle_export import BundleOptions
 from saferedir.export.command import import_checkpoint
 from saferedir.export.published_import import PublishedOptions
 from saferedir.export.torch_backend import TorchBackend
@@ -80,7 +81,12 @@ def alone(checkpoint: Path, folder: Path) -> Path:
     """The bundle of the safety alone."""
     done: list[tuple[int, int]] = []
     out = import_checkpoint(
-        checkpoint, folder / "alone", OPTIONS, model=None, name="alone", max_batch=4, on_step=lambda *at: done.append(at)
+        checkpoint,
+        folder / "alone",
+        OPTIONS,
+        BundleOptions(name="alone", max_batch=4),
+        model=None,
+        on_step=lambda *at: done.append(at),
     )
     assert done == [(0, 2), (1, 2), (2, 2)]
     return out
@@ -96,7 +102,12 @@ def model(folder: Path) -> Path:
 def drawing(checkpoint: Path, model: Path, folder: Path) -> Path:
     """The bundle of model and safety."""
     return import_checkpoint(
-        checkpoint, folder / "drawing", OPTIONS, model=model, name="drawing", max_batch=4, on_step=lambda *_: None
+        checkpoint,
+        folder / "drawing",
+        OPTIONS,
+        BundleOptions(name="drawing", max_batch=4),
+        model=model,
+        on_step=lambda *_: None,
     )
 
 
@@ -177,7 +188,7 @@ def test_mask_again_multiplies_by_the_mask(
 ) -> None:
     options = PublishedOptions(mask_again=True, cooldown=0)
     out = import_checkpoint(
-        checkpoint, folder / "again", options, model=None, name="again", max_batch=4, on_step=lambda *_: None
+        checkpoint, folder / "again", options, BundleOptions(name="again", max_batch=4), model=None, on_step=lambda *_: None
     )
     prompt = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(0)).numpy()
     controller = Controller(parameters, np.stack([prompt[0], prompt[0]]).astype(float), 0, 1.25, mask_again=True)
@@ -259,7 +270,7 @@ def test_a_bundle_that_draws_is_verified_against_its_checkpoint(drawing: Path, m
 def test_a_checkpoint_of_another_width_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(SafetyMismatchError, match="prompt width: the checkpoint is made for 768, the pipeline has 128"):
         import_checkpoint(
-            checkpoint, tmp_path / "x", OPTIONS, model=SHIPPED_MODEL, name="x", max_batch=2, on_step=lambda *_: None
+            checkpoint, tmp_path / "x", OPTIONS, BundleOptions(name="x"), model=SHIPPED_MODEL, on_step=lambda *_: None
         )
     assert list(tmp_path.iterdir()) == []
 

@@ -14,6 +14,8 @@ from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import MissingDependencyError, RequestError
 from saferedir.runtime.command_line.console import JsonOption, console, progress
 
+Precision = Annotated[str, typer.Option(help="What the model computes in: fp32, fp16 or bf16.")]
+
 
 def export(
     model: Annotated[Path, typer.Argument(help="Stable Diffusion 1.x folder in diffusers' format.")],
@@ -21,17 +23,26 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder; replaced as a whole when all is done.")],
     name: Annotated[str | None, typer.Option(help="What the bundle calls itself; the model folder's name by default.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, max=31, help="Largest batch run at once.")] = 16,
+    precision: Precision = "fp32",
 ) -> None:
     """Export a model and its safety module to a bundle. Needs `saferedir[export]`.
 
-    Example: `saferedir export runs/world/emoji-diffusion --safety runs/church/safety --out bundle`
+    The safety itself computes in fp32 whatever the model computes in.
+
+    Examples:
+
+    `saferedir export runs/world/emoji-diffusion --safety runs/church/safety --out bundle`
+
+    `saferedir export stable-diffusion-v1-5 --safety runs/church/safety --out bundle --precision fp16`
     """
     try:
+        from saferedir.export.bundle_export import BundleOptions
         from saferedir.export.command import export_folder
     except ImportError as error:
         raise MissingDependencyError(f"export needs the package {error.name}; install saferedir[export]") from error
+    options = BundleOptions(name=name or model.name, max_batch=max_batch, precision=precision)
     with progress("exporting") as on_step:
-        folder = export_folder(model, safety, out, name=name or model.name, max_batch=max_batch, on_step=on_step)
+        folder = export_folder(model, safety, out, options, on_step=on_step)
     console.print(f"{folder}: {_megabytes(folder)}", highlight=False)
 
 
@@ -48,6 +59,7 @@ def import_published(
     mask_again: Annotated[bool, typer.Option("--mask-again", help="Multiply displacements by the mask once more.")] = False,
     name: Annotated[str | None, typer.Option(help="What the bundle calls itself; the checkpoint's name by default.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, max=31, help="Largest batch run at once.")] = 16,
+    precision: Precision = "fp32",
 ) -> None:
     """Make a bundle of a published checkpoint: its network, its controller, its numbers. Needs `saferedir[export]`.
 
@@ -60,6 +72,7 @@ def import_published(
     `saferedir import-published best_model.pt --model stable-diffusion-v1-5 --concept church --out bundle`
     """
     try:
+        from saferedir.export.bundle_export import BundleOptions
         from saferedir.export.command import import_checkpoint
         from saferedir.export.published_import import PublishedOptions
     except ImportError as error:
@@ -67,10 +80,9 @@ def import_published(
     options = PublishedOptions(
         concept=concept, replacement=replacement, cooldown=cooldown, alpha_scale=alpha_scale, mask_again=mask_again
     )
+    bundle = BundleOptions(name=name or checkpoint.stem, max_batch=max_batch, precision=precision)
     with progress("exporting") as on_step:
-        folder = import_checkpoint(
-            checkpoint, out, options, model=model, name=name or checkpoint.stem, max_batch=max_batch, on_step=on_step
-        )
+        folder = import_checkpoint(checkpoint, out, options, bundle, model=model, on_step=on_step)
     console.print(f"{folder}: {_megabytes(folder)}", highlight=False)
 
 
