@@ -50,7 +50,7 @@ class RoundedBackend(OrtBackend):
         self.name = "rounded"
 
     def _source(self, engine: str) -> bytes:
-        return load_rounded(self._bundle, engine).SerializeToString()
+        return bytes(load_rounded(self._bundle, engine).SerializeToString())
 
 
 def load_rounded(bundle: Bundle, engine: str, *, exact: Collection[str] = ()) -> Any:

@@ -64,7 +64,8 @@ def externalise(model: Any, files: Iterable[WeightFile]) -> list[str]:
     """Point large initialisers of `model` at the weights they came from, cast back and transposed where needed.
 
     The exporter transposes the weights of linear layers; a runtime folds casts and transposes once, at loading.
-    Constants that are in no file stay in the graph, and what is outside already stays there. Returns the names of the files used.
+    Constants that are in no file stay in the graph, and what is outside already stays there. Returns the names of the files
+    used.
     """
     files = list(files)
     restoring, initialisers = [], []

@@ -145,7 +145,7 @@ class OrtBackend:
     def _reason(self, error: Exception) -> str:
         if self.name == "ort-cpu" and self._bundle.manifest.precision.compute == "bfloat16":
             return (
-                "it computes in bf16, which ONNX Runtime has no CPU kernels for; export it in fp32 or fp16, or run it on a GPU"
+                "it computes in bf16, which this CPU provider has no kernels for; export it in fp32 or fp16, or run it on a GPU"
             )
         return _first_line(error)
 
