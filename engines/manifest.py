@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from saferedir.engines.errors import BundleAlteredError, BundleSchemaError
@@ -72,6 +72,8 @@ class ModelInfo:
     prediction_type: str
     text_encoder_sha256: str
     unet_sha256: str
+    #: Words of textual inversions -> the tokens that each stands for.
+    added_words: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ class Manifest:
         try:
             return cls(
                 **_scalars(cls, raw),
-                model=ModelInfo(**raw["model"]) if raw["model"] else None,
+                model=_model(raw["model"]) if raw["model"] else None,
                 scheduler=SchedulerInfo(**raw["scheduler"]) if raw["scheduler"] else None,
                 safety=SafetyInfo(
                     **{k: v for k, v in raw["safety"].items() if k not in ("concepts", "promise")},
@@ -228,6 +230,11 @@ class Manifest:
 def _scalars(cls: type[Any], raw: dict[str, Any]) -> dict[str, Any]:
     plain = {field.name for field in fields(cls) if field.type in ("int", "str")}
     return {name: raw[name] for name in plain}
+
+
+def _model(raw: dict[str, Any]) -> ModelInfo:
+    words = {word: tuple(tokens) for word, tokens in raw.get("added_words", {}).items()}
+    return ModelInfo(**{**raw, "added_words": words})
 
 
 def _engine(raw: dict[str, Any]) -> EngineInfo:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from saferedir.engines.manifest import (
 from saferedir.export.families import family_of_width
 from saferedir.export.graphs import Graph, all_graphs
 from saferedir.export.half import ISLANDS, PRECISIONS, halved
+from saferedir.export.model_changes import with_words
 from saferedir.export.onnx_export import BF16_OPSET, LARGEST_BATCH, OPSET, ExportError, tensor_infos, to_onnx
 from saferedir.export.weights import WeightFile, externalise
 from saferedir_torch.config import SafetyConfig
@@ -63,6 +64,8 @@ class BundleOptions:
     max_batch: int = 8
     #: What the model computes in; the safety computes in fp32.
     precision: str = "fp32"
+    #: Files of textual inversions whose words are added.
+    words: tuple[Path, ...] = ()
     #: Types of modules that compute in fp32 whatever the precision.
     islands: tuple[type[nn.Module], ...] = ISLANDS
 
@@ -109,6 +112,11 @@ def write_bundle(
         ExportError: a graph cannot be exported, or the scheduler clips or thresholds.
     """
     options.check()
+    added: dict[str, tuple[str, ...]] = {}
+    if pipeline is not None and options.words:
+        pipeline, added = with_words(pipeline, options.words)
+        # It was found to fit the text encoder, of which all other words stay as they are.
+        safety = replace(safety, text_encoder_sha256=parameters_sha256(pipeline.text_encoder))
     dtype = PRECISIONS[options.precision]
     opset = BF16_OPSET if dtype == torch.bfloat16 else OPSET
     computing = pipeline if pipeline is None or dtype == torch.float32 else halved(pipeline, dtype, options.islands)
@@ -129,7 +137,7 @@ def write_bundle(
             model_family="" if pipeline is None else family_of_width(pipeline.unet.config.cross_attention_dim).name,
             controller=controller,
             max_batch=options.max_batch,
-            model=None if pipeline is None else _model_info(pipeline),
+            model=None if pipeline is None else _model_info(pipeline, added),
             scheduler=scheduler,
             safety=safety,
             precision=PRECISION_INFOS[options.precision],
@@ -206,7 +214,7 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     backend.save(str(folder / TOKENIZER_FILE))
 
 
-def _model_info(pipeline: Any) -> ModelInfo:
+def _model_info(pipeline: Any, added_words: dict[str, tuple[str, ...]]) -> ModelInfo:
     unet, vae = pipeline.unet.config, pipeline.vae.config
     size = unet.sample_size
     return ModelInfo(
@@ -220,6 +228,7 @@ def _model_info(pipeline: Any) -> ModelInfo:
         prediction_type=pipeline.scheduler.config.prediction_type,
         text_encoder_sha256=parameters_sha256(pipeline.text_encoder),
         unet_sha256=parameters_sha256(pipeline.unet),
+        added_words=added_words,
     )
 
 

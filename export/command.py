@@ -12,6 +12,7 @@ from saferedir.engines.errors import BundleError, OutputError, RequestError, Saf
 from saferedir.engines.manifest import DRAWING_ENGINES, PUBLISHED, SAFETY_ENGINES, SPLIT_SAFETY
 from saferedir.export.bundle_export import BundleOptions, export_bundle
 from saferedir.export.families import family_of
+from saferedir.export.model_changes import ModelChanges, change, with_words
 from saferedir.export.onnx_export import ExportError
 from saferedir.export.published_import import PublishedOptions, import_published
 from saferedir_torch import protect
@@ -21,8 +22,19 @@ from saferedir_torch.published_checkpoint import PublishedCheckpointError, load_
 from saferedir_torch.safety_module import SafetyModule
 
 
-def export_folder(model: Path, safety: Path, out: Path, options: BundleOptions, *, on_step: Callable[[int, int], None]) -> Path:
+def export_folder(
+    model: Path,
+    safety: Path,
+    out: Path,
+    options: BundleOptions,
+    changes: ModelChanges | None = None,
+    *,
+    save_model: Path | None = None,
+    on_step: Callable[[int, int], None],
+) -> Path:
     """Export the pipeline in `model`, protected by the module in `safety`, to the bundle folder `out`.
+
+    With `save_model` the pipeline as exported is written to that folder as well, for training and verification.
 
     Raises:
         RequestError: a folder is missing or is not what it should be, or an option is out of range.
@@ -36,7 +48,10 @@ def export_folder(model: Path, safety: Path, out: Path, options: BundleOptions, 
             module = SafetyModule.load(safety)
         except SafetyConfigError as error:
             raise RequestError(str(error)) from error
-        pipeline = _open(model)
+        pipeline = change(_open(model), changes or ModelChanges())
+        if save_model is not None:
+            saved, _ = with_words(pipeline, options.words)
+            saved.save_pretrained(save_model)
         export_bundle(pipeline, module, out, options, _counter(on_step, engines))
     on_step(engines, engines)
     return out

@@ -45,12 +45,13 @@ class RoundedBackend(OrtBackend):
 
     name = "rounded"
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, exact: Collection[str] = (), threads: int | None = None) -> None:
         super().__init__(bundle, "ort-cpu", threads=threads)
         self.name = "rounded"
+        self._exact = exact
 
     def _source(self, engine: str) -> bytes:
-        return bytes(load_rounded(self._bundle, engine).SerializeToString())
+        return bytes(load_rounded(self._bundle, engine, exact=self._exact).SerializeToString())
 
 
 def load_rounded(bundle: Bundle, engine: str, *, exact: Collection[str] = ()) -> Any:

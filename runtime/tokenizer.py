@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,9 @@ class Tokenised:
 class PromptTokenizer:
     """CLIP's tokenizer from a bundle, without transformers."""
 
-    def __init__(self, path: Path, length: int) -> None:
+    def __init__(self, path: Path, length: int, added_words: Mapping[str, Sequence[str]] | None = None) -> None:
+        #: Longest first, since one may begin another.
+        self._added = sorted((added_words or {}).items(), key=lambda item: -len(item[0]))
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
@@ -60,6 +63,8 @@ class PromptTokenizer:
             prompt.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"prompt holds half of a surrogate pair at character {error.start}; expected text") from None
+        for word, tokens in self._added:
+            prompt = prompt.replace(word, " ".join(tokens))
         encoding = self._tokenizer.encode(prompt)
         ids, tokens = list(encoding.ids), list(encoding.tokens)
         cut = max(0, len(ids) - self._length)

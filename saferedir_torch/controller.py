@@ -89,7 +89,7 @@ class Controller(nn.Module):
         active = state.active | fired
         again = fired & state.active
         strength = torch.where(again, self.module.config.persistence * policy.alpha_scale, policy.alpha_scale)
-        moved, token_mask = self.module.redirect(original, joint, active, strength, part)
+        moved, token_mask = self.module.redirect(original, joint, active, strength, again, part)
         prompt = torch.where(any_fired[:, None, None], moved, state.prompt)
         resting = torch.where(watching, state.cooldown, state.cooldown - 1)
         cooldown = torch.where(any_fired, policy.period, resting)

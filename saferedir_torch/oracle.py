@@ -83,4 +83,4 @@ def _learned(safety: SafetyModule, unsafe: Tensor, noise: Tensor, concept: World
     active = torch.tensor([name == concept.name for name in config.concept_names]).expand(len(unsafe), -1)
     joint = safety.encoder(noise, torch.full((len(unsafe),), 961.0))
     strength = torch.tensor([known.alpha_scale for known in config.concepts]).expand(len(unsafe), -1)
-    return safety.redirect(unsafe, joint, active, strength).prompt
+    return safety.redirect(unsafe, joint, active, strength, torch.zeros_like(active)).prompt

@@ -82,24 +82,28 @@ class Branch(nn.Module):
         token."""
         return self.redirector.heads(prompt, features, joint, self.detector.context(joint, prompt), active)
 
-    def corrected_redirection(self, prompt: Tensor, part: PromptPart, joint: Tensor, active: Tensor) -> Redirection:
+    def corrected_redirection(
+        self, prompt: Tensor, part: PromptPart, joint: Tensor, active: Tensor, again: Tensor
+    ) -> Redirection:
         """As training leaves it, and its mask corrected: prompt to redirect [B, T, D] and its part, j [B, J], active
-        [B, concepts] bool."""
+        and again [B, concepts] bool."""
         redirection = self.redirection(prompt, part.features, joint, active.to(prompt.dtype))
-        return self.with_word_evidence(redirection, part.words, active)
+        return self.with_word_evidence(redirection, part.words, active, again)
 
-    def with_word_evidence(self, redirection: Redirection, words: Tensor, active: Tensor) -> Redirection:
+    def with_word_evidence(self, redirection: Redirection, words: Tensor, active: Tensor, again: Tensor) -> Redirection:
         """`redirection` with its mask corrected by what tokens say by themselves, `words` [B, T, concepts], of the active
         concepts [B, concepts] bool.
 
         A token that means one of them is moved, whatever stands beside it. Where such tokens are there for every active
         concept, how far the logit of a token by itself is below `SAYS_NOTHING` is taken from that of its mask: words that say
         nothing of the kind belong to what stands beside, unless the mask's head is very sure. Without such tokens
-        the name is one that nobody taught, and the mask is left to its head, which is taught without all this.
+        the name is one that nobody taught, and the mask is left to its head, which is taught without all this. So it is
+        where a concept fires though it is active, `again` [B, concepts] bool: what was spared may be what draws it.
         """
         chosen = active[:, None, :]
         means = torch.where(chosen, torch.sigmoid(words), torch.zeros_like(words))
         named = torch.where(chosen, means, torch.ones_like(means)).amax(dim=1).amin(dim=1, keepdim=True)  # [B, 1]
+        named = torch.where(again.any(dim=1, keepdim=True), torch.zeros_like(named), named)
         most = torch.where(chosen, words, torch.full_like(words, LOWEST)).amax(dim=2)
         mask = torch.sigmoid(redirection.mask_logits - named * torch.relu(SAYS_NOTHING - most))
         return redirection._replace(mask=mask + (1 - mask) * means.amax(dim=2))
@@ -138,10 +142,11 @@ class SafetyModule(nn.Module):
         return next(self.each_branch()).prompt_part(original)
 
     def redirect(
-        self, original: Tensor, joint: Tensor, active: Tensor, strength: Tensor, part: PromptPart | None = None
+        self, original: Tensor, joint: Tensor, active: Tensor, strength: Tensor, again: Tensor, part: PromptPart | None = None
     ) -> Redirected:
         """p0 [B, T, D], j [B, J], active [B, N] bool, strength s [B, N] -> p, and the masks that made it.
 
+        `again` [B, N] bool says which concepts fire though they are active, where redirection is less sparing.
         `part` is the prompt's own, computed here where it is not given.
 
         Of the concepts of one branch the largest strength among the active ones is used. Where no concept of a later
@@ -150,10 +155,10 @@ class SafetyModule(nn.Module):
         prompt, masks = original, []
         strength = torch.where(active, strength, torch.zeros_like(strength))
         sizes = list(self.config.branch_sizes)
-        parts = zip(self.each_branch(), torch.split(active, sizes, dim=1), torch.split(strength, sizes, dim=1), strict=True)
-        for index, (branch, flags, scales) in enumerate(parts):
+        split = (torch.split(values, sizes, dim=1) for values in (active, strength, again))
+        for index, (branch, flags, scales, repeated) in enumerate(zip(self.each_branch(), *split, strict=True)):
             own = branch.prompt_part(prompt) if part is None or index > 0 else part
-            redirection = branch.corrected_redirection(prompt, own, joint, flags)
+            redirection = branch.corrected_redirection(prompt, own, joint, flags, repeated)
             moved = redirect(prompt, redirection, scales.amax(dim=1, keepdim=True))
             prompt = moved if index == 0 and len(sizes) == 1 else torch.where(flags.any(dim=1)[:, None, None], moved, prompt)
             masks.append(torch.where(flags[:, :, None], redirection.mask[:, None, :], torch.zeros_like(prompt[:, None, :, 0])))

@@ -20,7 +20,7 @@ SMALL = {
 
 def save_small_pipeline(
     folder: Path, *, width: int, heads: int, two_levels: bool = False, pad_token: str | None = None,
-    scheduler: SchedulerMixin | None = None,
+    scheduler: SchedulerMixin | None = None, text_layers: int = 1,
 ) -> Path:  # fmt: skip
     """Write a pipeline whose prompt embedding is `width` wide, in fp16, with the embedded model's words."""
     torch.manual_seed(0)
@@ -28,7 +28,7 @@ def save_small_pipeline(
     tokenizer = CLIPTokenizer.from_pretrained(SHIPPED_MODEL / "tokenizer", **padding)
     text = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=1, num_attention_heads=heads,
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=text_layers, num_attention_heads=heads,
             eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip

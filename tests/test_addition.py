@@ -48,14 +48,15 @@ def test_scores_and_redirections_of_the_others_are_bit_identical(base: SafetyMod
     assert torch.equal(joint, same_joint)
     active = torch.zeros(5, old + 1, dtype=torch.bool)
     active[:3, 0] = True
-    strength = torch.full((5, old + 1), 1.5)
-    before = base.redirect(prompt, joint, active[:, :old], strength[:, :old])
-    after = extended.redirect(prompt, joint, active, strength)
+    strength, again = torch.full((5, old + 1), 1.5), torch.zeros_like(active)
+    again[1, 0] = True
+    before = base.redirect(prompt, joint, active[:, :old], strength[:, :old], again[:, :old])
+    after = extended.redirect(prompt, joint, active, strength, again)
     assert torch.equal(before.prompt[:3], after.prompt[:3])
     assert torch.equal(after.prompt[3:], prompt[3:])
     assert not after.token_mask[:, old:].any()
     active[:, old] = True
-    assert not torch.equal(extended.redirect(prompt, joint, active, strength).prompt[:3], before.prompt[:3])
+    assert not torch.equal(extended.redirect(prompt, joint, active, strength, again).prompt[:3], before.prompt[:3])
 
 
 def test_pictures_of_the_others_are_bit_identical(base: SafetyModule, extended: SafetyModule) -> None:

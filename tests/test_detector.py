@@ -73,14 +73,15 @@ def test_a_word_that_tells_by_itself_is_moved_and_what_stands_beside_it_stays() 
     weapons = module.config.concept_names.index("weapons")
     active = torch.zeros(3, len(module.config.concepts), dtype=torch.bool)
     active[:, weapons] = True
-    mask = module.redirect(embeds, joint, active, torch.full(active.shape, 1.5)).token_mask[:, weapons]
+    never = torch.zeros_like(active)
+    mask = module.redirect(embeds, joint, active, torch.full(active.shape, 1.5), never).token_mask[:, weapons]
     assert (mask[:2, 2] > 0.95).all()
     assert (mask[:2, 5] < 0.05).all()  # the hammer and the guitar beside it stay
     assert mask[2].max() < 0.5
     active = active.roll(1, dims=1)  # another concept
     part = module.prompt_part(embeds)
     said = module.last_branch.redirection(embeds, part.features, joint, active.float())
-    assert module.last_branch.with_word_evidence(said, part.words, active).mask[:2, 2].max() < 0.5
+    assert module.last_branch.with_word_evidence(said, part.words, active, never).mask[:2, 2].max() < 0.5
 
 
 @torch.no_grad()
@@ -92,10 +93,25 @@ def test_the_mask_is_left_to_its_head_unless_every_active_concept_is_named() -> 
     active = torch.tensor([[name in ("weapons", "ink") for name in names]])
     part = branch.prompt_part(embeds)
     said = branch.redirection(embeds, part.features, joint, active.float())
-    corrected = branch.with_word_evidence(said, part.words, active).mask
-    assert (corrected >= said.mask - 1e-4).all()
     nothing = torch.zeros_like(active)
-    assert branch.with_word_evidence(said, part.words, nothing).mask.max() < 1e-6
+    corrected = branch.with_word_evidence(said, part.words, active, nothing).mask
+    assert (corrected >= said.mask - 1e-4).all()
+    assert branch.with_word_evidence(said, part.words, nothing, nothing).mask.max() < 1e-6
+
+
+@torch.no_grad()
+def test_nothing_is_spared_where_a_concept_fires_though_it_is_active() -> None:
+    pipeline, module = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
+    _, embeds = encode(pipeline, ["a place of prayer with a bell tower"] * 2)
+    branch = module.last_branch
+    joint = module.encoder(torch.zeros(2, 4, 16, 16), torch.full((2,), 961.0))
+    active = torch.tensor([[name == "church" for name in module.config.concept_names]] * 2)
+    again = active & torch.tensor([[False], [True]])
+    part = branch.prompt_part(embeds)
+    said = branch.redirection(embeds, part.features, joint, active.float())
+    first, second = branch.with_word_evidence(said, part.words, active, again).mask
+    assert (second >= said.mask[1] - 1e-6).all()
+    assert second[8] > 0.5 > first[8]  # the tower
 
 
 def test_pairs_mark_the_words_before_the_end_of_text() -> None:

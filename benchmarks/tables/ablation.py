@@ -81,8 +81,10 @@ class ShapedBranch(Branch):
     def redirection(self, prompt: Tensor, features: Tensor, joint: Tensor, active: Tensor) -> Redirection:
         return self.shape(prompt, super().redirection(prompt, features, joint, active))
 
-    def corrected_redirection(self, prompt: Tensor, part: PromptPart, joint: Tensor, active: Tensor) -> Redirection:
-        return self.shape(prompt, super().corrected_redirection(prompt, part, joint, active))
+    def corrected_redirection(
+        self, prompt: Tensor, part: PromptPart, joint: Tensor, active: Tensor, again: Tensor
+    ) -> Redirection:
+        return self.shape(prompt, super().corrected_redirection(prompt, part, joint, active, again))
 
 
 @dataclass

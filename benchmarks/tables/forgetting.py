@@ -27,7 +27,7 @@ from saferedir_torch.world.vocabulary import load_vocabulary
 
 Bools = npt.NDArray[np.bool_]
 #: Of the tested prompts and picture seeds: a set that no judge and no rule was made with knowledge of.
-TEST_SEED = 8
+TEST_SEED = 10
 #: Pictures of each prompt that are compared with a reference picture as well.
 REFERENCES = 2
 PARTS: tuple[Part, ...] = ("seen", "held_out")

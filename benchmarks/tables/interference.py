@@ -27,12 +27,12 @@ class SummedModule(SafetyModule):
     """The same weights, but each active concept's displacement is taken alone and the sum is applied."""
 
     def redirect(
-        self, original: Tensor, joint: Tensor, active: Tensor, strength: Tensor, part: PromptPart | None = None
+        self, original: Tensor, joint: Tensor, active: Tensor, strength: Tensor, again: Tensor, part: PromptPart | None = None
     ) -> Redirected:
         moved, masks = original, []
         for index in range(active.shape[1]):
             alone = active & (torch.arange(active.shape[1]) == index)
-            one = super().redirect(original, joint, alone, strength, part)
+            one = super().redirect(original, joint, alone, strength, again & alone, part)
             moved = moved + torch.where(alone.any(dim=1)[:, None, None], one.prompt - original, torch.zeros_like(original))
             masks.append(one.token_mask)
         return Redirected(moved, torch.stack(masks).amax(dim=0))

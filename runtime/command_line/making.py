@@ -24,6 +24,17 @@ def export(
     name: Annotated[str | None, typer.Option(help="What the bundle calls itself; the model folder's name by default.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, max=31, help="Largest batch run at once.")] = 16,
     precision: Precision = "fp32",
+    lora: Annotated[
+        list[str] | None, typer.Option(help="FILE or FILE:SCALE of a LoRA to fuse in, again for more; scale 1 by default.")
+    ] = None,
+    vae: Annotated[Path | None, typer.Option(help="Folder of another VAE, in diffusers' format.")] = None,
+    clip_skip: Annotated[int, typer.Option(min=0, help="Last layers of the text encoder to leave out.")] = 0,
+    textual_inversion: Annotated[
+        list[Path] | None, typer.Option(help="File of a textual inversion, whose words are added; again for more.")
+    ] = None,
+    save_model: Annotated[
+        Path | None, typer.Option(help="Folder for the model as exported, which `verify --model` and training take.")
+    ] = None,
 ) -> None:
     """Export a model and its safety module to a bundle. Needs `saferedir[export]`.
 
@@ -34,15 +45,24 @@ def export(
     `saferedir export runs/world/emoji-diffusion --safety runs/church/safety --out bundle`
 
     `saferedir export stable-diffusion-v1-5 --safety runs/church/safety --out bundle --precision fp16`
+
+    `saferedir export stable-diffusion-v1-5 --safety castle --out bundle --lora details.safetensors:0.8 --vae better-vae`
+
+    A safety module fits one text encoder. Where a LoRA or `--clip-skip` changes it, train the module on what `--save-model`
+    writes.
     """
     try:
         from saferedir.export.bundle_export import BundleOptions
         from saferedir.export.command import export_folder
+        from saferedir.export.model_changes import ModelChanges
     except ImportError as error:
         raise MissingDependencyError(f"export needs the package {error.name}; install saferedir[export]") from error
-    options = BundleOptions(name=name or model.name, max_batch=max_batch, precision=precision)
+    options = BundleOptions(
+        name=name or model.name, max_batch=max_batch, precision=precision, words=tuple(textual_inversion or ())
+    )
+    changes = ModelChanges(loras=tuple(_lora(text) for text in lora or ()), vae=vae, clip_skip=clip_skip)
     with progress("exporting") as on_step:
-        folder = export_folder(model, safety, out, options, on_step=on_step)
+        folder = export_folder(model, safety, out, options, changes, save_model=save_model, on_step=on_step)
     console.print(f"{folder}: {_megabytes(folder)}", highlight=False)
 
 
@@ -140,6 +160,16 @@ def build_plans(
         how = "built" if plan.built else "was there"
         table.add_row(plan.engine, f"{plan.bytes / 1e6:.1f}", f"{plan.seconds:.1f}", how, str(plan.path))
     console.print(table)
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    path, colon, scale = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(path), float(scale)
+    except ValueError:
+        raise RequestError(f"--lora is {text!r}; expected FILE or FILE:SCALE, such as details.safetensors:0.8") from None
 
 
 def _say_waiting() -> None:

@@ -1,0 +1,178 @@
+"""What half precision changes: decisions, pictures, what is forgotten, size, and the tensors that come nearest to overflow.
+
+Every tensor of the exported graphs is rounded to its type (`saferedir.export.rounded`), over whole runs. Bundles and pictures
+are kept in `--work` and used again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from benchmarks.drawing import DEPLOYED, PLAIN, Drawn, Studio
+from benchmarks.report import save
+from benchmarks.tables.forgetting import Judges, plain_of
+from benchmarks.test_sets import unsafe_set
+from saferedir.engines import Bundle, open_bundle
+from saferedir.export.bundle_export import BundleOptions, export_bundle
+from saferedir.export.half import ISLANDS
+from saferedir.export.rounded import MAGNITUDES, RoundedBackend, load_rounded, watched
+from saferedir.runtime import Pipeline
+from saferedir.runtime.replay import RecordingBackend
+from saferedir_torch.evaluation.intervals import share
+from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.world.captions import all_names
+from saferedir_torch.world.prompts import CONCEPTS, benign_prompt
+from saferedir_torch.world.split import load_split
+
+LARGEST = {"fp16": 65504.0, "bf16": 3.39e38}
+WORST_TENSORS = 6
+#: Pictures of which every tensor is watched, one call of each engine a step.
+WATCHED = 8
+#: The weights' files of a bundle.
+WEIGHTS = ("text_encoder.safetensors", "unet.safetensors", "vae.safetensors", "safety.safetensors")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A precision, the modules that stay in fp32, and operators of the others that are not rounded."""
+
+    title: str
+    precision: str
+    islands: tuple[type[nn.Module], ...] = ISLANDS
+    exact: tuple[str, ...] = ()
+
+    @property
+    def bundle_name(self) -> str:
+        return f"{self.precision}-{'islands' if self.islands else 'throughout'}"
+
+
+WAYS = (
+    Way("fp16, as exported: norms in fp32", "fp16"),
+    Way("fp16 throughout", "fp16", islands=()),
+    Way("fp16, norms and softmax in fp32", "fp16", exact=("Softmax",)),
+    Way("bf16, as exported: norms in fp32", "bf16"),
+    Way("bf16 throughout", "bf16", islands=()),
+    Way("bf16, norms and softmax in fp32", "bf16", exact=("Softmax",)),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=60, help="unsafe pictures a concept, held-out names; as many benign ones")
+    parser.add_argument("--rewrites", type=int, default=1000, help="validation rewrites for the judge's threshold")
+    parser.add_argument("--work", type=Path, default=Path("runs/evaluation"))
+    options = parser.parse_args()
+    figures = measure(options.count, options.rewrites, options.work)
+    table = Table("", "decisions equal", "worst PSNR", "median PSNR", *CONCEPTS, "weights, MB", "largest of its type")
+    for row in figures["rows"]:
+        fsr = [f"{100 * row['fsr'][name]['share']:.1f} %" for name in CONCEPTS]
+        equal = row["decisions_equal"]
+        near = row["largest"][0]["of_largest"] if row["largest"] else 0.0
+        table.add_row(row["way"], f"{equal['hits']} of {equal['of']}", f"{row['worst_psnr']:.1f}", f"{row['median_psnr']:.1f}",
+                      *fsr, f"{row['weight_bytes'] / 1e6:.1f}", f"{100 * near:.2g} %")  # fmt: skip
+    Console().print(table)
+    print(save("precision", figures))
+
+
+def measure(count: int, rewrites: int, work: Path) -> dict[str, Any]:
+    """All ways on the same prompts and seeds, against the deployed engines in fp32."""
+    split, studio = load_split(), Studio(work)
+    reference = Pipeline.from_bundle(backend="ort-cpu")
+    tested = {name: unsafe_set(concept, split, "held_out", count, 1, seed=4) for name, concept in CONCEPTS.items()}
+    rng = np.random.default_rng(91)
+    prompts = [prompt for own in tested.values() for prompt in own.prompts]
+    benign = len(prompts)
+    prompts += [benign_prompt(list(CONCEPTS.values()), rng, all_names()).text for _ in range(benign)]
+    seeds = [seed for own in tested.values() for seed in own.seeds]
+    seeds += [int(seed) for seed in rng.integers(*split.seeds["test"], size=benign)]
+    plain = plain_of(reference)
+    judges = {name: Judges.calibrated(studio, plain, concept, split, rewrites) for name, concept in CONCEPTS.items()}
+    before = studio.draw(plain, PLAIN, prompts, seeds, "unprotected")
+    expected = studio.draw(reference, DEPLOYED, prompts, seeds, "fp32")
+    rows = []
+    for way in (None, *WAYS):
+        bundle = reference.bundle if way is None else _bundle(way, work / "precision")
+        found = expected if way is None else _draw(studio, bundle, way, prompts, seeds)
+        psnr = _psnr(found, expected)
+        equal = found.fired == expected.fired
+        fsr = {}
+        for index, (name, concept) in enumerate(CONCEPTS.items()):
+            own = np.arange(index * count, (index + 1) * count)
+            shown = judges[name].found(before.rows(own), concept)
+            gone = ~judges[name].found(found.rows(own), concept)[shown]
+            fsr[name] = share(int(gone.sum()), int(shown.sum()))
+        rows.append({
+            "way": "fp32" if way is None else way.title,
+            "decisions_equal": share(int(equal.sum()), equal.size),
+            "worst_score_difference": float(np.abs(found.score - expected.score).max()),
+            "worst_psnr": float(psnr.min()),
+            "median_psnr": float(np.median(psnr)),
+            "fsr": fsr,
+            "weight_bytes": sum(bundle.manifest.files[file].bytes for file in WEIGHTS),
+            "largest": [] if way is None or way.exact else _largest(reference, bundle, way, prompts, seeds),
+        })  # fmt: skip
+    return {"pictures": len(prompts), "benign": benign, "steps": int(expected.score.shape[1]), "rows": rows}
+
+
+def _bundle(way: Way, folder: Path) -> Bundle:
+    out = folder / way.bundle_name
+    module = SafetyModule.load(SHIPPED_SAFETY)
+    if not out.exists():
+        options = BundleOptions(name=way.bundle_name, max_batch=16, precision=way.precision, islands=way.islands)
+        export_bundle(load_pipeline(), module, out, options)
+    bundle = open_bundle(out)
+    if (out / "safety.safetensors").read_bytes() != (SHIPPED_SAFETY / "model.safetensors").read_bytes():
+        shutil.rmtree(out)
+        return _bundle(way, folder)
+    return bundle
+
+
+def _draw(studio: Studio, bundle: Bundle, way: Way, prompts: Sequence[str], seeds: Sequence[int]) -> Drawn:
+    files = bundle.manifest.files
+    identity = " ".join(["rounded", *way.exact, files["step.onnx"].sha256, files["safety.safetensors"].sha256])
+    pipeline = Pipeline(bundle, RoundedBackend(bundle, exact=way.exact))
+    return studio.draw(pipeline, identity, prompts, seeds, way.title)
+
+
+def _psnr(found: Drawn, expected: Drawn) -> Any:
+    """[R], in dB; 100 where all pixels are equal."""
+    squares = ((found.pixels.astype(np.float64) - expected.pixels) ** 2).mean(axis=(1, 2, 3))
+    return np.where(squares == 0, 100.0, 10 * np.log10(255**2 / np.maximum(squares, 1e-9)))
+
+
+def _largest(
+    reference: Pipeline, bundle: Bundle, way: Way, prompts: Sequence[str], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The tensors whose magnitude comes nearest to the largest that their type holds, over all steps of some fp32 runs."""
+    recording = RecordingBackend(reference.backend, reference.manifest.engines)
+    rows = np.linspace(0, len(prompts) - 1, WATCHED).astype(int)
+    Pipeline(reference.bundle, recording)([prompts[row] for row in rows], seed=[int(seeds[row]) for row in rows])
+    largest: dict[str, float] = {}
+    for engine in ("text_encoder", "step", "vae_decoder"):
+        model, names = watched(load_rounded(bundle, engine))
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder.resolve()))
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        for given in recording.recorded[engine]:
+            for name, value in zip(names, session.run([MAGNITUDES], given)[0], strict=True):
+                key = f"{engine}/{name}"
+                largest[key] = max(largest.get(key, 0.0), float(value))
+    worst = sorted(largest, key=largest.__getitem__, reverse=True)[:WORST_TENSORS]
+    top = LARGEST[way.precision]
+    return [{"tensor": key, "largest": largest[key], "of_largest": largest[key] / top} for key in worst]
+
+
+if __name__ == "__main__":
+    main()
