@@ -28,8 +28,9 @@ def save_small_pipeline(
     tokenizer = CLIPTokenizer.from_pretrained(SHIPPED_MODEL / "tokenizer", **padding)
     text = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=text_layers, num_attention_heads=heads,
-            eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, num_hidden_layers=text_layers,
+            num_attention_heads=heads, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
     down, up = ("CrossAttnDownBlock2D",), ("CrossAttnUpBlock2D",)

@@ -16,8 +16,10 @@ from torch import nn
 
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import BackendError, RequestError
+from saferedir.engines.plan_cache import PlanCache
 from saferedir.export.bundle_export import BundleOptions, export_bundle
 from saferedir.export.half import halved
+from saferedir.export.plan_builder import PlanOptions, build_plans
 from saferedir.export.rounded import MAGNITUDES, load_rounded, rounded, tensor_types, watched
 from saferedir.runtime import Pipeline
 from saferedir.runtime.verify import verify_bundle
@@ -86,6 +88,13 @@ def test_half_weights_are_in_their_own_type_outside_the_graphs(folder: Path) -> 
         assert sum(tensor.data_type == stored for tensor in outside) > 0.9 * len(outside)
     sizes = [(folder / precision / "unet.safetensors").stat().st_size for precision in HALVES]
     assert abs(sizes[0] - sizes[1]) < 0.05 * sizes[0]
+
+
+@pytest.mark.parametrize("precision", HALVES)
+def test_plans_are_built_of_graphs_in_half(folder: Path, tmp_path: Path, precision: str) -> None:
+    bundle = open_bundle(folder / precision)
+    plans = build_plans(bundle, PlanOptions(batch=(1, 1, 2)), PlanCache(tmp_path), ("text_encoder", "step", "vae_decoder"))
+    assert [plan.built for plan in plans] == [True] * 3
 
 
 def test_an_unknown_precision_is_refused(folder: Path, tmp_path: Path) -> None:
