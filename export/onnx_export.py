@@ -15,7 +15,8 @@ from saferedir.engines.manifest import TensorInfo
 from saferedir.export.engine_calls import called_engines, calls_for_engines, write_in
 from saferedir.export.graphs import Graph
 
-OPSET = 20
+#: Every operator of this version has a CUDA kernel in ONNX Runtime, which is not so of newer ones (`capture.py`).
+OPSET = 18
 #: The first one whose convolutions take bf16.
 BF16_OPSET = 22
 #: Name of the dynamic dimension.

@@ -1,0 +1,136 @@
+"""What keeps an engine from being captured in a CUDA graph by ONNX Runtime.
+
+Capture ends where a node is not the CUDA provider's: ONNX Runtime then copies its tensors to the host and back. Which kernels
+the provider has is taken from ONNX Runtime's list, docs/OperatorKernels.md at commit 001d12d; how a kernel is matched with a
+node from core/framework/kernel_registry.cc: one without a last version serves its own operator version only. So a newer
+operator set is not a better one: ReduceMax and ReduceMin of version 20 got kernels years after those of version 18.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+from onnx import TensorProto
+
+from saferedir.export.rounded import tensor_types
+
+FLOAT, HALF, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
+INT32, INT64, BOOL = TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
+FLOATS, ALL_FLOATS, BOOLS = frozenset((FLOAT, HALF)), frozenset((FLOAT, HALF, BF16)), frozenset((BOOL,))
+NUMBERS = frozenset((FLOAT, HALF, BF16, INT32, INT64))
+ORDERED = frozenset((FLOAT, HALF, INT32, INT64))
+ANY = NUMBERS | BOOLS
+
+CONTROL_FLOW = frozenset(("If", "Loop", "Scan", "SequenceMap"))
+#: Operators whose results have shapes that depend on data.
+DATA_SHAPED = frozenset(("Compress", "NonZero", "StringSplit", "TopK", "Unique", "NonMaxSuppression"))
+#: Operators that give shapes, and leave what is computed from them on the host.
+SHAPES = frozenset(("Shape", "Size"))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of the CUDA provider: versions of the operator, and types of what it computes on."""
+
+    first: int
+    #: None: `first` alone.
+    last: int | None
+    types: frozenset[int]
+
+    def serves(self, version: int, kind: int) -> bool:
+        """Whether it is taken for a node of that operator version and type."""
+        last = self.first if self.last is None else self.last
+        return self.first <= version <= last and kind in self.types
+
+
+#: Those that graphs of Stable Diffusion and safety use, in the operator versions of sets 18 to 22.
+KERNELS: dict[str, tuple[Kernel, ...]] = {
+    **{name: (Kernel(13, None, ALL_FLOATS),) for name in ("Erf", "Exp", "Gemm", "MatMul")},
+    **{name: (Kernel(13, None, ALL_FLOATS),) for name in ("Sigmoid", "Softmax", "Sqrt", "Tanh")},
+    **{name: (Kernel(14, None, NUMBERS),) for name in ("Add", "Div", "Mul", "Sub")},
+    **{name: (Kernel(13, None, ANY),) for name in ("Concat", "Expand", "Gather", "Slice")},
+    **{name: (Kernel(13, 20, ANY), Kernel(21, 22, ANY)) for name in ("Squeeze", "Transpose", "Unsqueeze")},
+    **{name: (Kernel(18, None, frozenset((FLOAT, HALF, INT32))),) for name in ("ReduceL2", "ReduceMean")},
+    **{name: (Kernel(18, None, ORDERED),) for name in ("ReduceMax", "ReduceMin")},
+    **{name: (Kernel(7, None, FLOATS),) for name in ("Cos", "Sin")},
+    **{name: (Kernel(7, None, BOOLS),) for name in ("And", "Or")},
+    **{name: (Kernel(16, None, ORDERED),) for name in ("GreaterOrEqual", "LessOrEqual")},
+    **{name: (Kernel(13, None, ORDERED),) for name in ("Greater", "Less")},
+    "Abs": (Kernel(13, None, NUMBERS),),
+    "Cast": (Kernel(13, 18, ANY), Kernel(19, 20, ANY), Kernel(21, 22, ANY)),
+    "Clip": (Kernel(13, None, frozenset((FLOAT, HALF, INT64))),),
+    "Conv": (Kernel(11, 21, FLOATS), Kernel(22, None, ALL_FLOATS)),
+    "Equal": (Kernel(13, None, ORDERED | BOOLS),),
+    "Gelu": (Kernel(20, None, ALL_FLOATS),),
+    "Identity": (Kernel(14, 18, ANY), Kernel(19, None, ANY)),
+    "InstanceNormalization": (Kernel(6, None, FLOATS),),
+    "IsInf": (Kernel(10, 19, frozenset((FLOAT,))), Kernel(20, None, ALL_FLOATS)),
+    "IsNaN": (Kernel(13, 19, ALL_FLOATS), Kernel(20, None, ALL_FLOATS)),
+    "LayerNormalization": (Kernel(17, None, ALL_FLOATS),),
+    "Not": (Kernel(1, None, BOOLS),),
+    "Pow": (Kernel(15, None, NUMBERS),),
+    "ReduceLogSumExp": (Kernel(18, None, FLOATS),),
+    "Relu": (Kernel(14, None, ALL_FLOATS),),
+    "Reshape": (Kernel(14, 18, ANY), Kernel(19, 20, ANY), Kernel(21, 22, ANY)),
+    "Resize": (Kernel(18, None, frozenset((FLOAT, HALF, INT32))), Kernel(19, None, frozenset((FLOAT, HALF, INT32)))),
+    "Softplus": (Kernel(1, None, FLOATS),),
+    "Split": (Kernel(18, None, ANY),),
+    "Where": (Kernel(16, None, NUMBERS),),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """A node that ends capture, and why."""
+
+    node: str
+    operator: str
+    reason: str
+
+
+def capture_obstacles(path: Path, batch: int) -> list[Obstacle]:
+    """What would end capture of the graph in `path` with its batch fixed, as a captured engine has it; empty: nothing.
+
+    The graph is looked at as ONNX Runtime's provider-independent optimisations leave it: with a fixed batch they compute every
+    shape beforehand.
+    """
+    model = _with_fixed_batch(path, batch)
+    types = tensor_types(model)
+    version = {own.domain: own.version for own in model.opset_import}.get("", 0)
+    reasons = ((node, _reason(node, types, version)) for node in model.graph.node)
+    return [Obstacle(node.name, node.op_type, reason) for node, reason in reasons if reason]
+
+
+def _reason(node: Any, types: dict[str, int], opset: int) -> str | None:
+    if node.op_type in CONTROL_FLOW:
+        return "control flow"
+    if node.op_type in DATA_SHAPED:
+        return "the shape of its result depends on data"
+    if node.op_type in SHAPES:
+        return "computes on the host"
+    if node.domain not in ("", "ai.onnx"):
+        return f"of the domain {node.domain}, which is not in the list"
+    if node.op_type == "Constant":
+        return None
+    operator = onnx.defs.get_schema(node.op_type, opset, "").since_version
+    kind = types[node.input[1 if node.op_type == "Where" else 0]]
+    if any(kernel.serves(operator, kind) for kernel in KERNELS.get(node.op_type, ())):
+        return None
+    return f"no CUDA kernel for version {operator} and {TensorProto.DataType.Name(kind).lower()}"
+
+
+def _with_fixed_batch(path: Path, batch: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.add_free_dimension_override_by_name("batch", batch)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        optimised = Path(folder) / "optimised.onnx"
+        options.optimized_model_filepath = str(optimised)
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnx.load(str(optimised), load_external_data=False)
