@@ -31,7 +31,7 @@ from saferedir.engines.manifest import (
     SafetyInfo,
     SchedulerInfo,
 )
-from saferedir.export.families import family_of_width
+from saferedir.export.families import family_of_unet
 from saferedir.export.graphs import Graph, all_graphs
 from saferedir.export.half import ISLANDS, PRECISIONS, halved
 from saferedir.export.model_changes import with_words
@@ -134,7 +134,7 @@ def write_bundle(
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             name=options.name,
-            model_family="" if pipeline is None else family_of_width(pipeline.unet.config.cross_attention_dim).name,
+            model_family="" if pipeline is None else family_of_unet(pipeline.unet.config).name,
             controller=controller,
             max_batch=options.max_batch,
             model=None if pipeline is None else _model_info(pipeline, added),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ class Family:
     """A kind of model that the exporter knows."""
 
     name: str
-    #: Class of the pipeline, as `model_index.json` names it.
-    pipeline: str
-    #: Width of its cross-attention, None for any that no other family of the pipeline has.
-    width: int | None
+    #: Classes of the pipeline, as `model_index.json` names them.
+    pipelines: tuple[str, ...]
+    #: Whether a UNet's configuration is of this family, asked in the order of the families.
+    matches: Callable[[Mapping[str, Any]], bool]
 
 
+STABLE_DIFFUSION = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
 FAMILIES = (
-    Family("stable-diffusion-2.x", "StableDiffusionPipeline", 1024),
-    Family("stable-diffusion-1.x", "StableDiffusionPipeline", None),
+    Family("latent-consistency", STABLE_DIFFUSION, lambda unet: bool(unet.get("time_cond_proj_dim"))),
+    Family("stable-diffusion-2.x", STABLE_DIFFUSION, lambda unet: unet.get("cross_attention_dim") == 1024),
+    Family("stable-diffusion-1.x", STABLE_DIFFUSION, lambda unet: True),
 )
 #: Pipelines that redirection would not protect, or not wholly.
 REFUSED = {
@@ -31,8 +34,6 @@ REFUSED = {
     "does not reach",
     "StableDiffusion3Pipeline": "text and picture attend to each other jointly, and a pooled embedding conditions every block",
     "FluxPipeline": "text and picture attend to each other jointly, and a pooled embedding conditions every block",
-    "LatentConsistencyModelPipeline": "its UNet is also conditioned by the guidance scale, which no engine here passes; "
-    "save it as a StableDiffusionPipeline with an LCMScheduler if it does without",
 }
 
 
@@ -46,27 +47,26 @@ def family_of(folder: Path) -> Family:
     kind = str(index.get("_class_name"))
     if kind in REFUSED:
         raise RequestError(f"{folder} is a {kind}, which is refused: {REFUSED[kind]}")
-    known = [family for family in FAMILIES if family.pipeline == kind]
-    if not known:
-        names = ", ".join(sorted({family.pipeline for family in FAMILIES}))
-        raise RequestError(f"{folder} is a {kind}, which is not known here; known: {names}")
+    names = {name for family in FAMILIES for name in family.pipelines}
+    if kind not in names:
+        raise RequestError(f"{folder} is a {kind}, which is not known here; known: {', '.join(sorted(names))}")
     unet = _read(folder / "unet" / "config.json", folder)
     if (channels := unet.get("in_channels")) != (given := unet.get("out_channels")):
         raise RequestError(
             f"{folder} takes {channels} latent channels and gives {given}; inpainting and image-conditioned models are not "
             "known here"
         )
-    if further := [name for name in ("time_cond_proj_dim", "addition_embed_type", "class_embed_type") if unet.get(name)]:
+    if further := [name for name in ("addition_embed_type", "class_embed_type") if unet.get(name)]:
         raise RequestError(
             f"{folder} is conditioned by more than cross-attention and the timestep ({', '.join(further)}), which redirection "
             "does not reach"
         )
-    return family_of_width(unet.get("cross_attention_dim"))
+    return family_of_unet(unet)
 
 
-def family_of_width(width: Any) -> Family:
-    """The family of a Stable Diffusion pipeline whose cross-attention has this width."""
-    return next(family for family in FAMILIES if family.width in (None, width))
+def family_of_unet(config: Mapping[str, Any]) -> Family:
+    """The family of a Stable Diffusion pipeline whose UNet has this configuration."""
+    return next(family for family in FAMILIES if family.matches(config))
 
 
 def _read(path: Path, folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A model in half precision is given its own type; the tensors of every engine are
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,34 @@ class UNetGraph(nn.Module):
 
     def output_shapes(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> list[tuple[torch.dtype, Any]]:
         return [(torch.float32, latent.shape)]
+
+
+class GuidedUNetGraph(UNetGraph):
+    """Of a latent consistency model, which is told the guidance scale [B] and called once."""
+
+    def forward(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor, guidance_scale: Tensor) -> Tensor:  # type: ignore[override]
+        dtype = self.unet.dtype
+        scale = guidance_embedding(guidance_scale - 1, self.unet.config.time_cond_proj_dim).to(dtype)
+        output: Tensor = self.unet(latent.to(dtype), timestep, prompt_embeds.to(dtype), timestep_cond=scale, return_dict=False)[
+            0
+        ]
+        return output.float()
+
+    def output_shapes(self, latent: Tensor, *others: Tensor) -> list[tuple[torch.dtype, Any]]:
+        return [(torch.float32, latent.shape)]
+
+
+def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
+    """Sines and cosines of w = guidance scale - 1 [B] -> [B, width] (latent consistency models, arXiv 2310.04378)."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=guidance.device) * -(math.log(10_000) / (half - 1)))
+    angles = 1000 * guidance[:, None] * frequencies
+    return torch.nn.functional.pad(torch.cat([torch.sin(angles), torch.cos(angles)], dim=1), (0, width % 2))
+
+
+def unet_graph(unet: Any) -> UNetGraph:
+    """The engine of a UNet, of whichever kind it is."""
+    return GuidedUNetGraph(unet) if unet.config.time_cond_proj_dim else UNetGraph(unet)
 
 
 class VaeDecoderGraph(nn.Module):
@@ -207,8 +236,9 @@ class PlainStepGraph(nn.Module):
 
     def __init__(self, unet: Any, *, guided: bool) -> None:
         super().__init__()
-        self.unet = UNetGraph(unet)
+        self.unet = unet_graph(unet)
         self.guided = guided
+        self.told = isinstance(self.unet, GuidedUNetGraph)
 
     def forward(
         self,
@@ -223,7 +253,9 @@ class PlainStepGraph(nn.Module):
         prompt: Tensor,
     ) -> tuple[Tensor, Tensor]:
         seen = latent * per_request(input_scale)
-        if self.guided:
+        if self.told:
+            model_output = self.unet(seen, timestep, prompt, guidance_scale)
+        elif self.guided:
             both = self.unet(torch.cat([seen, seen]), torch.cat([timestep, timestep]), torch.cat([negative, prompt]))
             without, conditional = both[: latent.shape[0]], both[latent.shape[0] :]
             model_output = without + per_request(guidance_scale) * (conditional - without)
@@ -304,7 +336,7 @@ def model_graphs(pipeline: Any) -> dict[str, Graph]:
     }
     return {
         "text_encoder": graph(TextEncoderGraph(pipeline.text_encoder), example, ("prompt_embeds",)),
-        "unet": graph(UNetGraph(pipeline.unet), example, ("model_output",)),
+        "unet": graph(unet_graph(pipeline.unet), example, ("model_output",)),
         "vae_decoder": graph(VaeDecoderGraph(pipeline.vae), example, ("image",)),
         "plain_step": graph(PlainStepGraph(pipeline.unet, guided=True), example, DRAWN_OUTPUTS),
         "plain_step_unguided": graph(PlainStepGraph(pipeline.unet, guided=False), example, DRAWN_OUTPUTS),

@@ -74,10 +74,9 @@ def record_runs(bundle: Bundle, backend: Backend) -> Recorded:
         for policy, guidance in ((SafetyPolicy(), 5.0), (always, 5.0), (always, 1.0), (without, 5.0), (without, 1.0)):
             draw(Pipeline(bundle, recording, policy), guidance)
     recorded = recording.recorded
-    recorded["unet"] = [
-        {"latent": _seen(given), "timestep": given["timestep"], "prompt_embeds": given["prompt"]}
-        for given in recorded["plain_step"]
-    ]
+    taken = [tensor.name for tensor in bundle.manifest.engines["unet"].inputs]
+    seen = [given | {"latent": _seen(given), "prompt_embeds": given["prompt"]} for given in recorded["plain_step"]]
+    recorded["unet"] = [{name: given[name] for name in taken} for given in seen]
     steps = [{**given, "latent": _seen(given)} for given in recorded["step"]]
     for engine, renamed in (("safety", {}), ("published_network", {"prompt_embeds": "prompt"})):
         if engine in bundle.manifest.engines:

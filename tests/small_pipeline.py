@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from saferedir_torch.models import SHIPPED_MODEL
@@ -21,8 +21,12 @@ SMALL = {
 def save_small_pipeline(
     folder: Path, *, width: int, heads: int, two_levels: bool = False, pad_token: str | None = None,
     scheduler: SchedulerMixin | None = None, text_layers: int = 1,
+    told_width: int | None = None, kind: type[DiffusionPipeline] = StableDiffusionPipeline,
 ) -> Path:  # fmt: skip
-    """Write a pipeline whose prompt embedding is `width` wide, in fp16, with the embedded model's words."""
+    """Write a pipeline whose prompt embedding is `width` wide, in fp16, with the embedded model's words.
+
+    `told_width` is that of a latent consistency model's embedding of the guidance scale.
+    """
     torch.manual_seed(0)
     padding = {} if pad_token is None else {"pad_token": pad_token}
     tokenizer = CLIPTokenizer.from_pretrained(SHIPPED_MODEL / "tokenizer", **padding)
@@ -36,7 +40,7 @@ def save_small_pipeline(
     down, up = ("CrossAttnDownBlock2D",), ("CrossAttnUpBlock2D",)
     unet = UNet2DConditionModel(
         sample_size=16, block_out_channels=(16, 32) if two_levels else (16,), layers_per_block=1, cross_attention_dim=width,
-        attention_head_dim=2, norm_num_groups=8,
+        attention_head_dim=2, norm_num_groups=8, time_cond_proj_dim=told_width,
         down_block_types=("DownBlock2D", *down) if two_levels else down,
         up_block_types=(*up, "UpBlock2D") if two_levels else up,
     )  # fmt: skip
@@ -44,7 +48,7 @@ def save_small_pipeline(
         block_out_channels=(8, 8), norm_num_groups=4, sample_size=32, mid_block_add_attention=False,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
-    pipeline = StableDiffusionPipeline(
+    pipeline = kind(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler or new_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip

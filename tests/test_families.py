@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from diffusers import DDIMScheduler
+import torch
+from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMScheduler
 from small_pipeline import SMALL, save_small_pipeline
 from transformers import CLIPTokenizer
 
@@ -71,6 +73,45 @@ def test_prompts_are_padded_as_the_model_was_trained_with(second: Path, prompt: 
     assert PromptTokenizer(second / "bundle" / "tokenizer.json", 77)(prompt).ids.tolist() == expected
 
 
+@pytest.fixture(scope="module")
+def consistency(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A latent consistency model, whose UNet is told the guidance scale. Random weights."""
+    folder = tmp_path_factory.mktemp("consistency")
+    scheduler = LCMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
+    )  # fmt: skip
+    save_small_pipeline(
+        folder / "model", width=32, heads=2, told_width=9, kind=LatentConsistencyModelPipeline, scheduler=scheduler
+    )
+    new_module(load_pipeline(folder / "model"), {"church": "house"}, **SMALL).save(folder / "safety")
+    options = BundleOptions(name="consistency", max_batch=4)
+    export_folder(folder / "model", folder / "safety", folder / "bundle", options, on_step=lambda *_: None)
+    return folder
+
+
+def test_a_latent_consistency_model_is_exported_and_equals_its_reference(consistency: Path) -> None:
+    manifest = open_bundle(consistency / "bundle").manifest
+    assert manifest.model_family == "latent-consistency"
+    assert "guidance_scale" in {tensor.name for tensor in manifest.engines["unet"].inputs}
+    assert verify_bundle(consistency / "bundle", consistency / "model", consistency / "safety").passed
+
+
+@pytest.mark.parametrize("guidance", [1.0, 8.5])
+def test_a_latent_consistency_model_draws_what_diffusers_draws(consistency: Path, guidance: float) -> None:
+    theirs = LatentConsistencyModelPipeline.from_pretrained(consistency / "model", torch_dtype=torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    expected = theirs("a cat", generator=generator, num_inference_steps=4, guidance_scale=guidance, output_type="np").images[0]
+    ours = Pipeline.from_bundle(consistency / "bundle", policy=SafetyPolicy(unprotected=True))
+    drawn = np.asarray(ours("a cat", seed=5, num_inference_steps=4, guidance_scale=guidance).images[0])
+    assert np.abs(drawn - (expected * 255).round()).max() <= 1
+
+
+def test_half_the_steps_of_a_latent_consistency_model_fire(consistency: Path) -> None:
+    policy = SafetyPolicy(thresholds={"church": 0.0}, cooldown=1)
+    result = Pipeline.from_bundle(consistency / "bundle", policy=policy)("a church", num_inference_steps=4)
+    assert [bool(step.fired) for step in result.records[0].steps] == [True, False] * 2
+
+
 def folder_with(tmp_path: Path, pipeline: str, **unet: Any) -> Path:
     (tmp_path / "unet").mkdir()
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
@@ -89,10 +130,12 @@ def test_families_are_known_by_their_files(tmp_path: Path) -> None:
     [
         ("StableDiffusionXLPipeline", {}, "refused: its UNet is also conditioned by a pooled embedding"),
         ("StableDiffusion3Pipeline", {}, "refused: text and picture attend to each other"),
-        ("LatentConsistencyModelPipeline", {}, "refused: its UNet is also conditioned by the guidance scale"),
-        ("AudioLDMPipeline", {}, "is a AudioLDMPipeline, which is not known here; known: StableDiffusionPipeline"),
+        (
+            "AudioLDMPipeline",
+            {},
+            "is a AudioLDMPipeline, which is not known here; known: LatentConsistencyModelPipeline, Sta",
+        ),
         ("StableDiffusionPipeline", {"in_channels": 9}, "takes 9 latent channels and gives 4"),
-        ("StableDiffusionPipeline", {"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
         ("StableDiffusionPipeline", {"addition_embed_type": "text_time"}, "addition_embed_type"),
     ],
 )
