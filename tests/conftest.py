@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,17 @@ from saferedir.runtime import Pipeline, SafetyPolicy
 
 #: Files that take longest, to be begun first where several processes share the work.
 LONGEST = (
-    "test_evaluation.py", "test_export.py", "test_training.py", "test_import_published.py", "test_plans.py", "test_families.py",
+    "test_evaluation.py", "test_export.py", "test_training.py", "test_half.py", "test_families.py", "test_import_published.py",
+    "test_plans.py", "test_model_changes.py",
 )  # fmt: skip
+
+
+def pytest_configure() -> None:
+    """Of several processes each keeps to a core of its own, so that their threads do not wait for each other's."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
