@@ -10,7 +10,7 @@ demo: $(DEMO)/.installed
 
 # Two processes of one thread each: most of the time goes into tracing graphs, which has one thread.
 test: $(DEV)/.installed
-	OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --cov --cov-report=term --cov-fail-under=85
 
 check: lint types test
 
