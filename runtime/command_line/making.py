@@ -33,7 +33,7 @@ def export(
         list[Path] | None, typer.Option(help="File of a textual inversion, whose words are added; again for more.")
     ] = None,
     save_model: Annotated[
-        Path | None, typer.Option(help="Folder for the model as exported, which `verify --model` and training take.")
+        Path | None, typer.Option(help="Folder for the model as exported, which `verify --against` and training take.")
     ] = None,
 ) -> None:
     """Export a model and its safety module to a bundle. Needs `saferedir[export]`.
