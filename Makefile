@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEMO := .venv-demo
 DEV := .venv
 
-.PHONY: demo test check lint types bundle speed parity latent_use evaluate clean
+.PHONY: demo test test-gpu check lint types bundle speed parity latent_use evaluate clean
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/saferedir demo --out demo-output
@@ -11,6 +11,10 @@ demo: $(DEMO)/.installed
 # Two processes of one thread each: most of the time goes into tracing graphs, which has one thread.
 test: $(DEV)/.installed
 	OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --cov --cov-report=term --cov-fail-under=85
+
+# On a machine with an NVIDIA GPU: every backend that can be had there.
+test-gpu: .venv-gpu/.installed
+	.venv-gpu/bin/python -m pytest -m gpu tests/test_gpu.py -v
 
 check: lint types test
 
@@ -47,5 +51,13 @@ $(DEV)/.installed: pyproject.toml constraints.txt
 	$(DEV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]' --config-settings editable_mode=strict
 	touch $@
 
+# ONNX Runtime for CUDA takes the place of that for the CPU.
+.venv-gpu/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]' --config-settings editable_mode=strict
+	.venv-gpu/bin/python -m pip uninstall --quiet --yes onnxruntime
+	.venv-gpu/bin/python -m pip install --quiet onnxruntime-gpu
+	touch $@
+
 clean:
-	rm -rf $(DEMO) $(DEV) build dist demo-output *.egg-info
+	rm -rf .venv-gpu $(DEMO) $(DEV) build dist demo-output *.egg-info

@@ -110,6 +110,15 @@ class Lookup:
     message: str
 
 
+@dataclass(frozen=True)
+class FittingPlan:
+    """A plan that an engine can be run by."""
+
+    path: Path
+    #: Input -> smallest, likeliest and largest shape.
+    profiles: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
+
 class PlanCache:
     """The plans in one folder. Safe for several processes: who builds holds a lock, the others wait and take the result."""
 
@@ -158,6 +167,35 @@ class PlanCache:
                 return self._build(key, build)
         except OSError as error:
             raise PlanError(f"{self.folder} cannot hold plans: {error}; name another folder") from error
+
+    def fitting(self, bundle: Bundle, engine: str, builder: str, builder_version: str) -> list[FittingPlan] | str:
+        """Plans of the engine as it is in `bundle`, for this builder and version, whatever batch, cards and options they were
+        built for but without their weights; or what is there instead, and how it differs."""
+        wanted = PlanKey.of(bundle, engine, builder=builder, builder_version=builder_version, batch=(0, 0, 0))
+        free = ("batch", "compute_capabilities", "options")
+        near: list[list[str]] = []
+        fitting = []
+        for plan in sorted(self.folder.glob(f"{engine}-*.plan")):
+            if (statement := _statement(plan)) is None:
+                continue
+            differs = [said for said in wanted.differences(statement["key"]) if not said.startswith(free)]
+            if ["strip_plan", "True"] in statement["key"]["options"]:
+                differs.append("its weights were left out")
+            if not differs and (problem := _damage(plan, statement)) is not None:
+                differs.append(problem)
+            if not differs:
+                profiles = {
+                    name: (tuple(low), tuple(likely), tuple(high))
+                    for name, (low, likely, high) in statement["details"]["profiles"].items()
+                }
+                fitting.append(FittingPlan(plan, profiles))
+            near.append(differs)
+        if fitting:
+            return fitting
+        if not near:
+            return f"{self.folder} holds none"
+        nearest = min(near, key=len)
+        return f"that in {self.folder} differs: {'; '.join(nearest)}"
 
     def details(self, key: PlanKey) -> Mapping[str, Any]:
         """What `build` returned when the plan of `key` was made.

@@ -1,4 +1,4 @@
-"""Backends by name. ONNX Runtime's are built in; others (eager PyTorch) are entry points, imported only when asked for."""
+"""Backends by name. ONNX Runtime's and TensorRT's are built in, others are entry points, imported only when asked for."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from saferedir.engines import Bundle
 from saferedir.engines.errors import BackendError, MissingDependencyError
 from saferedir.runtime.backend import Backend
 from saferedir.runtime.ort import PROVIDERS, OrtBackend
+from saferedir.runtime.tensorrt import MODULES as TENSORRT
+from saferedir.runtime.tensorrt import TensorRtBackend
 
 ENTRY_POINT_GROUP = "saferedir.backends"
 
 
 def backend_names() -> list[str]:
     """Every name that `make_backend` takes, whether or not it can be had here."""
-    return ["auto", *PROVIDERS, *sorted(point.name for point in entry_points(group=ENTRY_POINT_GROUP))]
+    return ["auto", *PROVIDERS, *TENSORRT, *sorted(point.name for point in entry_points(group=ENTRY_POINT_GROUP))]
 
 
 def make_backend(bundle: Bundle, name: str, *, threads: int | None = None) -> Backend:
@@ -25,6 +27,8 @@ def make_backend(bundle: Bundle, name: str, *, threads: int | None = None) -> Ba
     """
     if name == "auto" or name in PROVIDERS:
         return OrtBackend(bundle, name, threads=threads)
+    if name in TENSORRT:
+        return TensorRtBackend(bundle, name)
     for point in entry_points(group=ENTRY_POINT_GROUP):
         if point.name == name:
             try:

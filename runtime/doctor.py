@@ -13,6 +13,8 @@ from typing import Any
 
 from saferedir.runtime.backends import ENTRY_POINT_GROUP, backend_names
 from saferedir.runtime.ort import PROVIDERS, import_onnxruntime, installation_problem
+from saferedir.runtime.tensorrt import MODULES as TENSORRT
+from saferedir.runtime.tensorrt import installed_version
 
 PACKAGES = (
     "numpy",
@@ -68,6 +70,11 @@ def diagnose() -> Diagnosis:
 
 
 def _status(name: str, problem: str | None) -> BackendStatus:
+    if name in TENSORRT:
+        installed = installed_version(name)
+        gpu = shutil.which("nvidia-smi") is not None
+        note = f"version {installed}" if installed else "install saferedir[tensorrt]"
+        return BackendStatus(name, bool(installed and gpu), note if gpu or not installed else f"{note}, but no NVIDIA GPU")
     if name not in PROVIDERS:
         found = importlib.util.find_spec("torch") is not None
         return BackendStatus(name, found, f"entry point of {ENTRY_POINT_GROUP}" if found else "install saferedir[torch]")

@@ -1,0 +1,160 @@
+"""TensorRT and TensorRT-RTX: plans that were built ahead of time, on device buffers and one stream.
+
+Nothing in the loop waits for the device: calls are enqueued, and the download after the last step synchronises the stream.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saferedir.engines import Bundle
+from saferedir.engines.errors import BackendError, MissingDependencyError, PlanError, RequestError
+from saferedir.engines.plan_cache import FittingPlan, PlanCache, user_cache
+from saferedir.runtime.backend import Array, Call, DeviceTensor
+
+#: Backend, which is also the builder of its plans -> module and distribution.
+MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+
+
+def plan_folders(bundle: Bundle) -> list[Path]:
+    """Where plans are looked for: the bundle's own folder of them, then the user's cache."""
+    return [bundle.folder / "plans", user_cache()]
+
+
+class TensorRtBackend:
+    """Plans are opened on first use, one execution context each; calls of all threads go to one stream, one at a time."""
+
+    def __init__(self, bundle: Bundle, name: str) -> None:
+        self.name = name
+        self._trt, self._cuda = _import(name), _import("polygraphy.cuda")
+        self._bundle = bundle
+        self._stream = self._open_stream()
+        self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
+        self._engines: dict[str, tuple[FittingPlan, Any, Any]] = {}
+        self._lock = threading.Lock()
+
+    def upload(self, array: Array) -> DeviceTensor:
+        host = np.ascontiguousarray(array)
+        tensor = self.empty(host.shape, host.dtype)
+        tensor.copy_from(host, self._stream)
+        self._stream.synchronize()  # the caller's array may change from now on
+        return tensor
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceTensor:
+        tensor = self._cuda.DeviceArray(shape=tuple(shape), dtype=np.dtype(dtype))
+        weakref.finalize(tensor, self._cuda.wrapper().free, tensor.ptr)
+        return tensor
+
+    def download(self, tensor: DeviceTensor) -> Array:
+        host = np.empty(tensor.shape, np.dtype(tensor.dtype))
+        tensor.copy_to(host, self._stream)
+        self._stream.synchronize()
+        return host
+
+    def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
+        plan, _, context = self._engine(engine)
+        info = self._bundle.manifest.engines[engine]
+        shapes = {tensor.name: tuple(inputs[tensor.name].shape) for tensor in info.inputs}
+        check_profile(engine, plan, shapes)
+        addresses = {tensor.name: inputs[tensor.name].ptr for tensor in info.inputs}
+        addresses |= {tensor.name: outputs[tensor.name].ptr for tensor in info.outputs}
+
+        def call() -> None:
+            with self._lock:
+                for name, shape in shapes.items():
+                    context.set_input_shape(name, shape)
+                for name, address in addresses.items():
+                    context.set_tensor_address(name, address)
+                if not context.execute_async_v3(self._stream.ptr):
+                    raise BackendError(f"{plan.path} could not be run by {self.name}")
+
+        return call
+
+    def versions(self) -> dict[str, str]:
+        return {"backend": self.name, MODULES[self.name]: self._trt.__version__}
+
+    def _open_stream(self) -> Any:
+        try:
+            return self._cuda.Stream()
+        except Exception as error:  # polygraphy raises a type of its own, which cannot be imported without it
+            raise BackendError(f"{self.name} needs an NVIDIA GPU and its driver: {str(error).partition('. ')[0]}") from error
+
+    def _engine(self, engine: str) -> tuple[FittingPlan, Any, Any]:
+        with self._lock:
+            if engine not in self._engines:
+                plans = find_plans(self._bundle, engine, self.name, self._trt.__version__)
+                self._engines[engine] = self._open(plans)
+            return self._engines[engine]
+
+    def _open(self, plans: list[FittingPlan]) -> tuple[FittingPlan, Any, Any]:
+        """The first plan that fits the card: which cards a plan is for says its header, before it is deserialised."""
+        for plan in plans:
+            data = plan.path.read_bytes()
+            if self.name == "tensorrt-rtx":
+                validity, _ = self._runtime.get_engine_validity(data)
+                if validity == self._trt.EngineValidity.INVALID:
+                    continue
+            opened = self._runtime.deserialize_cuda_engine(data)
+            if opened is not None:
+                return plan, opened, self._context(opened)
+        paths = ", ".join(str(plan.path) for plan in plans)
+        raise PlanError(f"none of these fits this card and driver: {paths}; build another on this machine")
+
+    def _context(self, opened: Any) -> Any:
+        if self.name != "tensorrt-rtx":
+            return opened.create_execution_context()
+        config = opened.create_runtime_config()
+        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return opened.create_execution_context(config)
+
+
+def find_plans(bundle: Bundle, engine: str, builder: str, builder_version: str) -> list[FittingPlan]:
+    """The plans of an engine for this builder and version, whatever batch and cards they were built for.
+
+    Raises:
+        PlanError: there is none; the message says what is there and how it differs.
+    """
+    said = []
+    for folder in plan_folders(bundle):
+        found = PlanCache(folder).fitting(bundle, engine, builder, builder_version)
+        if not isinstance(found, str):
+            return found
+        said.append(found)
+    command = f"saferedir build-plans {bundle.folder} --target {builder}"
+    raise PlanError(f"no plan of {engine} for {builder} {builder_version}: {'; '.join(said)}. Build it by `{command}`")
+
+
+def check_profile(engine: str, plan: FittingPlan, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `RequestError` where an input's shape is outside of what the plan was built for."""
+    for name, shape in shapes.items():
+        low, likely, high = plan.profiles[name]
+        if not all(least <= size <= most for size, least, most in zip(shape, low, high, strict=True)):
+            batch = f"--batch {min(low[0], shape[0])}:{likely[0]}:{max(high[0], shape[0])}"
+            raise RequestError(
+                f"{engine}: {name} has the shape {list(shape)}, its plan takes {list(low)} to {list(high)}; "
+                f"build another with {batch}"
+            )
+
+
+def _import(name: str) -> Any:
+    module = MODULES.get(name, name)
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(f"this backend needs the package {module}; install saferedir[tensorrt]") from error
+
+
+def installed_version(name: str) -> str | None:
+    """Version of the backend's library, or None where it is not installed."""
+    try:
+        return version(MODULES[name])
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,51 @@
+"""What needs an NVIDIA GPU, `make test-gpu`: every backend that can be had there equals the CPU's, pictures and all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from saferedir.engines import open_bundle
+from saferedir.engines.bundle import DEFAULT_BUNDLE
+from saferedir.engines.plan_cache import PlanCache, user_cache
+from saferedir.export.plan_builder import PlanOptions, build_plans
+from saferedir.runtime import Pipeline
+from saferedir.runtime.doctor import diagnose
+from saferedir.runtime.tensorrt import MODULES
+from saferedir.runtime.verify import verify_bundle
+
+pytestmark = pytest.mark.gpu
+GPU_BACKENDS = ("ort-cuda", "tensorrt-rtx", "tensorrt")
+
+
+@pytest.fixture(scope="module", params=GPU_BACKENDS)
+def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Every GPU backend that `doctor` calls available, with plans of all engines where it needs them."""
+    name = str(request.param)
+    status = next(status for status in diagnose().backends if status.name == name)
+    if not status.available:
+        pytest.skip(f"{name}: {status.note}")
+    with pytest.MonkeyPatch.context() as patch:
+        if name in MODULES:
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+            bundle = open_bundle(DEFAULT_BUNDLE)
+            build_plans(bundle, PlanOptions(builder=name), PlanCache(user_cache()), tuple(bundle.manifest.engines))
+        yield name
+
+
+def test_every_engine_equals_that_on_the_cpu(backend: str) -> None:
+    report = verify_bundle(DEFAULT_BUNDLE, backend=backend, against_backend="ort-cpu")
+    assert report.passed, [row for row in report.parity or [] if not row.passed]
+
+
+def test_pictures_are_the_same_in_every_run(backend: str) -> None:
+    pipeline = Pipeline.from_bundle(backend=backend)
+    first, second = (np.asarray(pipeline("a church beside a cat", seed=3).images[0]) for _ in range(2))
+    assert np.array_equal(first, second)
+
+
+def test_the_record_names_the_backend(backend: str) -> None:
+    record = Pipeline.from_bundle(backend=backend)("a cat", num_inference_steps=2).records[0]
+    assert record.versions["backend"] == backend
