@@ -47,7 +47,7 @@ class UNetGraph(nn.Module):
         output: Tensor = self.unet(latent.to(dtype), timestep, prompt_embeds.to(dtype), return_dict=False)[0]
         return output.float()
 
-    def output_shapes(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> list[tuple[torch.dtype, Any]]:
+    def output_shapes(self, latent: Tensor, *_: Tensor) -> list[tuple[torch.dtype, Any]]:
         return [(torch.float32, latent.shape)]
 
 
@@ -61,9 +61,6 @@ class GuidedUNetGraph(UNetGraph):
             0
         ]
         return output.float()
-
-    def output_shapes(self, latent: Tensor, *others: Tensor) -> list[tuple[torch.dtype, Any]]:
-        return [(torch.float32, latent.shape)]
 
 
 def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
@@ -125,20 +122,8 @@ class SafetyGraph(nn.Module):
         )
         return (*state, *verdict)
 
-    def output_shapes(
-        self,
-        latent: Tensor,
-        timestep: Tensor,
-        prompt: Tensor,
-        original: Tensor,
-        cooldown: Tensor,
-        period: Tensor,
-        active: Tensor,
-        ok: Tensor,
-        enabled: Tensor,
-        threshold: Tensor,
-        alpha_scale: Tensor,
-    ) -> list[tuple[torch.dtype, Any]]:
+    def output_shapes(self, *inputs: Tensor) -> list[tuple[torch.dtype, Any]]:
+        _, _, prompt, _, cooldown, _, active, ok, enabled, *_ = inputs
         masks = (*enabled.shape, prompt.shape[1])
         state = [(tensor.dtype, tensor.shape) for tensor in (prompt, cooldown, active, ok)]
         return [*state, (torch.float32, enabled.shape), (torch.bool, enabled.shape), (torch.float32, masks)]
