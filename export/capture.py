@@ -3,7 +3,7 @@
 Capture ends where a node is not the CUDA provider's: ONNX Runtime then copies its tensors to the host and back. Which kernels
 the provider has is taken from ONNX Runtime's list, docs/OperatorKernels.md at commit 001d12d; how a kernel is matched with a
 node from core/framework/kernel_registry.cc: one without a last version serves its own operator version only. So a newer
-operator set is not a better one: ReduceMax and ReduceMin of version 20 got kernels years after those of version 18.
+operator set is not a better one: that list has ReduceMax and ReduceMin of version 18, and none of version 20.
 """
 
 from __future__ import annotations

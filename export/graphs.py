@@ -51,16 +51,25 @@ class UNetGraph(nn.Module):
         return [(torch.float32, latent.shape)]
 
 
-class GuidedUNetGraph(UNetGraph):
+class GuidedUNetGraph(nn.Module):
     """Of a latent consistency model, which is told the guidance scale [B] and called once."""
 
-    def forward(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor, guidance_scale: Tensor) -> Tensor:  # type: ignore[override]
+    engine = "unet"
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor, guidance_scale: Tensor) -> Tensor:
         dtype = self.unet.dtype
-        scale = guidance_embedding(guidance_scale - 1, self.unet.config.time_cond_proj_dim).to(dtype)
-        output: Tensor = self.unet(latent.to(dtype), timestep, prompt_embeds.to(dtype), timestep_cond=scale, return_dict=False)[
+        told = guidance_embedding(guidance_scale - 1, self.unet.config.time_cond_proj_dim).to(dtype)
+        output: Tensor = self.unet(latent.to(dtype), timestep, prompt_embeds.to(dtype), timestep_cond=told, return_dict=False)[
             0
         ]
         return output.float()
+
+    def output_shapes(self, latent: Tensor, *_: Tensor) -> list[tuple[torch.dtype, Any]]:
+        return [(torch.float32, latent.shape)]
 
 
 def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
@@ -71,7 +80,7 @@ def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(torch.cat([torch.sin(angles), torch.cos(angles)], dim=1), (0, width % 2))
 
 
-def unet_graph(unet: Any) -> UNetGraph:
+def unet_graph(unet: Any) -> UNetGraph | GuidedUNetGraph:
     """The engine of a UNet, of whichever kind it is."""
     return GuidedUNetGraph(unet) if unet.config.time_cond_proj_dim else UNetGraph(unet)
 

@@ -14,8 +14,6 @@ from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import MissingDependencyError, RequestError
 from saferedir.runtime.command_line.console import JsonOption, console, progress
 
-Precision = Annotated[str, typer.Option(help="What the model computes in: fp32, fp16 or bf16.")]
-
 
 def export(
     model: Annotated[Path, typer.Argument(help="Stable Diffusion 1.x folder in diffusers' format.")],
@@ -23,7 +21,7 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder; replaced as a whole when all is done.")],
     name: Annotated[str | None, typer.Option(help="What the bundle calls itself; the model folder's name by default.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, max=31, help="Largest batch run at once.")] = 16,
-    precision: Precision = "fp32",
+    precision: Annotated[str, typer.Option(help="What the model computes in: fp32, fp16 or bf16.")] = "fp32",
     lora: Annotated[
         list[str] | None, typer.Option(help="FILE or FILE:SCALE of a LoRA to fuse in, again for more; scale 1 by default.")
     ] = None,
@@ -79,7 +77,6 @@ def import_published(
     mask_again: Annotated[bool, typer.Option("--mask-again", help="Multiply displacements by the mask once more.")] = False,
     name: Annotated[str | None, typer.Option(help="What the bundle calls itself; the checkpoint's name by default.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, max=31, help="Largest batch run at once.")] = 16,
-    precision: Precision = "fp32",
 ) -> None:
     """Make a bundle of a published checkpoint: its network, its controller, its numbers. Needs `saferedir[export]`.
 
@@ -100,7 +97,7 @@ def import_published(
     options = PublishedOptions(
         concept=concept, replacement=replacement, cooldown=cooldown, alpha_scale=alpha_scale, mask_again=mask_again
     )
-    bundle = BundleOptions(name=name or checkpoint.stem, max_batch=max_batch, precision=precision)
+    bundle = BundleOptions(name=name or checkpoint.stem, max_batch=max_batch)
     with progress("exporting") as on_step:
         folder = import_checkpoint(checkpoint, out, options, bundle, model=model, on_step=on_step)
     console.print(f"{folder}: {_megabytes(folder)}", highlight=False)
