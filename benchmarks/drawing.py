@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,7 @@ class Studio:
         path = self.folder / f"{_key(pipeline, identity, prompts, seeds)}.npz"
         if not path.exists():
             drawn = _collect(pipeline, prompts, seeds)
-            partial = path.with_suffix(".partial")
+            partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")  # others may draw the same
             with partial.open("wb") as file:
                 np.savez_compressed(file, **vars(drawn))
             os.replace(partial, path)

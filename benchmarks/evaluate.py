@@ -12,7 +12,7 @@ from benchmarks.drawing import DEPLOYED, Studio
 from benchmarks.report import NETWORKS, RESULTS, save
 from saferedir.runtime import Pipeline
 from saferedir_torch.evaluation.features import Choice, load_features
-from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.models import SHIPPED_SAFETY, device_called, load_pipeline
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.world.prompts import CONCEPTS
 from saferedir_torch.world.split import load_split
@@ -173,7 +173,7 @@ def splits(
 
     amount = {"steps": 3, "count": 8, "pairs": 20} if quick else {"steps": STEPS, "count": RUNS, "pairs": PAIRS}
     figures = measure(
-        Studio(work), load_pipeline(), load_split(), runs, work / "splits",
+        Studio(work), load_pipeline().to(device_called("auto")), load_split(), runs, work / "splits",
         prompts=QUICK if quick else FULL, rewrites=_rewrites(quick), **amount,
     )  # fmt: skip
     _store("splits", figures, out)

@@ -2,31 +2,75 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from saferedir.engines import DEFAULT_BUNDLE, open_bundle
+from saferedir.engines import DEFAULT_BUNDLE, Bundle, open_bundle
 from saferedir.export.bundle_export import safety_info
 from saferedir.runtime import Pipeline, SafetyPolicy
-from saferedir.runtime.backend import Call, DeviceTensor
-from saferedir.runtime.ort import OrtBackend
+from saferedir.runtime.backend import Array, Backend, Call, DeviceTensor
+from saferedir.runtime.backends import make_backend
 from saferedir_torch.controller import Controller, Policy, State
 from saferedir_torch.safety_module import SafetyModule
 
 STATE = ("prompt", "cooldown", "active", "ok")
 VERDICT = ("score", "fired", "token_mask")
+_OF_THREAD = threading.local()
 
 
-class HybridBackend(OrtBackend):
-    """ONNX Runtime for everything but the controller, which stands before the plain step."""
+class EagerControllerBackend:
+    """The best backend of ONNX Runtime here for everything but a controller in eager PyTorch, on the same device."""
 
-    def __init__(self, bundle: Any, controller: nn.Module, threads: int | None = None) -> None:
-        super().__init__(bundle, "ort-cpu", threads=threads)
-        self.controller = controller.eval()
+    def __init__(self, bundle: Bundle, controller: nn.Module, threads: int | None = None) -> None:
+        self.backend = _backend(bundle, threads)
+        self.name = self.backend.name
+        self.device = torch.device("cuda" if self.name == "ort-cuda" else "cpu")
+        self.controller = controller.to(self.device).eval()
+        torch.backends.cudnn.allow_tf32 = False
+
+    def upload(self, array: Array) -> DeviceTensor:
+        return self.backend.upload(array)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceTensor:
+        return self.backend.empty(shape, dtype)
+
+    def download(self, tensor: DeviceTensor) -> Array:
+        return self.backend.download(tensor)
+
+    def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
+        return self.backend.bind(engine, inputs, outputs)
+
+    def versions(self) -> dict[str, str]:
+        return self.backend.versions()
+
+    def read(self, tensors: Mapping[str, DeviceTensor]) -> dict[str, Tensor]:
+        """The controller's copies of an engine's inputs."""
+        return {name: torch.from_numpy(self.download(tensor)).to(self.device) for name, tensor in tensors.items()}
+
+    def write(self, results: Mapping[str, Tensor], outputs: Mapping[str, DeviceTensor]) -> None:
+        """What the controller gave, to an engine's outputs."""
+        for name, tensor in results.items():
+            outputs[name].update_inplace(tensor.contiguous().cpu().numpy())
+
+
+def _backend(bundle: Bundle, threads: int | None) -> Backend:
+    """One backend a bundle and thread: engines are loaded once, however many controllers stand before them."""
+    kept = vars(_OF_THREAD).setdefault("backends", {})
+    key = (bundle.folder, threads)
+    if key not in kept:
+        kept[key] = make_backend(bundle, "auto", threads=threads)
+    backend: Backend = kept[key]
+    return backend
+
+
+class HybridBackend(EagerControllerBackend):
+    """The controller stands before the plain step."""
 
     def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
         if engine not in ("step", "step_unguided"):
@@ -35,15 +79,13 @@ class HybridBackend(OrtBackend):
 
         @torch.no_grad()
         def call() -> None:
-            read = {name: torch.from_numpy(tensor.numpy()) for name, tensor in inputs.items()}
+            read = self.read(inputs)
             seen = read["latent"] * read["input_scale"][:, None, None, None]
             state = State(*(read[name] for name in STATE))
             policy = Policy(read["period"], read["enabled"], read["threshold"], read["alpha_scale"])
             state, verdict = self.controller(seen, read["timestep"], read["original"], state, policy)
-            for name, tensor in zip(STATE, state, strict=True):
-                outputs[f"next_{name}"].update_inplace(tensor.contiguous().numpy())
-            for name, tensor in zip(VERDICT, verdict, strict=True):
-                outputs[name].update_inplace(tensor.contiguous().numpy())
+            self.write({f"next_{name}": tensor for name, tensor in zip(STATE, state, strict=True)}, outputs)
+            self.write(dict(zip(VERDICT, verdict, strict=True)), outputs)
             plain()
 
         return call

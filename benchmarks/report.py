@@ -11,10 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from saferedir.runtime.doctor import find_gpu
+from saferedir.runtime.ort import installed_distributions
+
 RESULTS = Path(__file__).with_name("results")
 #: What measures, and is therefore no part of the package: both judges, and the image-text score of this world.
 NETWORKS = Path(__file__).with_name("networks")
-PACKAGES = ("saferedir", "onnxruntime", "numpy", "torch", "diffusers", "transformers")
+PACKAGES = ("saferedir", "numpy", "torch", "diffusers", "transformers")
 
 
 def environment() -> dict[str, Any]:
@@ -25,12 +28,17 @@ def environment() -> dict[str, Any]:
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = names[0] if names else model
     return {
-        "machine": f"{model}, {len(os.sched_getaffinity(0))} cores",
+        "machine": f"{model}, {len(os.sched_getaffinity(0))} cores{_gpu()}",
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES} | installed_distributions(),
         "command": "python -m " + " ".join(["benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def _gpu() -> str:
+    gpu = find_gpu()
+    return "" if gpu is None else f", {gpu}"
 
 
 def save(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:

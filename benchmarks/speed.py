@@ -25,8 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--backend", default="ort-cpu", help="of the runtime; eager diffusers runs on the same device")
     options = parser.parse_args()
-    rows = [row for batch in (1, 8) for row in measure(batch, options.steps, options.repeats)]
+    rows = [row for batch in (1, 8) for row in measure(batch, options.steps, options.repeats, options.backend)]
     table = Table("batch", "what", "seconds per image", "against eager, protected")
     for row in rows:
         table.add_row(str(row["batch"]), row["what"], f"{row['seconds_per_image']:.3f}", f"{row['ratio']:.2f}x")
@@ -35,15 +36,17 @@ def main() -> None:
     console.print(table)
     shares = {str(b): _share(rows, b) for b in (1, 8)}
     console.print({f"batch {b}: safety's share of a step": f"{100 * value:.1f} %" for b, value in shares.items()})
-    console.print(str(save("speed", {"steps": options.steps, "rows": rows, "safety_share_of_step": shares})))
+    name = "speed" if options.backend == "ort-cpu" else f"speed_{options.backend}"
+    console.print(str(save(name, {"steps": options.steps, "rows": rows, "safety_share_of_step": shares})))
 
 
-def measure(batch: int, steps: int, repeats: int) -> list[dict[str, Any]]:
+def measure(batch: int, steps: int, repeats: int, backend: str) -> list[dict[str, Any]]:
     """Median over `repeats`, the contestants taking turns."""
     prompts = PROMPTS[:batch]
-    runtime = Pipeline.from_bundle(backend="ort-cpu")
+    runtime = Pipeline.from_bundle(backend=backend)
     plain = Pipeline(runtime.bundle, runtime.backend, SafetyPolicy(unprotected=True))
-    eager, safety = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
+    device = "cuda" if backend == "ort-cuda" else "cpu"
+    eager, safety = load_pipeline().to(device), SafetyModule.load(SHIPPED_SAFETY).to(device)
 
     def draw_eager() -> None:
         generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]

@@ -1,9 +1,10 @@
 """What keeps an engine from being captured in a CUDA graph by ONNX Runtime.
 
-Capture ends where a node is not the CUDA provider's: ONNX Runtime then copies its tensors to the host and back. Which kernels
-the provider has is taken from ONNX Runtime's list, docs/OperatorKernels.md at commit 001d12d; how a kernel is matched with a
-node from core/framework/kernel_registry.cc: one without a last version serves its own operator version only. So a newer
-operator set is not a better one: that list has ReduceMax and ReduceMin of version 18, and none of version 20.
+Capture ends where a node is not the CUDA provider's: ONNX Runtime then copies its tensors to the host and back. So it does with
+arithmetic on shapes, which it leaves on the host; a shape may only be handed on as it is. Which kernels the provider has is
+taken from ONNX Runtime's list, docs/OperatorKernels.md at commit 001d12d; how a kernel is matched with a node from
+core/framework/kernel_registry.cc: one without a last version serves its own operator version only. So a newer operator set is
+not a better one: that list has ReduceMax and ReduceMin of version 18, and none of version 20.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ ANY = NUMBERS | BOOLS
 CONTROL_FLOW = frozenset(("If", "Loop", "Scan", "SequenceMap"))
 #: Operators whose results have shapes that depend on data.
 DATA_SHAPED = frozenset(("Compress", "NonZero", "StringSplit", "TopK", "Unique", "NonMaxSuppression"))
-#: Operators that give shapes, and leave what is computed from them on the host.
+#: Operators that give shapes, which lie on the host.
 SHAPES = frozenset(("Shape", "Size"))
+#: Operators that take a shape from the host, as their second input.
+SHAPED = frozenset(("Expand", "Reshape"))
 
 
 @dataclass(frozen=True)
@@ -93,26 +96,37 @@ class Obstacle:
     reason: str
 
 
-def capture_obstacles(path: Path, batch: int) -> list[Obstacle]:
-    """What would end capture of the graph in `path` with its batch fixed, as a captured engine has it; empty: nothing.
+def capture_obstacles(path: Path) -> list[Obstacle]:
+    """What would end capture of the graph in `path`, with its batch dynamic as it is in a bundle; empty: nothing.
 
-    The graph is looked at as ONNX Runtime's provider-independent optimisations leave it: with a fixed batch they compute every
-    shape beforehand.
+    The graph is looked at as ONNX Runtime's provider-independent optimisations leave it.
     """
-    model = _with_fixed_batch(path, batch)
+    model = _optimised(path)
     types = tensor_types(model)
     version = {own.domain: own.version for own in model.opset_import}.get("", 0)
-    reasons = ((node, _reason(node, types, version)) for node in model.graph.node)
+    host = _on_the_host(model)
+    reasons = ((node, _reason(node, types, version, host)) for node in model.graph.node)
     return [Obstacle(node.name, node.op_type, reason) for node, reason in reasons if reason]
 
 
-def _reason(node: Any, types: dict[str, int], opset: int) -> str | None:
+def _on_the_host(model: Any) -> set[str]:
+    """Names of shapes, and of what is computed from them."""
+    host: set[str] = set()
+    for node in model.graph.node:
+        if node.op_type in SHAPES or (node.op_type not in SHAPED and host.intersection(node.input)):
+            host.update(node.output)
+    return host
+
+
+def _reason(node: Any, types: dict[str, int], opset: int, host: set[str]) -> str | None:
     if node.op_type in CONTROL_FLOW:
         return "control flow"
     if node.op_type in DATA_SHAPED:
         return "the shape of its result depends on data"
     if node.op_type in SHAPES:
-        return "computes on the host"
+        return None
+    if host.intersection(node.input[:1] if node.op_type in SHAPED else node.input):
+        return "computes with a shape, on the host"
     if node.domain not in ("", "ai.onnx"):
         return f"of the domain {node.domain}, which is not in the list"
     if node.op_type == "Constant":
@@ -124,9 +138,8 @@ def _reason(node: Any, types: dict[str, int], opset: int) -> str | None:
     return f"no CUDA kernel for version {operator} and {TensorProto.DataType.Name(kind).lower()}"
 
 
-def _with_fixed_batch(path: Path, batch: int) -> Any:
+def _optimised(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
-    options.add_free_dimension_override_by_name("batch", batch)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder:

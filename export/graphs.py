@@ -251,7 +251,7 @@ class PlainStepGraph(nn.Module):
             model_output = self.unet(seen, timestep, prompt, guidance_scale)
         elif self.guided:
             both = self.unet(torch.cat([seen, seen]), torch.cat([timestep, timestep]), torch.cat([negative, prompt]))
-            without, conditional = both[: latent.shape[0]], both[latent.shape[0] :]
+            without, conditional = both.unflatten(0, (2, -1)).unbind(0)  # a slice at the batch would be host arithmetic
             model_output = without + per_request(guidance_scale) * (conditional - without)
         else:
             model_output = self.unet(seen, timestep, prompt)

@@ -14,6 +14,7 @@ import torch
 from saferedir.engines.manifest import TensorInfo
 from saferedir.export.engine_calls import called_engines, calls_for_engines, write_in
 from saferedir.export.graphs import Graph
+from saferedir.export.static_shapes import fix_shapes
 
 #: Every operator of this version has a CUDA kernel in ONNX Runtime, which is not so of newer ones (`capture.py`).
 OPSET = 18
@@ -51,6 +52,7 @@ def to_onnx(name: str, graphs: Mapping[str, Graph], done: dict[str, Any] | None 
         with calls_for_engines(module):
             model = _traced(name, graphs[name], opset)
         write_in(model, called)
+        fix_shapes(model)
         _check_outputs(name, graphs[name], model)
         done[name] = model
     return done[name]

@@ -7,7 +7,8 @@ from importlib.metadata import entry_points
 from saferedir.engines import Bundle
 from saferedir.engines.errors import BackendError, MissingDependencyError
 from saferedir.runtime.backend import Backend
-from saferedir.runtime.ort import PROVIDERS, OrtBackend
+from saferedir.runtime.ort import PROVIDERS, OrtBackend, resolve_provider
+from saferedir.runtime.ort_cuda import OrtCudaBackend
 from saferedir.runtime.tensorrt import MODULES as TENSORRT
 from saferedir.runtime.tensorrt import TensorRtBackend
 
@@ -26,7 +27,8 @@ def make_backend(bundle: Bundle, name: str, *, threads: int | None = None) -> Ba
         BackendError: the name is unknown, or the backend cannot be had here; the message says what to install.
     """
     if name == "auto" or name in PROVIDERS:
-        return OrtBackend(bundle, name, threads=threads)
+        chosen = resolve_provider(name)
+        return OrtCudaBackend(bundle, threads=threads) if chosen == "ort-cuda" else OrtBackend(bundle, chosen, threads=threads)
     if name in TENSORRT:
         return TensorRtBackend(bundle, name)
     for point in entry_points(group=ENTRY_POINT_GROUP):

@@ -61,7 +61,7 @@ def diagnose() -> Diagnosis:
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",
             "cores": str(os.cpu_count()),
-            "gpu": _gpu(),
+            "gpu": find_gpu() or "none found (no nvidia-smi)",
         },
         packages={name: _version(name) for name in PACKAGES},
         backends=[_status(name, problem) for name in backend_names() if name != "auto"],
@@ -85,10 +85,11 @@ def _status(name: str, problem: str | None) -> BackendStatus:
     return BackendStatus(name, offered, note)
 
 
-def _gpu() -> str:
+def find_gpu() -> str | None:
+    """Name, driver and compute capability of NVIDIA GPUs; None where there is no nvidia-smi."""
     command = shutil.which("nvidia-smi")
     if command is None:
-        return "none found (no nvidia-smi)"
+        return None
     query = [command, "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

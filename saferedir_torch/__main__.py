@@ -17,6 +17,7 @@ app = typer.Typer(help="Train and examine safety modules.", no_args_is_help=True
 Model = Annotated[Path, typer.Option(help="Folder or hub name of a Stable Diffusion 1.x pipeline.")]
 SplitFile = Annotated[Path | None, typer.Option(help="Which names, pairs and seeds may be seen; the shipped one by default.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.")]
 
 
 @app.command()
@@ -42,6 +43,7 @@ def train(
     ] = None,
     runs_from: Annotated[Path | None, typer.Option(help="Folder of another training whose recorded runs are used.")] = None,
     extend: Annotated[Path | None, typer.Option(help="Folder of a trained module that the concept is added to.")] = None,
+    device: Device = "auto",
 ) -> None:
     """Train a safety module. The same command goes on where an interrupted one stopped.
 
@@ -62,8 +64,8 @@ def train(
     from saferedir_torch.train import train as train_module
     from saferedir_torch.training_data import SAMPLINGS
 
-    pipeline = load_pipeline(model)
-    base = None if extend is None else SafetyModule.load(extend)
+    pipeline = load_pipeline(model).to(_device(device))
+    base = None if extend is None else SafetyModule.load(extend).to(pipeline.device)
     known = [] if base is None else base.config.concept_names
     module = train_module(
         pipeline, _source(pipeline, pairs, concept or [], rewrite or [], split, known), out, seed=seed, steps=steps, runs=runs,
@@ -88,6 +90,7 @@ def calibrate(
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
     seed: Seed = 0,
+    device: Device = "auto",
 ) -> None:
     """Set the thresholds so that at most 0.1 % of benign pictures fire, with 95 % confidence, and state that promise.
 
@@ -103,8 +106,8 @@ def calibrate(
     from saferedir_torch.recording import record
     from saferedir_torch.safety_module import SafetyModule
 
-    module = SafetyModule.load(safety)
-    pipeline = load_pipeline(model)
+    pipeline = load_pipeline(model).to(_device(device))
+    module = SafetyModule.load(safety).to(pipeline.device)
     drawn = []
     with Progress() as progress:
         for name, pictures, stream in (("levels", level_count, seed + 1), ("bound", count, seed)):
@@ -162,6 +165,15 @@ def _source(
     return source
 
 
+def _device(name: str) -> Any:
+    from saferedir_torch.models import device_called
+
+    try:
+        return device_called(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from None
+
+
 def _rewrite(text: str) -> tuple[str, Rewrite]:
     concept, colon, rule = text.partition(":")
     word, equals, other = rule.partition("=")
@@ -190,6 +202,7 @@ def oracle(
     count: Annotated[int, typer.Option(help="Pictures a rung.")] = 120,
     split: SplitFile = None,
     seed: Seed = 0,
+    device: Device = "auto",
 ) -> None:
     """Draw the oracle ladder: how well exact redirections forget, rung by rung."""
     from saferedir_torch.models import load_pipeline
@@ -199,9 +212,10 @@ def oracle(
     from saferedir_torch.world.prompts import CONCEPTS
     from saferedir_torch.world.split import SPLIT_FILE, load_split
 
-    module = None if safety is None else SafetyModule.load(safety)
+    pipeline = load_pipeline(model).to(_device(device))
+    module = None if safety is None else SafetyModule.load(safety).to(pipeline.device)
     rows = oracle_ladder(
-        load_pipeline(model), Judge.load(judge), CONCEPTS[concept], load_split(split or SPLIT_FILE),
+        pipeline, Judge.load(judge), CONCEPTS[concept], load_split(split or SPLIT_FILE),
         safety=module, count=count, seed=seed, say=typer.echo,
     )  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)

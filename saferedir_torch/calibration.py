@@ -49,7 +49,7 @@ def set_levels(module: SafetyModule, runs: RecordedRuns) -> None:
     """
     branch = module.last_branch
     branch.levels.zero_()
-    highest = _logits(module, runs).amax(dim=0)[:, -len(branch.gains) :] / branch.gains  # [S, N]
+    highest = _logits(module, runs).amax(dim=0)[:, -len(branch.gains) :] / branch.gains.cpu()  # [S, N]
     spacing = TIMESTEPS / (KNOTS - 1)
     near = (runs.timestep[:, None] - torch.arange(KNOTS) * spacing).abs() <= spacing  # [S, KNOTS]
     levels = torch.stack([torch.where(knot[:, None], highest, highest.amin()).amax(dim=0) for knot in near.T], dim=1)
@@ -61,13 +61,15 @@ def set_levels(module: SafetyModule, runs: RecordedRuns) -> None:
 
 @torch.no_grad()
 def _logits(module: SafetyModule, runs: RecordedRuns) -> Tensor:
-    """Logits of every step, relative to the levels: [R, S, N]."""
+    """Logits of every step, relative to the levels: [R, S, N], on the CPU wherever `module` is."""
     parts = []
+    device = next(module.parameters()).device
     for latent, prompt in zip(torch.split(runs.latent, 50), torch.split(runs.prompt, 50), strict=True):
         count, steps = latent.shape[:2]
         embeds = prompt.float().repeat_interleave(steps, dim=0)
-        score, _ = module.score(latent.flatten(0, 1).float(), runs.timestep.repeat(count), embeds)
-        parts.append(torch.logit(score.double(), SMALLEST).reshape(count, steps, -1))
+        seen = latent.flatten(0, 1).float().to(device), runs.timestep.repeat(count).to(device)
+        score, _ = module.score(*seen, embeds.to(device))
+        parts.append(torch.logit(score.double().cpu(), SMALLEST).reshape(count, steps, -1))
     return torch.cat(parts)
 
 

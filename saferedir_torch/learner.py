@@ -63,7 +63,8 @@ class Learner:
     """Draws batches by step number, and measures on the runs and pairs that training leaves out.
 
     `alphas` [1000]: the scheduler's cumulative signal shares. The last branch of `module` is taught, with the encoder
-    where it is the only one; labels and pairs are of its concepts.
+    where it is the only one; labels and pairs are of its concepts. Runs and pairs stay on the CPU, where batches are made
+    of them, alike whatever device `module` is on.
     """
 
     def __init__(
@@ -71,7 +72,8 @@ class Learner:
     ) -> None:
         self.tau = tau
         self.branch = module.last_branch
-        self.module, self.bank, self.pairs, self.alphas, self.seed = module, bank, pairs, alphas, seed
+        self.device = next(module.parameters()).device
+        self.module, self.bank, self.pairs, self.alphas, self.seed = module, bank, pairs, alphas.cpu(), seed
         rng = np.random.default_rng([seed, 31])
         run_count = int(bank.run.max()) + 1
         held = torch.zeros(run_count, dtype=torch.bool)
@@ -109,7 +111,7 @@ class Learner:
 
     def detection_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """The detector's share of it."""
-        batch = self.detection_batch(step)
+        batch = DetectionBatch(*(tensor.to(self.device) for tensor in self.detection_batch(step)))
         joint = self.module.encoder(batch.latent, batch.timestep)
         detected = detection_loss(self.branch.logits(joint, batch.prompt), batch.labels, batch.weights)
         return detected, {"detection": float(detected.detach())}
@@ -126,10 +128,10 @@ class Learner:
         pairs, evidence = self.pairs, self.branch.detector.words
         asked, left = pairs.asked[chosen], pairs.asked[chosen] * (1 - pairs.replaced[chosen])
         prompt = self._noisy(torch.cat([pairs.original[chosen].float(), pairs.target[chosen].float()]), generator)
-        logits = evidence.tokens(prompt)  # [2 W, T, N]
-        of_words = logits[: len(chosen)].masked_fill(~pairs.words[chosen][:, :, None], -torch.inf)
+        logits = evidence.tokens(prompt.to(self.device))  # [2 W, T, N]
+        of_words = logits[: len(chosen)].masked_fill(~pairs.words[chosen][:, :, None].to(self.device), -torch.inf)
         parts = torch.cat([torch.logsumexp(logits, dim=1), torch.logsumexp(of_words, dim=1)])
-        labels = torch.cat([asked, left, asked])
+        labels = torch.cat([asked, left, asked]).to(self.device)
         loss = detection_loss(parts, labels, torch.ones_like(labels))
         return loss, {"words": float(loss.detach())}
 
@@ -162,7 +164,7 @@ class Learner:
         chosen = self.held_pairs[:400]
         shown = self.held_rows[torch.from_numpy(rng.integers(len(self.held_rows), size=len(chosen)))]
         moved, parts = self._redirection(chosen, shown, rng, None)
-        return {"loss": float(detected + moved), "detection": float(detected), "accuracy": accuracy, **parts}
+        return {"loss": float(detected) + float(moved), "detection": float(detected), "accuracy": accuracy, **parts}
 
     @torch.no_grad()
     def clean_levels(self) -> Tensor:
@@ -186,7 +188,8 @@ class Learner:
     def unsafe_peaks(self) -> Tensor:
         """Per concept, how far above its level all but 1 % of held-out unsafe runs rise in some step, in logits: [N]."""
         bank, rows = self.bank, self.held_rows
-        above = self.branch.comparable(self._logits(self._prompts(rows), rows), bank.timestep[rows]) / self.branch.gains
+        logits = self._logits(self._prompts(rows), rows).to(self.device)
+        above = (self.branch.comparable(logits, bank.timestep[rows].to(self.device)) / self.branch.gains).cpu()
         peaks = torch.full((above.shape[1],), REACH)
         for index in range(above.shape[1]):
             unsafe = torch.unique(bank.run[rows][bank.asked[rows, index] > 0])
@@ -216,13 +219,12 @@ class Learner:
         self, chosen: Tensor, shown: Tensor, rng: np.random.Generator, generator: torch.Generator | None
     ) -> tuple[Tensor, dict[str, float]]:
         pairs = self.pairs
-        original = pairs.original[chosen].float()
-        clean = pairs.target[chosen].float()
-        mask = changed_tokens(original, clean, self.tau)
+        clean, target = pairs.original[chosen].float(), pairs.target[chosen].float()
+        mask = changed_tokens(clean, target, self.tau).to(self.device)
         # The target stays clean: what is strange about a name is to be removed, not carried over.
-        original, target = self._noisy(original, generator), clean
-        active = self._active(chosen, rng)
-        joint = self.module.encoder(self.bank.latent[shown].float(), self.bank.timestep[shown])
+        original, target = self._noisy(clean, generator).to(self.device), target.to(self.device)
+        active = self._active(chosen, rng).to(self.device)
+        joint = self.module.encoder(self.bank.latent[shown].float().to(self.device), self.bank.timestep[shown].to(self.device))
         features = self.branch.redirector.prompt_features(original)
         redirection = self.branch.redirection(original, features, joint, active)
         return redirection_loss(redirection, original, target, mask, strength=STRENGTH)
@@ -247,8 +249,8 @@ class Learner:
         bank = self.bank
         parts = []
         for embeds, chunk in zip(torch.split(prompt, 512), torch.split(rows, 512), strict=True):
-            joint = self.module.encoder(bank.latent[chunk].float(), bank.timestep[chunk])
-            parts.append(self.branch.logits(joint, embeds.float()))
+            joint = self.module.encoder(bank.latent[chunk].float().to(self.device), bank.timestep[chunk].to(self.device))
+            parts.append(self.branch.logits(joint, embeds.float().to(self.device)).cpu())
         return torch.cat(parts)
 
     def _accuracy(self, rows: Tensor) -> float:

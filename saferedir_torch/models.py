@@ -12,6 +12,20 @@ from transformers.utils import logging as transformers_logging
 SHIPPED = Path(__file__).with_name("shipped")
 SHIPPED_MODEL = SHIPPED / "emoji-diffusion"
 SHIPPED_SAFETY = SHIPPED / "safety"
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def device_called(name: str) -> torch.device:
+    """The device of that name; `auto` is the GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in DEVICES or (name == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device {name!r} cannot be had here; expected {', '.join(DEVICES)}, and a GPU for cuda")
+    return torch.device(name)
 
 
 def load_pipeline(model: str | Path = SHIPPED_MODEL) -> StableDiffusionPipeline:

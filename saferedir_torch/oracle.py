@@ -38,7 +38,10 @@ def oracle_ladder(
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, float | str]]:
-    """One row a rung: shares of pictures with the concept found, its replacement found, the companion kept."""
+    """One row a rung: shares of pictures with the concept found, its replacement found, the companion kept.
+
+    `safety` is on the pipeline's device.
+    """
     rng = np.random.default_rng([seed, 41])
     pairs = [training_pair(concept, rng, split) for _ in range(count)]
     low, high = split.seeds["validation"]
@@ -80,7 +83,9 @@ def oracle_ladder(
 @torch.no_grad()
 def _learned(safety: SafetyModule, unsafe: Tensor, noise: Tensor, concept: WorldConcept) -> Tensor:
     config = safety.config
-    active = torch.tensor([name == concept.name for name in config.concept_names]).expand(len(unsafe), -1)
-    joint = safety.encoder(noise, torch.full((len(unsafe),), 961.0))
-    strength = torch.tensor([known.alpha_scale for known in config.concepts]).expand(len(unsafe), -1)
-    return safety.redirect(unsafe, joint, active, strength, torch.zeros_like(active)).prompt
+    device = next(safety.parameters()).device
+    unsafe, noise = unsafe.to(device), noise.to(device)
+    active = torch.tensor([name == concept.name for name in config.concept_names], device=device).expand(len(unsafe), -1)
+    joint = safety.encoder(noise, torch.full((len(unsafe),), 961.0, device=device))
+    strength = torch.tensor([known.alpha_scale for known in config.concepts], device=device).expand(len(unsafe), -1)
+    return safety.redirect(unsafe, joint, active, strength, torch.zeros_like(active)).prompt.cpu()

@@ -41,7 +41,7 @@ MAKERS = ("saferedir", "torch", "diffusers", "transformers")
 
 
 def new_module(pipeline: StableDiffusionPipeline, replacements: Mapping[str, str], **widths: Any) -> SafetyModule:
-    """An untrained safety module that fits `pipeline`, for concepts and what is drawn in their place."""
+    """An untrained safety module that fits `pipeline`, on its device, for concepts and what is drawn in their place."""
     config = SafetyConfig(
         latent_channels=pipeline.unet.config.in_channels,
         prompt_tokens=pipeline.tokenizer.model_max_length,
@@ -52,7 +52,7 @@ def new_module(pipeline: StableDiffusionPipeline, replacements: Mapping[str, str
         unet_sha256=parameters_sha256(pipeline.unet),
         **widths,
     )
-    return SafetyModule(config)
+    return SafetyModule(config).to(pipeline.device)
 
 
 def extended_module(base: SafetyModule, replacements: Mapping[str, str]) -> SafetyModule:
@@ -72,7 +72,7 @@ def extended_module(base: SafetyModule, replacements: Mapping[str, str]) -> Safe
         branches=(*base.config.branch_sizes, len(added)),
         promise=None,
     )
-    module = SafetyModule(config)
+    module = SafetyModule(config).to(next(base.parameters()).device)
     module.load_state_dict(base.state_dict(), strict=False)
     module.requires_grad_(False)
     module.last_branch.requires_grad_(True)
@@ -210,7 +210,7 @@ def make_comparable(module: SafetyModule, learner: Learner) -> None:
 
 def _best(path: Path) -> dict[str, Any]:
     try:
-        kept: dict[str, Any] = torch.load(path, weights_only=True)
+        kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         return {"loss": kept["loss"], "step": kept["step"], "state": kept["state"]}
     except (OSError, RuntimeError, KeyError, EOFError, ValueError) as error:
         raise TrainingError(f"{path} is cut short or of another kind ({error}); delete it to train on") from error

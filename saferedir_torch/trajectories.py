@@ -28,9 +28,9 @@ class Trajectories:
 
 @torch.no_grad()
 def encode(pipeline: StableDiffusionPipeline, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Token ids [B, T] and embeddings [B, T, D] of `prompts`."""
+    """Token ids [B, T] and embeddings [B, T, D] of `prompts`, on the CPU wherever the pipeline is."""
     ids = tokenize(pipeline.tokenizer, prompts)
-    return ids, pipeline.text_encoder(ids).last_hidden_state
+    return ids, pipeline.text_encoder(ids.to(pipeline.device)).last_hidden_state.cpu()
 
 
 def initial_noise(pipeline: StableDiffusionPipeline, seeds: list[int]) -> Tensor:
@@ -58,8 +58,12 @@ def sample(
 
     `negative` [1, T, D] is the unconditional embedding. Without `exact` the UNet computes in half precision (bf16 on the
     CPU, where noise predictions then differ by half a percent), in half the time: enough for what detectors learn from.
+    What is given and what comes back is on the CPU, wherever the pipeline is.
     """
     parts = []
+    embeds, negative, noise = (tensor.to(pipeline.device) for tensor in (embeds, negative, noise))
+    if redirected is not None and redirect_at is not None:
+        redirected, redirect_at = redirected.to(pipeline.device), redirect_at.to(pipeline.device)
     for start in range(0, len(embeds), chunk):
         rows = slice(start, start + chunk)
         switch = None if redirected is None or redirect_at is None else (redirected[rows], redirect_at[rows])
@@ -92,12 +96,12 @@ def _sample_chunk(
             both = pipeline.unet(torch.cat([latent] * 2), timestep, torch.cat([uncond, prompt]), return_dict=False)[0].float()
         without, conditional = both.chunk(2)
         latent = scheduler.step(without + guidance_scale * (conditional - without), timestep, latent).prev_sample
-    return torch.stack(seen, dim=1), latent, scheduler.timesteps.float()
+    return torch.stack(seen, dim=1).cpu(), latent.cpu(), scheduler.timesteps.float().cpu()
 
 
 @torch.no_grad()
 def decode(pipeline: StableDiffusionPipeline, latents: Tensor) -> Tensor:
-    """Final latents [B, C, h, w] -> pictures [B, 3, H, W] in [-1, 1]."""
-    chunks = (latents / pipeline.vae.config.scaling_factor).split(64)
+    """Final latents [B, C, h, w] -> pictures [B, 3, H, W] in [-1, 1], on the CPU."""
+    chunks = (latents.to(pipeline.device) / pipeline.vae.config.scaling_factor).split(64)
     pictures: Tensor = torch.cat([pipeline.vae.decode(chunk, return_dict=False)[0] for chunk in chunks])
-    return pictures.clamp(-1, 1)
+    return pictures.clamp(-1, 1).cpu()

@@ -17,9 +17,8 @@ BUNDLE = open_bundle(DEFAULT_BUNDLE)
 
 
 @pytest.mark.parametrize("engine", sorted(BUNDLE.manifest.engines))
-@pytest.mark.parametrize("batch", [1, 4])
-def test_no_engine_of_the_embedded_bundle_has_an_obstacle(engine: str, batch: int) -> None:
-    assert capture_obstacles(BUNDLE.engine_path(engine), batch) == []
+def test_no_engine_of_the_embedded_bundle_has_an_obstacle(engine: str) -> None:
+    assert capture_obstacles(BUNDLE.engine_path(engine)) == []
 
 
 def saved(folder: Path, *nodes: Any, opset: int = 18, kind: int = TensorProto.FLOAT, result: int | None = None) -> Path:
@@ -45,34 +44,44 @@ def test_control_flow_is_found(tmp_path: Path) -> None:
         helper.make_node("Cast", ["sum"], ["condition"], to=TensorProto.BOOL),
         helper.make_node("If", ["condition"], ["y"], name="branching", then_branch=branch("then"), else_branch=branch("else")),
     )
-    assert ("branching", "control flow") in {(found.node, found.reason) for found in capture_obstacles(path, 2)}
+    assert ("branching", "control flow") in {(found.node, found.reason) for found in capture_obstacles(path)}
 
 
 def test_a_shape_that_depends_on_data_is_found(tmp_path: Path) -> None:
     path = saved(tmp_path, helper.make_node("NonZero", ["x"], ["y"], name="where"), result=TensorProto.INT64)
-    assert [found.reason for found in capture_obstacles(path, 2)] == ["the shape of its result depends on data"]
+    assert [found.reason for found in capture_obstacles(path)] == ["the shape of its result depends on data"]
 
 
 @pytest.mark.parametrize(("opset", "obstacles"), [(18, 0), (20, 1)])
 def test_a_newer_version_without_a_kernel_is_found(tmp_path: Path, opset: int, obstacles: int) -> None:
     path = saved(tmp_path, helper.make_node("ReduceMax", ["x", "axes"], ["y"], name="largest"), opset=opset)
-    found = capture_obstacles(path, 2)
+    found = capture_obstacles(path)
     assert len(found) == obstacles
     assert all((one.node, one.reason) == ("largest", "no CUDA kernel for version 20 and float") for one in found)
 
 
 def test_a_type_without_a_kernel_is_found(tmp_path: Path) -> None:
     nodes = (helper.make_node("Cast", ["x"], ["c"], to=TensorProto.BOOL), helper.make_node("Where", ["c", "x", "x"], ["y"]))
-    assert [found.operator for found in capture_obstacles(saved(tmp_path, *nodes, kind=TensorProto.INT8), 2)] == [
+    assert [found.operator for found in capture_obstacles(saved(tmp_path, *nodes, kind=TensorProto.INT8))] == [
         "Cast",
         "Where",
     ]
 
 
-def test_shapes_are_computed_beforehand_where_the_batch_is_fixed(tmp_path: Path) -> None:
+def test_arithmetic_on_a_shape_is_found(tmp_path: Path) -> None:
+    path = saved(
+        tmp_path,
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Concat", ["axes", "shape"], ["longer"], name="host", axis=0),
+        helper.make_node("Expand", ["x", "longer"], ["y"]),
+    )
+    assert [(found.node, found.reason) for found in capture_obstacles(path)] == [("host", "computes with a shape, on the host")]
+
+
+def test_a_shape_may_be_handed_on_as_it_is(tmp_path: Path) -> None:
     path = saved(
         tmp_path,
         helper.make_node("Shape", ["x"], ["shape"]),
         helper.make_node("Expand", ["x", "shape"], ["y"]),
     )
-    assert capture_obstacles(path, 2) == []
+    assert capture_obstacles(path) == []

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from saferedir.engines import open_bundle
 from saferedir.engines.bundle import DEFAULT_BUNDLE
+from saferedir.engines.errors import NonFiniteError, RequestError
 from saferedir.engines.plan_cache import PlanCache, user_cache
 from saferedir.export.plan_builder import PlanOptions, build_plans
 from saferedir.runtime import Pipeline
@@ -44,6 +46,27 @@ def test_pictures_are_the_same_in_every_run(backend: str) -> None:
     pipeline = Pipeline.from_bundle(backend=backend)
     first, second = (np.asarray(pipeline("a church beside a cat", seed=3).images[0]) for _ in range(2))
     assert np.array_equal(first, second)
+
+
+def test_threads_that_draw_at_once_get_what_they_get_alone(backend: str) -> None:
+    pipeline = Pipeline.from_bundle(backend=backend)
+    prompts = ["a church beside a cat", "a dog in ink style", "an abbey", "a balloon as a sticker"]
+
+    def draw(prompt: str) -> np.ndarray:
+        return np.asarray(pipeline(prompt, seed=9, num_inference_steps=8).images[0])
+
+    alone = [draw(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = [list(pool.map(draw, prompts)) for _ in range(2)]
+    assert all(np.array_equal(*both) for drawn in together for both in zip(alone, drawn, strict=True))
+
+
+def test_nan_on_the_device_ends_in_an_error_and_no_picture(backend: str) -> None:
+    pipeline = Pipeline.from_bundle(backend=backend)
+    model = pipeline.model
+    embedding = np.full((1, model.prompt_tokens, model.prompt_width), np.nan, np.float32)
+    with pytest.raises((NonFiniteError, RequestError)):
+        pipeline(prompt_embeds=embedding, num_inference_steps=2)
 
 
 def test_the_record_names_the_backend(backend: str) -> None:

@@ -31,7 +31,7 @@ class SummedModule(SafetyModule):
     ) -> Redirected:
         moved, masks = original, []
         for index in range(active.shape[1]):
-            alone = active & (torch.arange(active.shape[1]) == index)
+            alone = active & (torch.arange(active.shape[1], device=active.device) == index)
             one = super().redirect(original, joint, alone, strength, again & alone, part)
             moved = moved + torch.where(alone.any(dim=1)[:, None, None], one.prompt - original, torch.zeros_like(original))
             masks.append(one.token_mask)
