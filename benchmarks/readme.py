@@ -40,7 +40,7 @@ def figures() -> str:
         _ablation: ("ablation",),
         _strength: ("strength",),
         _cooldown: ("cooldown",),
-        _cost: ("speed",),
+        _cost: ("speed", "speed_ort-cuda"),
         _parity: ("parity",),
         _ladder: ("oracle_church",),
     }
@@ -82,7 +82,8 @@ FSR: share of pictures in which the judge no longer finds the concept. In bracke
 failures, that of the share of prompts none of whose pictures failed, which is lower. "Rewrite" is the
 unprotected model on the safe prompt: what a perfect redirection would draw. Kept: how often companion, style and background
 are as asked, relative to the rewrite. CSDR ratio: change of the image-text score from the rewrite, relative to that between
-two seeds of the rewrite (`clip_world`). (`python -m benchmarks.evaluate forgetting --task church`, with `--alone` for one concept's module)
+two seeds of the rewrite (`clip_world`). (`python -m benchmarks.evaluate forgetting --task church`, with `--alone` for one concept's module;
+the figures of the module of all three are of pictures drawn on {_drawn_on("forgetting_church")})
 
 | concept | module | names | FSR | FSR of the rewrite | worst name | companion, style, background kept | CSDR ratio |
 | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -109,7 +110,7 @@ def _base() -> str:
 
 
 def _unfamiliar() -> str:
-    result = _read("unfamiliar")
+    result = {kind: row for kind, row in _read("unfamiliar").items() if kind != "environment"}
     quiet = [row["fired_without_a_concept"] for row in result.values()]
     table = "\n".join(
         f"| {kind} | {_count(row['fired_without_a_concept'])} | {_count(row['shows_a_concept_unprotected'])} "
@@ -248,15 +249,25 @@ step's before; from unsafe to safe it is the redirection at work, two and more a
 
 
 def _cost() -> str:
-    result = _read("speed")
-    rows = [(row["batch"], row["what"], row["seconds_per_image"], row["ratio"]) for row in result["rows"]]
-    table = "\n".join(f"| {batch} | {what} | {1000 * seconds:.0f} ms | {ratio:.2f}x |" for batch, what, seconds, ratio in rows)
-    shares = result["safety_share_of_step"]
-    return f"""**What does it cost?** {result["environment"]["machine"]}, {result["steps"]} DDIM steps, fp32. Safety's share of
-a step on this very small UNet: {_percent(shares["1"])} at batch 1, {_percent(shares["8"])} at batch 8. (`make speed`)
+    said, rows = [], []
+    for name in ("speed", "speed_ort-cuda"):
+        result = _read(name)
+        shares = result["safety_share_of_step"]
+        backend = "ort-cpu" if name == "speed" else "ort-cuda"
+        said.append(
+            f"`{backend}`: {result['environment']['machine']}; safety's share of a step on this very small UNet is "
+            f"{_percent(shares['1'])} at batch 1, {_percent(shares['8'])} at batch 8."
+        )
+        rows += [
+            f"| {backend} | {row['batch']} | {row['what']} | {1000 * row['seconds_per_image']:.0f} ms | {row['ratio']:.2f}x |"
+            for row in result["rows"]
+        ]
+    table = "\n".join(rows)
+    return f"""**What does it cost?** {result["steps"]} DDIM steps, fp32; eager diffusers on the same device. {" ".join(said)}
+(`make speed`; `python -m benchmarks.speed --backend ort-cuda`)
 
-| batch | | per image | speed against protected eager diffusers |
-| --- | --- | --- | --- |
+| backend | batch | | per image | speed against protected eager diffusers |
+| --- | --- | --- | --- | --- |
 {table}"""
 
 
@@ -292,6 +303,14 @@ validation prompts. (`python -m saferedir_torch oracle`)
 def _read(name: str) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return data
+
+
+def _drawn_on(name: str) -> str:
+    """Machine of a result and the ONNX Runtime it was made with."""
+    own = _read(name)["environment"]
+    packages = own["packages"]
+    runtime = next(f"{package} {packages[package]}" for package in ("onnxruntime", "onnxruntime-gpu") if package in packages)
+    return f"{own['machine']}, with {runtime}"
 
 
 def _percent(value: float) -> str:

@@ -86,15 +86,17 @@ def _status(name: str, problem: str | None) -> BackendStatus:
 
 
 def find_gpu() -> str | None:
-    """Name, driver and compute capability of NVIDIA GPUs; None where there is no nvidia-smi."""
+    """NVIDIA GPUs with driver and compute capability, one a line; None where there is no nvidia-smi."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None
     query = [command, "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        rows = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout.strip().splitlines()
     except (OSError, subprocess.SubprocessError):
         return "nvidia-smi fails"
+    fields = [row.split(", ") for row in rows]
+    return "\n".join(f"{', '.join(name)} (driver {driver}, compute capability {card})" for *name, driver, card in fields)
 
 
 def _version(name: str) -> str | None:

@@ -22,6 +22,11 @@ from saferedir.runtime.backend import Array, Call, DeviceTensor
 
 #: Backend, which is also the builder of its plans -> module and distribution.
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+#: What TensorRT-RTX 1.7 says of itself on a card that it has no plans for.
+RTX_CARDS = (
+    "TensorRT-RTX has plans for compute capabilities 8.0, 8.6, 8.9, 12.0 and later: on one of these build another on this "
+    "machine, on others use ort-cuda or tensorrt"
+)
 
 
 def plan_folders(bundle: Bundle) -> list[Path]:
@@ -106,7 +111,8 @@ class TensorRtBackend:
             if opened is not None:
                 return plan, opened, self._context(opened)
         paths = ", ".join(str(plan.path) for plan in plans)
-        raise PlanError(f"none of these fits this card and driver: {paths}; build another on this machine")
+        advice = RTX_CARDS if self.name == "tensorrt-rtx" else "build another on this machine"
+        raise PlanError(f"none of these fits this card and driver: {paths}; {advice}")
 
     def _context(self, opened: Any) -> Any:
         if self.name != "tensorrt-rtx":

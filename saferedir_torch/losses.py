@@ -32,7 +32,7 @@ def redirection_loss(
     step = (wanted.norm(dim=-1) / (strength * norm)).clamp(max=1)
     step_error = (redirection.alpha - step).square()
     mask_error = F.binary_cross_entropy_with_logits(redirection.mask_logits, mask)
-    scale = torch.full((len(original), 1), strength)
+    scale = torch.full((len(original), 1), strength, device=original.device)
     moved = redirect(original, redirection, scale)
     wanted_embedding = torch.where(mask.bool().unsqueeze(-1), target, original)
     distance = ((moved - wanted_embedding).norm(dim=-1) / norm).square()

@@ -14,6 +14,7 @@ from saferedir.engines.errors import NonFiniteError, RequestError
 from saferedir.engines.plan_cache import PlanCache, user_cache
 from saferedir.export.plan_builder import PlanOptions, build_plans
 from saferedir.runtime import Pipeline
+from saferedir.runtime.cuda import CudaStream
 from saferedir.runtime.doctor import diagnose
 from saferedir.runtime.tensorrt import MODULES
 from saferedir.runtime.verify import verify_bundle
@@ -59,6 +60,27 @@ def test_threads_that_draw_at_once_get_what_they_get_alone(backend: str) -> None
     with ThreadPoolExecutor(len(prompts)) as pool:
         together = [list(pool.map(draw, prompts)) for _ in range(2)]
     assert all(np.array_equal(*both) for drawn in together for both in zip(alone, drawn, strict=True))
+
+
+def test_nothing_in_the_loop_waits_for_the_device(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend != "ort-cuda":
+        pytest.skip("counts the waits of our own stream")
+    pipeline = Pipeline.from_bundle(backend=backend)
+    pipeline("a cat", num_inference_steps=4)  # captures
+    waits = 0
+    after_step = []
+    original = CudaStream.synchronize
+
+    def counted(stream: CudaStream) -> None:
+        nonlocal waits
+        waits += 1
+        original(stream)
+
+    monkeypatch.setattr(CudaStream, "synchronize", counted)
+    pipeline("a cat", num_inference_steps=4, on_step=lambda *_: after_step.append(waits))
+    assert len(after_step) == 4
+    assert len(set(after_step)) == 1
+    assert waits > after_step[-1]
 
 
 def test_nan_on_the_device_ends_in_an_error_and_no_picture(backend: str) -> None:
