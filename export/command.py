@@ -11,12 +11,13 @@ from typing import Any
 from saferedir.engines.errors import BundleError, OutputError, RequestError, SafetyMismatchError
 from saferedir.engines.manifest import DRAWING_ENGINES, PUBLISHED, SAFETY_ENGINES, SPLIT_SAFETY
 from saferedir.export.bundle_export import BundleOptions, export_bundle
-from saferedir.export.families import family_of
+from saferedir.export.families import checked_unet, family_of
 from saferedir.export.model_changes import ModelChanges, change, with_words
 from saferedir.export.onnx_export import ExportError
 from saferedir.export.published_import import PublishedOptions, import_published
 from saferedir_torch import protect
 from saferedir_torch.config import SafetyConfigError
+from saferedir_torch.model_source import ModelSourceError, locate
 from saferedir_torch.models import load_pipeline
 from saferedir_torch.published_checkpoint import PublishedCheckpointError, load_published
 from saferedir_torch.safety_module import SafetyModule
@@ -29,11 +30,13 @@ def export_folder(
     options: BundleOptions,
     changes: ModelChanges | None = None,
     *,
+    config: str | None = None,
     save_model: Path | None = None,
     on_step: Callable[[int, int], None],
 ) -> Path:
     """Export the pipeline in `model`, protected by the module in `safety`, to the bundle folder `out`.
 
+    `model` is a diffusers folder, a hub name or one `.safetensors` file, whose configuration is that of `config`.
     With `save_model` the pipeline as exported is written to that folder as well, for training and verification.
 
     Raises:
@@ -48,7 +51,7 @@ def export_folder(
             module = SafetyModule.load(safety)
         except SafetyConfigError as error:
             raise RequestError(str(error)) from error
-        pipeline = change(_open(model), changes or ModelChanges())
+        pipeline = change(_open(model, config), changes or ModelChanges())
         if save_model is not None:
             saved, _ = with_words(pipeline, options.words)
             saved.save_pretrained(save_model)
@@ -92,10 +95,18 @@ def _counter(on_step: Callable[[int, int], None], engines: int) -> Callable[[str
     return lambda _: on_step(next(begun), engines)
 
 
-def _open(model: Path) -> Any:
-    family_of(model)
+def _open(model: Path, config: str | None = None) -> Any:
     try:
-        return load_pipeline(model)
+        place = locate(model)
+        if place.is_dir():
+            family_of(place)
+        pipeline = load_pipeline(place, config)
+        checked_unet(pipeline.unet.config, model)
+        return pipeline
+    except RequestError:
+        raise
+    except ModelSourceError as error:
+        raise RequestError(str(error)) from error
     except Exception as error:  # diffusers, transformers and safetensors raise several types of their own
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise RequestError(f"{model} cannot be opened as a diffusers pipeline: {reason}") from error

@@ -50,15 +50,23 @@ def family_of(folder: Path) -> Family:
     names = {name for family in FAMILIES for name in family.pipelines}
     if kind not in names:
         raise RequestError(f"{folder} is a {kind}, which is not known here; known: {', '.join(sorted(names))}")
-    unet = _read(folder / "unet" / "config.json", folder)
+    return checked_unet(_read(folder / "unet" / "config.json", folder), folder)
+
+
+def checked_unet(unet: Mapping[str, Any], source: Path) -> Family:
+    """The family of a Stable Diffusion model, read from `source`, whose UNet has this configuration.
+
+    Raises:
+        RequestError: it cannot be protected.
+    """
     if (channels := unet.get("in_channels")) != (given := unet.get("out_channels")):
         raise RequestError(
-            f"{folder} takes {channels} latent channels and gives {given}; inpainting and image-conditioned models are not "
+            f"{source} takes {channels} latent channels and gives {given}; inpainting and image-conditioned models are not "
             "known here"
         )
     if further := [name for name in ("addition_embed_type", "class_embed_type") if unet.get(name)]:
         raise RequestError(
-            f"{folder} is conditioned by more than cross-attention and the timestep ({', '.join(further)}), which redirection "
+            f"{source} is conditioned by more than cross-attention and the timestep ({', '.join(further)}), which redirection "
             "does not reach"
         )
     return family_of_unet(unet)

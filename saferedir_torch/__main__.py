@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from saferedir_torch.prompt_source import PromptSource
 
 app = typer.Typer(help="Train and examine safety modules.", no_args_is_help=True, pretty_exceptions_enable=False)
-Model = Annotated[Path, typer.Option(help="Folder or hub name of a Stable Diffusion 1.x pipeline.")]
+Model = Annotated[Path, typer.Option(help="Folder or hub name of a Stable Diffusion pipeline, or one .safetensors file.")]
+Config = Annotated[str | None, typer.Option(help="Folder or hub name with the configuration of a single file.")]
 SplitFile = Annotated[Path | None, typer.Option(help="Which names, pairs and seeds may be seen; the shipped one by default.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.")]
@@ -44,6 +45,7 @@ def train(
     runs_from: Annotated[Path | None, typer.Option(help="Folder of another training whose recorded runs are used.")] = None,
     extend: Annotated[Path | None, typer.Option(help="Folder of a trained module that the concept is added to.")] = None,
     device: Device = "auto",
+    config: Config = None,
 ) -> None:
     """Train a safety module. The same command goes on where an interrupted one stopped.
 
@@ -64,7 +66,7 @@ def train(
     from saferedir_torch.train import train as train_module
     from saferedir_torch.training_data import SAMPLINGS
 
-    pipeline = load_pipeline(model).to(_device(device))
+    pipeline = load_pipeline(model, config).to(_device(device))
     base = None if extend is None else SafetyModule.load(extend).to(pipeline.device)
     known = [] if base is None else base.config.concept_names
     module = train_module(
@@ -91,6 +93,7 @@ def calibrate(
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
     seed: Seed = 0,
     device: Device = "auto",
+    config: Config = None,
 ) -> None:
     """Set the thresholds so that at most 0.1 % of benign pictures fire, with 95 % confidence, and state that promise.
 
@@ -106,7 +109,7 @@ def calibrate(
     from saferedir_torch.recording import record
     from saferedir_torch.safety_module import SafetyModule
 
-    pipeline = load_pipeline(model).to(_device(device))
+    pipeline = load_pipeline(model, config).to(_device(device))
     module = SafetyModule.load(safety).to(pipeline.device)
     drawn = []
     with Progress() as progress:
@@ -226,6 +229,7 @@ def main() -> None:
     """Run a command; what a user can cause ends in one line and exit code 2."""
     from saferedir_torch.calibration import CalibrationError
     from saferedir_torch.config import SafetyConfigError
+    from saferedir_torch.model_source import ModelSourceError
     from saferedir_torch.pairs_file import PairsFileError
     from saferedir_torch.protect import ProtectionError
     from saferedir_torch.recording import RecordingError
@@ -237,6 +241,7 @@ def main() -> None:
         app()
     except (
         CalibrationError,
+        ModelSourceError,
         RecordingError,
         TrainingError,
         SplitError,

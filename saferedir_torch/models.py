@@ -9,6 +9,8 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from saferedir_torch.model_source import ModelSourceError, locate, open_single_file
+
 SHIPPED = Path(__file__).with_name("shipped")
 SHIPPED_MODEL = SHIPPED / "emoji-diffusion"
 SHIPPED_SAFETY = SHIPPED / "safety"
@@ -28,17 +30,27 @@ def device_called(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_pipeline(model: str | Path = SHIPPED_MODEL) -> StableDiffusionPipeline:
-    """The pipeline of a folder or hub name, in fp32, without progress bars.
+def load_pipeline(model: str | Path = SHIPPED_MODEL, config: str | Path | None = None) -> StableDiffusionPipeline:
+    """The pipeline of a folder, a hub name or one `.safetensors` file, in fp32, without progress bars.
+
+    `config` is where the configuration of a single file comes from: a folder or hub name of the same family.
 
     Raises:
         FileNotFoundError: the shipped model is not there (a source checkout without its weights).
+        ModelSourceError: there is no such model, or the file holds none.
     """
     if Path(model) == SHIPPED_MODEL and not SHIPPED_MODEL.is_dir():
         raise FileNotFoundError(f"{SHIPPED_MODEL} is missing; build it with `python -m saferedir_torch.world`, or restore it")
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    # Named here, since the components' own default is the precision they were saved in.
-    pipeline: StableDiffusionPipeline = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    place = locate(model)
+    if config is not None and not place.is_file():
+        raise ModelSourceError(f"{model} has a configuration of its own; one is named for a single file alone")
+    pipeline: StableDiffusionPipeline = (
+        open_single_file(place, config)
+        if place.is_file()
+        # Named here, since the components' own default is the precision they were saved in.
+        else StableDiffusionPipeline.from_pretrained(place, torch_dtype=torch.float32)
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from saferedir_torch.models import SHIPPED_MODEL
@@ -54,3 +63,27 @@ def save_small_pipeline(
     )  # fmt: skip
     pipeline.to(torch.float16).save_pretrained(folder)
     return folder
+
+
+def save_first(folder: Path) -> Path:
+    """A folder of the kind of Stable Diffusion 1, with two levels."""
+    return save_small_pipeline(folder, width=32, heads=2, two_levels=True)
+
+
+def save_second(folder: Path) -> Path:
+    """A folder with what sets Stable Diffusion 2 apart: width 1024, velocity prediction, its own padding."""
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, prediction_type="v_prediction",
+    )  # fmt: skip
+    return save_small_pipeline(folder, width=1024, heads=16, pad_token="!", scheduler=scheduler)
+
+
+def save_consistency(folder: Path) -> Path:
+    """A folder of a latent consistency model, whose UNet is told the guidance scale."""
+    scheduler = LCMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
+    )  # fmt: skip
+    return save_small_pipeline(
+        folder, width=32, heads=2, told_width=9, kind=LatentConsistencyModelPipeline, scheduler=scheduler
+    )

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, LatentConsistencyModelPipeline, LCMScheduler
-from small_pipeline import SMALL, save_small_pipeline
+from diffusers import LatentConsistencyModelPipeline
+from small_pipeline import SMALL, save_consistency, save_second
 from transformers import CLIPTokenizer
 
 from saferedir.engines import open_bundle
@@ -27,13 +27,8 @@ from saferedir_torch.train import new_module
 
 @pytest.fixture(scope="module")
 def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what sets Stable Diffusion 2 apart: width 1024, velocity prediction, its own padding. Random weights."""
     folder = tmp_path_factory.mktemp("second")
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, prediction_type="v_prediction",
-    )  # fmt: skip
-    save_small_pipeline(folder / "model", width=1024, heads=16, pad_token="!", scheduler=scheduler)
+    save_second(folder / "model")
     new_module(load_pipeline(folder / "model"), {"church": "house"}, **SMALL).save(folder / "safety")
     export_folder(
         folder / "model",
@@ -75,14 +70,8 @@ def test_prompts_are_padded_as_the_model_was_trained_with(second: Path, prompt: 
 
 @pytest.fixture(scope="module")
 def consistency(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A latent consistency model, whose UNet is told the guidance scale. Random weights."""
     folder = tmp_path_factory.mktemp("consistency")
-    scheduler = LCMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
-    )  # fmt: skip
-    save_small_pipeline(
-        folder / "model", width=32, heads=2, told_width=9, kind=LatentConsistencyModelPipeline, scheduler=scheduler
-    )
+    save_consistency(folder / "model")
     new_module(load_pipeline(folder / "model"), {"church": "house"}, **SMALL).save(folder / "safety")
     options = BundleOptions(name="consistency", max_batch=4)
     export_folder(folder / "model", folder / "safety", folder / "bundle", options, on_step=lambda *_: None)

@@ -16,12 +16,15 @@ from saferedir.runtime.command_line.console import JsonOption, console, progress
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="Stable Diffusion 1.x folder in diffusers' format.")],
+    model: Annotated[Path, typer.Argument(help="Folder in diffusers' format, hub name, or one .safetensors file.")],
     safety: Annotated[Path, typer.Option(help="Safety module folder, as training left it.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder; replaced as a whole when all is done.")],
     name: Annotated[str | None, typer.Option(help="What the bundle calls itself; the model folder's name by default.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, max=31, help="Largest batch run at once.")] = 16,
     precision: Annotated[str, typer.Option(help="What the model computes in: fp32, fp16 or bf16.")] = "fp32",
+    config: Annotated[
+        str | None, typer.Option(help="Folder or hub name with the configuration of a single file; the hub's by default.")
+    ] = None,
     lora: Annotated[
         list[str] | None, typer.Option(help="FILE or FILE:SCALE of a LoRA to fuse in, again for more; scale 1 by default.")
     ] = None,
@@ -46,6 +49,8 @@ def export(
 
     `saferedir export stable-diffusion-v1-5 --safety castle --out bundle --lora details.safetensors:0.8 --vae better-vae`
 
+    `saferedir export model.safetensors --config stable-diffusion-v1-5 --safety castle --out bundle --save-model model`
+
     A safety module fits one text encoder. Where a LoRA or `--clip-skip` changes it, train the module on what `--save-model`
     writes.
     """
@@ -56,11 +61,11 @@ def export(
     except ImportError as error:
         raise MissingDependencyError(f"export needs the package {error.name}; install saferedir[export]") from error
     options = BundleOptions(
-        name=name or model.name, max_batch=max_batch, precision=precision, words=tuple(textual_inversion or ())
+        name=name or model.stem, max_batch=max_batch, precision=precision, words=tuple(textual_inversion or ())
     )
     changes = ModelChanges(loras=tuple(_lora(text) for text in lora or ()), vae=vae, clip_skip=clip_skip)
     with progress("exporting") as on_step:
-        folder = export_folder(model, safety, out, options, changes, save_model=save_model, on_step=on_step)
+        folder = export_folder(model, safety, out, options, changes, config=config, save_model=save_model, on_step=on_step)
     console.print(f"{folder}: {_megabytes(folder)}", highlight=False)
 
 

@@ -1,0 +1,139 @@
+"""Model families: each exported, verified against eager PyTorch on real runs in which every other step fires, and measured.
+
+`python -m benchmarks.families` takes small models of the true classes with random weights, and the embedded one. With `--full`
+a model of Stable Diffusion 1.5's own size is exported as well (15 GB of memory, some minutes; its graphs are checked, and
+not run against PyTorch).
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.report import save
+from benchmarks.sd15_shape import build
+from saferedir.engines import open_bundle
+from saferedir.export.bundle_export import BundleOptions
+from saferedir.export.command import export_folder
+from saferedir.runtime import Pipeline, SafetyPolicy
+from saferedir.runtime.verify import verify_bundle
+from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.train import new_module
+
+TESTS = Path(__file__).parents[1] / "tests"
+STEPS = 6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="export a model of Stable Diffusion 1.5's size as well")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for title, make in track(list(models().items()), description="families"):
+            rows.append(measure(title, make, Path(folder) / title.replace(" ", "-")))
+        if options.full:
+            rows.append(measure_full(Path(folder) / "full"))
+    table = Table("model", "family", "export, s", "MB", "worst error", "decisions equal", "PSNR, dB", "steps that fire")
+    for row in rows:
+        checked = [f"{row['worst']:.1e}", f"{row['decisions_equal']} of {row['decisions']}", f"{row['psnr']:.0f}"]
+        table.add_row(row["model"], row["family"], f"{row['seconds']:.0f}", f"{row['megabytes']:.1f}",
+                      *(checked if "worst" in row else ("-",) * 3), f"{row['fired']} of {row['steps']}")  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print(str(save("families", {"rows": rows})))
+
+
+def models() -> dict[str, Callable[[Path], tuple[Path, Path]]]:
+    """What is exported: title -> a function that gives model and safety, and may write them to a folder."""
+    sys.path.insert(0, str(TESTS))
+    from single_file import save_single_file
+    from small_pipeline import SMALL, save_consistency, save_first, save_second
+
+    def small(save_model: Callable[[Path], Path]) -> Callable[[Path], tuple[Path, Path]]:
+        def make(folder: Path) -> tuple[Path, Path]:
+            model = save_model(folder / "model")
+            new_module(load_pipeline(model), {"church": "house"}, **SMALL).save(folder / "safety")
+            return model, folder / "safety"
+
+        return make
+
+    def one_file(folder: Path) -> tuple[Path, Path]:
+        model, safety = small(save_first)(folder)
+        return save_single_file(load_pipeline(model), folder / "model.safetensors"), safety
+
+    return {
+        "embedded": lambda folder: (SHIPPED_MODEL, SHIPPED_SAFETY),
+        "small, width 32": small(save_first),
+        "the same in one file": one_file,
+        "small, width 1024, v-prediction": small(save_second),
+        "small, told the guidance scale": small(save_consistency),
+    }
+
+
+def measure(title: str, make: Callable[[Path], tuple[Path, Path]], folder: Path) -> dict[str, Any]:
+    """Export, verify, and draw with every score reaching its threshold."""
+    folder.mkdir()
+    model, safety = make(folder)
+    row = export(title, model, safety, folder)
+    report = verify_bundle(folder / "bundle", folder / "saved", safety)
+    assert report.parity is not None
+    assert report.pictures is not None
+    worst = max(report.parity, key=lambda line: line.worst)
+    return row | {
+        "verified": report.passed,
+        "worst": worst.worst,
+        "worst_where": f"{worst.engine}: {worst.output}",
+        "decisions": report.pictures.decisions,
+        "decisions_equal": report.pictures.decisions_equal,
+        "psnr": report.pictures.psnr,
+    }
+
+
+def measure_full(folder: Path) -> dict[str, Any]:
+    """Stable Diffusion 1.5's shapes with random weights, in fp32."""
+    folder.mkdir()
+    build().save_pretrained(folder / "model")
+    new_module(load_pipeline(folder / "model"), {"church": "house"}).save(folder / "safety")
+    return export("full size, random weights", folder / "model", folder / "safety", folder, save_model=False)
+
+
+def export(title: str, model: Path, safety: Path, folder: Path, *, save_model: bool = True) -> dict[str, Any]:
+    """The bundle in `folder`, its size, what it took, and how many of its steps fire where all may."""
+    started = time.monotonic()
+    config = str(folder / "model") if model.is_file() else None
+    export_folder(
+        model, safety, folder / "bundle", BundleOptions(name="measured", max_batch=4), config=config,
+        save_model=folder / "saved" if save_model else None, on_step=lambda *_: None,
+    )  # fmt: skip
+    seconds = time.monotonic() - started
+    bundle = open_bundle(folder / "bundle")
+    names = [concept.name for concept in bundle.manifest.safety.concepts]
+    firing = SafetyPolicy(thresholds=dict.fromkeys(names, 0.0), cooldown=1)
+    steps = STEPS if save_model else 2
+    record = Pipeline.from_bundle(folder / "bundle", policy=firing)("a church", num_inference_steps=steps).records[0]
+    return {
+        "model": title,
+        "family": bundle.manifest.model_family,
+        "seconds": seconds,
+        "megabytes": sum(path.stat().st_size for path in (folder / "bundle").iterdir()) / 1e6,
+        "engines": len(bundle.manifest.engines),
+        "steps": len(record.steps),
+        "fired": sum(bool(step.fired) for step in record.steps),
+        # Of the process until now, so that it is the largest model's where that comes last.
+        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Where a model comes from: a folder in diffusers' format, the name of one on the hub, or one `.safetensors` file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+#: Parts of a Stable Diffusion checkpoint in one file, by what the names of their tensors begin with.
+PARTS = {
+    "model.diffusion_model.": "UNet",
+    "first_stage_model.": "VAE",
+    "cond_stage_model.": "text encoder",
+}
+#: What else such a file may be, by a part of a tensor's name.
+OTHERS = {
+    "conditioner.embedders.": "a Stable Diffusion XL model, whose UNet is also conditioned past cross-attention",
+    "joint_blocks.": "a Stable Diffusion 3 model, in which text and picture attend to each other jointly",
+    "double_blocks.": "a Flux model, in which text and picture attend to each other jointly",
+    "lora_": "a LoRA, which changes a model and is none",
+    ".lora": "a LoRA, which changes a model and is none",
+    "string_to_param": "a textual inversion, which adds words to a model and is none",
+}
+
+
+class ModelSourceError(ValueError):
+    """There is no model where one was named, or it cannot be read."""
+
+
+def locate(model: str | Path) -> Path:
+    """The folder or file of `model`; a hub name's folder is that of the hub's cache, which it is fetched to where needed.
+
+    Raises:
+        ModelSourceError: there is no such folder or file, and no such name can be had from the hub.
+    """
+    path = Path(model)
+    if path.exists():
+        return path
+    name = str(model)
+    if name.count("/") != 1 or name.startswith((".", "/")) or path.suffix:
+        raise ModelSourceError(f"{model} does not exist; expected a diffusers folder, a hub name or a .safetensors file")
+    from diffusers import StableDiffusionPipeline
+
+    try:
+        return Path(StableDiffusionPipeline.download(name))
+    except Exception as error:  # huggingface_hub and httpx raise many types of their own
+        raise ModelSourceError(
+            f"{name} is no folder here and cannot be had from the hub: {_first_line(error)}; name a folder, or fetch it first"
+        ) from error
+
+
+def open_single_file(path: Path, config: str | Path | None = None) -> Any:
+    """The pipeline of a Stable Diffusion checkpoint in one file, as its trainers publish it.
+
+    Such a file has no configuration. `config` is the folder or hub name of a model of the same family that has: the hub's
+    for that family by default.
+
+    Raises:
+        ModelSourceError: the file is of another kind, lacks a part, or does not fit the configuration.
+    """
+    from diffusers import StableDiffusionPipeline
+
+    _check(path)
+    folder = None if config is None else locate(config)
+    if folder is not None and not (folder / "model_index.json").is_file():
+        raise ModelSourceError(f"{folder} holds no model_index.json; expected the configuration of a diffusers model")
+    try:
+        return StableDiffusionPipeline.from_single_file(
+            str(path), config=None if folder is None else str(folder), torch_dtype=torch.float32,
+            safety_checker=None, feature_extractor=None,
+        )  # fmt: skip
+    except Exception as error:  # diffusers, transformers and huggingface_hub raise many types of their own
+        known = "" if config is not None else "; its configuration comes from the hub unless --config names a folder"
+        raise ModelSourceError(f"{path} cannot be opened as a Stable Diffusion model: {_first_line(error)}{known}") from error
+
+
+def _check(path: Path) -> None:
+    """Raise `ModelSourceError` where the file is no whole Stable Diffusion checkpoint; reads its header alone."""
+    if path.suffix != ".safetensors":
+        raise ModelSourceError(f"{path} is no .safetensors file; others may run code when they are opened, so convert it first")
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise ModelSourceError(f"{path} is damaged or cut short: {_first_line(error)}") from error
+    for mark, kind in OTHERS.items():
+        if any(mark in name for name in names):
+            raise ModelSourceError(f"{path} is {kind}; expected a Stable Diffusion 1.x or 2.x model")
+    missing = [part for prefix, part in PARTS.items() if not any(name.startswith(prefix) for name in names)]
+    if missing:
+        raise ModelSourceError(f"{path} has no {', no '.join(missing)}; expected a whole Stable Diffusion model")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
