@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +21,8 @@ from rich.table import Table
 
 from benchmarks.report import save
 from benchmarks.sd15_shape import build
+from benchmarks.single_file import save_single_file
+from benchmarks.small_pipeline import SMALL, save_consistency, save_first, save_second
 from saferedir.engines import open_bundle
 from saferedir.export.bundle_export import BundleOptions
 from saferedir.export.command import export_folder
@@ -30,7 +31,6 @@ from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.train import new_module
 
-TESTS = Path(__file__).parents[1] / "tests"
 STEPS = 6
 
 
@@ -56,9 +56,6 @@ def main() -> None:
 
 def models() -> dict[str, Callable[[Path], tuple[Path, Path]]]:
     """What is exported: title -> a function that gives model and safety, and may write them to a folder."""
-    sys.path.insert(0, str(TESTS))
-    from single_file import save_single_file
-    from small_pipeline import SMALL, save_consistency, save_first, save_second
 
     def small(save_model: Callable[[Path], Path]) -> Callable[[Path], tuple[Path, Path]]:
         def make(folder: Path) -> tuple[Path, Path]:

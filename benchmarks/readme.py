@@ -42,6 +42,7 @@ def figures() -> str:
         _cooldown: ("cooldown",),
         _cost: ("speed", "speed_ort-cuda"),
         _parity: ("parity",),
+        _families: ("families",),
         _ladder: ("oracle_church",),
     }
     measured = {path.stem for path in RESULTS.glob("*.json")}
@@ -282,6 +283,28 @@ def _parity() -> str:
     return f"""**Does the deployed engine equal its reference?** Worst absolute difference from eager PyTorch per engine:
 {listed}. Over {result["images"]} pictures ({fired["hits"]} fired, {twice["hits"]} twice or more) {equal["hits"]} of
 {equal["of"]} decisions are equal, {near:.3f} % of pixel values are within 1/255. (`make parity`)"""
+
+
+def _families() -> str:
+    rows = []
+    for row in _read("families")["rows"]:
+        checked = (
+            f"{row['worst']:.1e} ({row['worst_where']}) | {row['decisions_equal']} of {row['decisions']} | {row['psnr']:.0f} dB"
+            if "worst" in row
+            else "not compared | | "
+        )
+        rows.append(
+            f"| {row['model']} | {row['family']} | {checked} | {row['fired']} of {row['steps']} | {row['megabytes']:.1f} MB "
+            f"| {row['seconds']:.0f} s |"
+        )
+    table = "\n".join(rows)
+    return f"""**Which models?** Each exported on one machine, its engines compared with eager PyTorch on inputs of real runs, with and without guidance and
+safety, some in which every other step fires; models of the true classes with random weights, and the embedded one.
+(`python -m benchmarks.families`)
+
+| model | family | worst difference of an engine's output | decisions equal | PSNR of pictures | steps that fire where every score does | bundle | export |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+{table}"""
 
 
 def _ladder() -> str:

@@ -15,8 +15,8 @@ from diffusers import (
     LCMScheduler,
     PNDMScheduler,
 )
-from small_pipeline import SMALL, save_small_pipeline
 
+from benchmarks.small_pipeline import SMALL, save_small_pipeline
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import OutputError, RequestError, SafetyMismatchError, VerificationError
 from saferedir.export.bundle_export import BundleOptions, export_bundle, scheduler_info

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline
-from small_pipeline import SMALL, save_consistency, save_second
 from transformers import CLIPTokenizer
 
+from benchmarks.small_pipeline import SMALL, save_consistency, save_second
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import RequestError
 from saferedir.export.bundle_export import BundleOptions

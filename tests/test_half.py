@@ -11,9 +11,9 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from small_pipeline import SMALL, save_small_pipeline
 from torch import nn
 
+from benchmarks.small_pipeline import SMALL, save_small_pipeline
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import BackendError, RequestError
 from saferedir.engines.plan_cache import PlanCache

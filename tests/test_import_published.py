@@ -13,8 +13,8 @@ import onnxruntime
 import pytest
 import torch
 from published_float64 import Controller, network
-from small_pipeline import save_small_pipeline
 
+from benchmarks.small_pipeline import save_small_pipeline
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import BundleError, RequestError, SafetyMismatchError
 from saferedir.export.bundle_export import BundleOptions

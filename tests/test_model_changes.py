@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from small_pipeline import SMALL, save_small_pipeline
 
+from benchmarks.small_pipeline import SMALL, save_small_pipeline
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import RequestError, SafetyMismatchError
 from saferedir.export.bundle_export import BundleOptions

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from single_file import save_single_file
-from small_pipeline import save_first
 
+from benchmarks.single_file import save_single_file
+from benchmarks.small_pipeline import save_first
 from saferedir.engines.errors import RequestError
 from saferedir.export.command import _open
 from saferedir_torch.model_source import ModelSourceError, locate, open_single_file

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from benchmarks.small_pipeline import SMALL, save_small_pipeline
 from saferedir.engines import Bundle, open_bundle
 from saferedir.engines.bundle import file_sha256
 from saferedir.engines.errors import BundleError, OutputError, PlanError, RequestError
 from saferedir.engines.manifest import SPLIT_SAFETY
 from saferedir.engines.plan_cache import PlanCache, PlanKey, PlanStatus
-from saferedir.export.plan_builder import PlanOptions, build_plans
+from saferedir.export.plan_builder import DRAWING, PlanOptions, build_plans
 from saferedir.runtime.tensorrt import check_profile, find_plans
+from saferedir_torch.models import load_pipeline
+from saferedir_torch.train import new_module
 
 KEY = PlanKey(
     engine="step", onnx_sha256="a" * 64, weights_sha256=("b" * 64,), precision="float32", builder="tensorrt-rtx",
@@ -278,3 +282,30 @@ def test_the_command_builds_into_the_folder_named(tmp_path: Path) -> None:
     wrong = subprocess.run([*command, "--batch", "many"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "batch is 'many'" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "batch", "says"),
+    [("tensorrt-rtx", "1:4:8", "expected onnx first"), ("onnx,openvino", "1:4:8", "expected one of"),
+     ("onnx,tensorrt-rtx", "4:1:8", "smallest <= likeliest")],
+)  # fmt: skip
+def test_impossible_targets_are_named_before_anything_is_exported(tmp_path: Path, target: str, batch: str, says: str) -> None:
+    command = [sys.executable, "-m", "saferedir.runtime", "export", str(tmp_path), "--safety", str(tmp_path),
+               "--out", str(tmp_path / "bundle"), "--target", target, "--batch", batch]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert says in " ".join(result.stderr.split())
+
+
+def test_export_builds_plans_beside_the_graphs_where_they_are_asked_for(tmp_path: Path) -> None:
+    model = save_small_pipeline(tmp_path / "model", width=32, heads=2)
+    new_module(load_pipeline(model), {"church": "house"}, **SMALL).save(tmp_path / "safety")
+    command = [sys.executable, "-m", "saferedir.runtime", "export", str(model), "--safety", str(tmp_path / "safety"),
+               "--out", str(tmp_path / "bundle"), "--target", "onnx,tensorrt-rtx", "--batch", "1:1:2"]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    bundle = open_bundle(tmp_path / "bundle")
+    for engine in DRAWING:
+        (plan,) = find_plans(bundle, engine, "tensorrt-rtx", version("tensorrt-rtx"))
+        assert plan.path.parent == tmp_path / "bundle" / "plans"
+        assert {profile[2][0] for profile in plan.profiles.values()} == {2}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -13,6 +13,9 @@ from rich.table import Table
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import MissingDependencyError, RequestError
 from saferedir.runtime.command_line.console import JsonOption, console, progress
+
+if TYPE_CHECKING:
+    from saferedir.export.plan_builder import PlanOptions
 
 
 def export(
@@ -33,6 +36,10 @@ def export(
     textual_inversion: Annotated[
         list[Path] | None, typer.Option(help="File of a textual inversion, whose words are added; again for more.")
     ] = None,
+    target: Annotated[
+        str, typer.Option(help="onnx, or onnx with plans: onnx,tensorrt-rtx or onnx,tensorrt, or both.")
+    ] = "onnx",
+    batch: Annotated[str, typer.Option(help="SMALLEST:LIKELIEST:LARGEST batch of the plans.")] = "1:4:8",
     save_model: Annotated[
         Path | None, typer.Option(help="Folder for the model as exported, which `verify --against` and training take.")
     ] = None,
@@ -49,7 +56,11 @@ def export(
 
     `saferedir export stable-diffusion-v1-5 --safety castle --out bundle --lora details.safetensors:0.8 --vae better-vae`
 
+    `saferedir export stable-diffusion-v1-5 --safety castle --out bundle --precision fp16 --target onnx,tensorrt-rtx`
+
     `saferedir export model.safetensors --config stable-diffusion-v1-5 --safety castle --out bundle --save-model model`
+
+    Plans are kept in the bundle's own folder; what of them an interrupted command left out, `build-plans --in-bundle` builds.
 
     A safety module fits one text encoder. Where a LoRA or `--clip-skip` changes it, train the module on what `--save-model`
     writes.
@@ -60,12 +71,15 @@ def export(
         from saferedir.export.model_changes import ModelChanges
     except ImportError as error:
         raise MissingDependencyError(f"export needs the package {error.name}; install saferedir[export]") from error
+    plans = _plan_options(target, batch)
     options = BundleOptions(
         name=name or model.stem, max_batch=max_batch, precision=precision, words=tuple(textual_inversion or ())
     )
     changes = ModelChanges(loras=tuple(_lora(text) for text in lora or ()), vae=vae, clip_skip=clip_skip)
     with progress("exporting") as on_step:
         folder = export_folder(model, safety, out, options, changes, config=config, save_model=save_model, on_step=on_step)
+    for wanted in plans:
+        _build_in_bundle(folder, wanted)
     console.print(f"{folder}: {_megabytes(folder)}", highlight=False)
 
 
@@ -164,6 +178,32 @@ def build_plans(
     console.print(table)
 
 
+def _plan_options(target: str, batch: str) -> list[PlanOptions]:
+    """What plans `--target` asks for beside the graphs; checked before anything is exported."""
+    onnx, *builders = [part.strip() for part in target.split(",")]
+    if onnx != "onnx":
+        raise RequestError(
+            f"--target is {target!r}; expected onnx first, from which all else is made, such as onnx,tensorrt-rtx"
+        )
+    if not builders:
+        return []
+    from saferedir.export.plan_builder import PlanOptions
+
+    wanted = [PlanOptions(builder=builder, batch=_batch(batch)) for builder in builders]
+    for options in wanted:
+        options.check()
+    return wanted
+
+
+def _build_in_bundle(folder: Path, options: PlanOptions) -> None:
+    from saferedir.engines import open_bundle
+    from saferedir.engines.plan_cache import PlanCache
+    from saferedir.export.plan_builder import build_plans as build
+
+    with progress(f"building for {options.builder}") as on_plan:
+        build(open_bundle(folder), options, PlanCache(folder / "plans"), on_plan=on_plan, on_wait=_say_waiting)
+
+
 def _lora(text: str) -> tuple[Path, float]:
     path, colon, scale = text.rpartition(":")
     if not colon or Path(text).exists():
@@ -187,4 +227,4 @@ def _batch(text: str) -> tuple[int, int, int]:
 
 
 def _megabytes(folder: Path) -> str:
-    return f"{sum(path.stat().st_size for path in folder.iterdir()) / 1e6:.1f} MB"
+    return f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.1f} MB"
