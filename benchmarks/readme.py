@@ -119,7 +119,8 @@ def _unfamiliar() -> str:
         for kind, row in result.items()
     )
     return f"""**And on what neither model nor safety ever saw?** Fires without a concept in the picture on {sum(row["hits"] for row in quiet)} of
-{sum(row["of"] for row in quiet)}. (`python -m benchmarks.evaluate unfamiliar`)
+{sum(row["of"] for row in quiet)}. What empty prompts show is the ink style, which the model draws now and then where no style is asked for: no
+word carries it, so that moving words does not take it out. (`python -m benchmarks.evaluate unfamiliar`)
 
 | prompts | fires without a concept | shows a concept unprotected | and still does protected |
 | --- | --- | --- | --- |
@@ -287,22 +288,24 @@ def _parity() -> str:
 
 def _families() -> str:
     rows = []
-    for row in _read("families")["rows"]:
+    measured = [name for name in ("families", "families_full") if (RESULTS / f"{name}.json").exists()]
+    for row in (row for name in measured for row in _read(name)["rows"]):
         checked = (
-            f"{row['worst']:.1e} ({row['worst_where']}) | {row['decisions_equal']} of {row['decisions']} | {row['psnr']:.0f} dB"
+            f"{row['worst']:.1e} ({row['worst_where']}) | {row['decisions_equal']} of {row['decisions']} "
+            f"| {'equal' if row['psnr'] is None else format(row['psnr'], '.0f') + ' dB'}"
             if "worst" in row
             else "not compared | | "
         )
         rows.append(
             f"| {row['model']} | {row['family']} | {checked} | {row['fired']} of {row['steps']} | {row['megabytes']:.1f} MB "
-            f"| {row['seconds']:.0f} s |"
+            f"| {row['seconds']:.0f} s, {row['peak_memory_gb']:.1f} GB |"
         )
     table = "\n".join(rows)
     return f"""**Which models?** Each exported on one machine, its engines compared with eager PyTorch on inputs of real runs, with and without guidance and
 safety, some in which every other step fires; models of the true classes with random weights, and the embedded one.
 (`python -m benchmarks.families`)
 
-| model | family | worst difference of an engine's output | decisions equal | PSNR of pictures | steps that fire where every score does | bundle | export |
+| model | family | worst difference of an engine's output | decisions equal | PSNR of pictures | steps that fire where every score does | bundle | export, and memory until then |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}"""
 
