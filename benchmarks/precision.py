@@ -1,7 +1,8 @@
-"""What half precision changes: decisions, pictures, what is forgotten, size, and the tensors that come nearest to overflow.
+"""What lower precision changes: decisions, pictures, what is forgotten, size, and the tensors that come nearest to overflow.
 
-Every tensor of the exported graphs is rounded to its type (`saferedir.export.rounded`), over whole runs. Bundles and pictures
-are kept in `--work` and used again.
+In half every tensor of the exported graphs is rounded to its type (`saferedir.export.rounded`), over whole runs. In int8 the
+weights alone are, of UNet and VAE, one scale an output channel; a runtime makes floats of them once, at loading, so that only
+the file is smaller. Bundles and pictures are kept in `--work` and used again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -28,6 +30,7 @@ from saferedir.export.bundle_export import BundleOptions, export_bundle
 from saferedir.export.half import ISLANDS
 from saferedir.export.rounded import MAGNITUDES, RoundedBackend, load_rounded, watched
 from saferedir.runtime import Pipeline
+from saferedir.runtime.ort import OrtBackend
 from saferedir.runtime.replay import RecordingBackend
 from saferedir_torch.evaluation.intervals import share
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
@@ -44,6 +47,9 @@ WATCHED = 8
 WEIGHTS = ("text_encoder.safetensors", "unet.safetensors", "vae.safetensors", "safety.safetensors")
 
 
+INT8 = "int8"
+
+
 @dataclass(frozen=True)
 class Way:
     """A precision, the modules that stay in fp32, and operators of the others that are not rounded."""
@@ -55,6 +61,8 @@ class Way:
 
     @property
     def bundle_name(self) -> str:
+        if self.precision == INT8:
+            return INT8
         return f"{self.precision}-{'islands' if self.islands else 'throughout'}"
 
 
@@ -65,7 +73,9 @@ WAYS = (
     Way("bf16, as exported: norms in fp32", "bf16"),
     Way("bf16 throughout", "bf16", islands=()),
     Way("bf16, norms and softmax in fp32", "bf16", exact=("Softmax",)),
+    Way("int8 weights, fp32 else", INT8),
 )
+QUANTISED = (nn.Conv2d, nn.Linear)
 
 
 def main() -> None:
@@ -120,8 +130,8 @@ def measure(count: int, rewrites: int, work: Path) -> dict[str, Any]:
             "worst_psnr": float(psnr.min()),
             "median_psnr": float(np.median(psnr)),
             "fsr": fsr,
-            "weight_bytes": sum(bundle.manifest.files[file].bytes for file in WEIGHTS),
-            "largest": [] if way is None or way.exact else _largest(reference, bundle, way, prompts, seeds),
+            "weight_bytes": _int8_bytes(reference.bundle) if way and way.precision == INT8 else _stored(bundle),
+            "largest": _largest(reference, bundle, way, prompts, seeds) if way and way.precision in LARGEST and not way.exact else [],
         })  # fmt: skip
     return {"pictures": len(prompts), "benign": benign, "steps": int(expected.score.shape[1]), "rows": rows}
 
@@ -130,8 +140,12 @@ def _bundle(way: Way, folder: Path) -> Bundle:
     out = folder / way.bundle_name
     module = SafetyModule.load(SHIPPED_SAFETY)
     if not out.exists():
-        options = BundleOptions(name=way.bundle_name, max_batch=16, precision=way.precision, islands=way.islands)
-        export_bundle(load_pipeline(), module, out, options)
+        pipeline, precision = load_pipeline(), way.precision
+        if precision == INT8:
+            precision = "fp32"
+            quantise(pipeline)
+        options = BundleOptions(name=way.bundle_name, max_batch=16, precision=precision, islands=way.islands)
+        export_bundle(pipeline, module, out, options)
     bundle = open_bundle(out)
     if (out / "safety.safetensors").read_bytes() != (SHIPPED_SAFETY / "model.safetensors").read_bytes():
         shutil.rmtree(out)
@@ -141,9 +155,36 @@ def _bundle(way: Way, folder: Path) -> Bundle:
 
 def _draw(studio: Studio, bundle: Bundle, way: Way, prompts: Sequence[str], seeds: Sequence[int]) -> Drawn:
     files = bundle.manifest.files
-    identity = " ".join(["rounded", *way.exact, files["step.onnx"].sha256, files["safety.safetensors"].sha256])
-    pipeline = Pipeline(bundle, RoundedBackend(bundle, exact=way.exact))
+    hashes = [files[name].sha256 for name in ("step.onnx", "unet.safetensors", "safety.safetensors")]
+    identity = " ".join(["rounded", *way.exact, *hashes])
+    backend = OrtBackend(bundle, "ort-cpu") if way.precision == INT8 else RoundedBackend(bundle, exact=way.exact)
+    pipeline = Pipeline(bundle, backend)
     return studio.draw(pipeline, identity, prompts, seeds, way.title)
+
+
+@torch.no_grad()
+def quantise(pipeline: Any) -> None:
+    """Round the weights of convolutions and linear layers in UNet and VAE to 255 steps, one scale an output channel."""
+    for module in (*pipeline.unet.modules(), *pipeline.vae.modules()):
+        if isinstance(module, QUANTISED):
+            rows = module.weight.flatten(1)
+            scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+            module.weight.copy_(((rows / scale).round() * scale).reshape(module.weight.shape))
+
+
+def _stored(bundle: Bundle) -> int:
+    """Bytes of all weight files."""
+    return sum(bundle.manifest.files[file].bytes for file in WEIGHTS)
+
+
+def _int8_bytes(reference: Bundle) -> int:
+    """The same where weights of convolutions and linear layers take a byte each, and two bytes an output channel, in place of
+    two bytes each."""
+    stored, pipeline = _stored(reference), load_pipeline()
+    for module in (*pipeline.unet.modules(), *pipeline.vae.modules()):
+        if isinstance(module, QUANTISED):
+            stored += 2 * len(module.weight) - module.weight.numel()
+    return stored
 
 
 def _psnr(found: Drawn, expected: Drawn) -> Any:
