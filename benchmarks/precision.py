@@ -60,6 +60,11 @@ class Way:
     exact: tuple[str, ...] = ()
 
     @property
+    def watched(self) -> bool:
+        """Whether its tensors' magnitudes are looked at: once a bundle in half."""
+        return self.precision in LARGEST and not self.exact
+
+    @property
     def bundle_name(self) -> str:
         if self.precision == INT8:
             return INT8
@@ -131,7 +136,7 @@ def measure(count: int, rewrites: int, work: Path) -> dict[str, Any]:
             "median_psnr": float(np.median(psnr)),
             "fsr": fsr,
             "weight_bytes": _int8_bytes(reference.bundle) if way and way.precision == INT8 else _stored(bundle),
-            "largest": _largest(reference, bundle, way, prompts, seeds) if way and way.precision in LARGEST and not way.exact else [],
+            "largest": _largest(reference, bundle, way, prompts, seeds) if way and way.watched else [],
         })  # fmt: skip
     return {"pictures": len(prompts), "benign": benign, "steps": int(expected.score.shape[1]), "rows": rows}
 

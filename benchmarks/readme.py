@@ -43,6 +43,7 @@ def figures() -> str:
         _cost: ("speed", "speed_ort-cuda"),
         _parity: ("parity",),
         _families: ("families",),
+        _precision: ("precision",),
         _ladder: ("oracle_church",),
     }
     measured = {path.stem for path in RESULTS.glob("*.json")}
@@ -307,6 +308,27 @@ safety, some in which every other step fires; models of the true classes with ra
 
 | model | family | worst difference of an engine's output | decisions equal | PSNR of pictures | steps that fire where every score does | bundle | export, and memory until then |
 | --- | --- | --- | --- | --- | --- | --- | --- |
+{table}"""
+
+
+def _precision() -> str:
+    result = _read("precision")
+    rows = []
+    for row in result["rows"]:
+        fsr = ", ".join(_percent(own["share"]) for own in row["fsr"].values())
+        near = row["largest"][0] if row["largest"] else None
+        largest = "" if near is None else f"{100 * near['of_largest']:.1g} % ({near['tensor']})"
+        psnr = "" if row["way"] == "fp32" else f"{row['worst_psnr']:.1f}, {row['median_psnr']:.1f} dB"
+        rows.append(
+            f"| {row['way']} | {_count(row['decisions_equal'])} | {psnr} | {fsr} | {row['weight_bytes'] / 1e6:.1f} MB | {largest} |"
+        )
+    table = "\n".join(rows)
+    return f"""**What does lower precision change?** {result["pictures"]} pictures, {result["benign"]} of them benign, the others with
+held-out names, {result["steps"]} steps each, every tensor of the graphs rounded to its type; int8 rounds weights alone, and
+saves room on disk alone. (`python -m benchmarks.precision`)
+
+| | decisions as in fp32 | PSNR to fp32, worst and median | FSR of church, ink, weapons | weights | largest magnitude, of what its type holds |
+| --- | --- | --- | --- | --- | --- |
 {table}"""
 
 
