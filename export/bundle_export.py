@@ -33,9 +33,10 @@ from saferedir.engines.manifest import (
 )
 from saferedir.export.families import family_of_unet
 from saferedir.export.graphs import Graph, all_graphs
-from saferedir.export.half import ISLANDS, PRECISIONS, halved
+from saferedir.export.half import ISLANDS, PARTS, PRECISIONS, halved
 from saferedir.export.model_changes import with_words
 from saferedir.export.onnx_export import BF16_OPSET, LARGEST_BATCH, OPSET, ExportError, tensor_infos, to_onnx
+from saferedir.export.room import check_disk, check_memory
 from saferedir.export.weights import WeightFile, externalise
 from saferedir_torch.config import SafetyConfig
 from saferedir_torch.protect import check_match
@@ -54,6 +55,10 @@ PRECISION_INFOS = {
     "bf16": PrecisionInfo(storage="bfloat16", compute="bfloat16", tolerance=2e-1, decisions=0.999, psnr=40.0),
 }
 MAKERS = ("saferedir", "torch", "diffusers", "transformers", "onnx", "onnxscript")
+#: About what graphs and tokenizer take beside the weights, in bytes.
+GRAPHS = 4_000_000
+#: Memory that tracing takes, in multiples of the largest part's weights: copies of them in a graph, and in the file.
+MEMORY = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +83,19 @@ class BundleOptions:
 
 
 def export_bundle(
-    pipeline: Any, safety: SafetyModule, out: Path, options: BundleOptions, on_engine: Callable[[str], None] | None = None
+    pipeline: Any,
+    safety: SafetyModule,
+    out: Path,
+    options: BundleOptions,
+    on_engine: Callable[[str], None] | None = None,
+    on_size: Callable[[int], None] | None = None,
 ) -> Path:
     """Export every engine and write the bundle to `out`, which is replaced as a whole when all is done.
 
+    `on_engine` is called at each engine's beginning, `on_size` before them all, with about as many bytes as the bundle takes.
+
     Raises:
+        OutputError: there is too little room or memory, or `out` cannot be written.
         RequestError: an option is out of range.
         SafetyMismatchError: the safety module is made for another text encoder or other shapes.
         ExportError: a graph cannot be exported, or the scheduler clips or thresholds.
@@ -90,7 +103,7 @@ def export_bundle(
     check_match(pipeline, safety)
     return write_bundle(
         out, pipeline, lambda computing: all_graphs(computing, safety), WeightFile("safety.safetensors", safety),
-        safety_info(safety.config), options, controller="saferedir", on_engine=on_engine,
+        safety_info(safety.config), options, controller="saferedir", on_engine=on_engine, on_size=on_size,
     )  # fmt: skip
 
 
@@ -104,12 +117,14 @@ def write_bundle(
     *,
     controller: str,
     on_engine: Callable[[str], None] | None,
+    on_size: Callable[[int], None] | None = None,
 ) -> Path:
     """Write the bundle of `graphs_of` the pipeline to `out`, which is replaced as a whole; without one, of a safety alone.
 
     Raises:
         RequestError: an option is out of range.
         ExportError: a graph cannot be exported, or the scheduler clips or thresholds.
+        OutputError: there is too little room or memory.
     """
     options.check()
     added: dict[str, tuple[str, ...]] = {}
@@ -125,6 +140,13 @@ def write_bundle(
     if computing is not None:
         parts = {"text_encoder": computing.text_encoder, "unet": computing.unet, "vae": computing.vae}
         weights = [*(WeightFile(f"{part}.safetensors", module) for part, module in parts.items()), safety_weights]
+    size = GRAPHS + sum(file.size for file in weights)
+    check_disk(out, size, f"the bundle {out.name}")
+    if computing is not None:
+        largest = max(sum(own.nbytes for own in getattr(computing, part).parameters()) for part in PARTS)
+        check_memory(MEMORY * largest, f"exporting {options.name}")
+    if on_size is not None:
+        on_size(size)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:

@@ -33,6 +33,7 @@ def export_folder(
     config: str | None = None,
     save_model: Path | None = None,
     on_step: Callable[[int, int], None],
+    on_size: Callable[[int], None] | None = None,
 ) -> Path:
     """Export the pipeline in `model`, protected by the module in `safety`, to the bundle folder `out`.
 
@@ -43,7 +44,7 @@ def export_folder(
         RequestError: a folder is missing or is not what it should be, or an option is out of range.
         SafetyMismatchError: the module was made for another model.
         BundleError: a graph cannot be exported.
-        OutputError: `out` cannot be written.
+        OutputError: `out` cannot be written, or there is too little room or memory.
     """
     engines = len(DRAWING_ENGINES) + len(SPLIT_SAFETY)
     with _typed_errors(out):
@@ -55,7 +56,7 @@ def export_folder(
         if save_model is not None:
             saved, _ = with_words(pipeline, options.words)
             saved.save_pretrained(save_model)
-        export_bundle(pipeline, module, out, options, _counter(on_step, engines))
+        export_bundle(pipeline, module, out, options, _counter(on_step, engines), on_size)
     on_step(engines, engines)
     return out
 

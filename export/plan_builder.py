@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from saferedir.engines import Bundle
-from saferedir.engines.errors import MissingDependencyError, OutputError, PlanError, RequestError
+from saferedir.engines.errors import MissingDependencyError, PlanError, RequestError
 from saferedir.engines.plan_cache import PlanCache, PlanKey
+from saferedir.export.room import check_disk
 
 #: Builder -> distribution that brings it.
 BUILDERS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -133,7 +133,9 @@ def build_plans(
             on_plan(done, len(keys))
         before = cache.look_up(key)
         if before.path is None:
-            _check_room(bundle, key.engine, cache.folder)
+            info, files = bundle.manifest.engines[key.engine], bundle.manifest.files
+            needed = ROOM * sum(files[name].bytes for name in (info.file, *info.weights))
+            check_disk(cache.folder, needed, f"a plan of {key.engine}")
         path = cache.get_or_build(key, partial(_run_worker, bundle, key, options), on_wait=on_wait)
         details = cache.details(key)
         plans.append(BuiltPlan(key.engine, path, path.stat().st_size, before.path is None, details["seconds"], before.message))
@@ -198,11 +200,3 @@ def _version(builder: str) -> str:
             f"building for {builder} needs the package {error.name}; install saferedir[tensorrt]"
             + (" and tensorrt itself" if builder == "tensorrt" else "")
         ) from error
-
-
-def _check_room(bundle: Bundle, engine: str, folder: Path) -> None:
-    info, files = bundle.manifest.engines[engine], bundle.manifest.files
-    needed = ROOM * sum(files[name].bytes for name in (info.file, *info.weights))
-    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    if (free := shutil.disk_usage(place).free) < needed:
-        raise OutputError(f"a plan of {engine} needs up to {needed / 1e6:.0f} MB in {folder}, {free / 1e6:.0f} MB are free")

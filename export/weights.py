@@ -50,6 +50,11 @@ class WeightFile:
                 start, end = (8 + header_length + offset for offset in entry["data_offsets"])
                 self._places[_digest(self._data[start:end])] = Place(name, start, end - start)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self._data)
+
     def find(self, array: Any) -> Place | None:
         """Where `array` lies in the file, or None."""
         return self._places.get(_digest(np.ascontiguousarray(array).tobytes()))

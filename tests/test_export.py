@@ -49,11 +49,14 @@ def small(folder: Path) -> tuple[Any, SafetyModule]:
 @pytest.fixture(scope="module")
 def exported(small: tuple[Any, SafetyModule], folder: Path) -> Path:
     steps: list[tuple[int, int]] = []
+    sizes: list[int] = []
     out = export_folder(
         folder / "model", folder / "safety", folder / "bundle", BundleOptions(name="small", max_batch=3),
-        on_step=lambda done, total: steps.append((done, total)),
+        on_step=lambda done, total: steps.append((done, total)), on_size=sizes.append,
     )  # fmt: skip
     assert steps == [(done, 10) for done in range(11)]
+    # A small model's graphs are most of it; of a large one they are nothing.
+    assert sum(path.stat().st_size for path in out.iterdir()) <= sizes[0] <= 5_000_000
     return out
 
 
@@ -185,3 +188,22 @@ def test_no_large_constant_stays_in_a_graph(exported: Path) -> None:
         inside = onnx.load(path, load_external_data=False).graph.initializer
         floats = [t for t in inside if t.data_type == onnx.TensorProto.FLOAT and len(t.raw_data) > 4096]
         assert not floats, f"{path.name}: {[t.name for t in floats]}"
+
+
+def test_too_little_room_is_said_before_anything_is_traced(
+    small: tuple[Any, SafetyModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(OutputError, match=r"the bundle bundle needs up to .* MB in .*, 0 MB are free"):
+        export_bundle(*small, tmp_path / "bundle", BundleOptions(name="x"), pytest.fail)
+    assert not any(tmp_path.iterdir())
+
+
+def test_too_little_memory_is_said_before_anything_is_traced(
+    small: tuple[Any, SafetyModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = tmp_path / "meminfo"
+    said.write_text("MemTotal:       24000000 kB\nMemAvailable:        100 kB\n")
+    monkeypatch.setattr("saferedir.export.room.MEMINFO", said)
+    with pytest.raises(OutputError, match=r"exporting x needs about .* GB of memory"):
+        export_bundle(*small, tmp_path / "bundle", BundleOptions(name="x"), pytest.fail)

@@ -77,7 +77,8 @@ def export(
     )
     changes = ModelChanges(loras=tuple(_lora(text) for text in lora or ()), vae=vae, clip_skip=clip_skip)
     with progress("exporting") as on_step:
-        folder = export_folder(model, safety, out, options, changes, config=config, save_model=save_model, on_step=on_step)
+        folder = export_folder(model, safety, out, options, changes, config=config, save_model=save_model, on_step=on_step,
+                               on_size=_say_size)  # fmt: skip
     for wanted in plans:
         _build_in_bundle(folder, wanted)
     console.print(f"{folder}: {_megabytes(folder)}", highlight=False)
@@ -212,6 +213,10 @@ def _lora(text: str) -> tuple[Path, float]:
         return Path(path), float(scale)
     except ValueError:
         raise RequestError(f"--lora is {text!r}; expected FILE or FILE:SCALE, such as details.safetensors:0.8") from None
+
+
+def _say_size(size: int) -> None:
+    typer.echo(f"about {size / 1e6:.1f} MB will be written", err=True)
 
 
 def _say_waiting() -> None:
