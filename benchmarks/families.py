@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks.report import save
 from benchmarks.sd15_shape import build
 from benchmarks.single_file import save_single_file
-from benchmarks.small_pipeline import SMALL, save_consistency, save_first, save_second
+from benchmarks.small_pipeline import SMALL, save_consistency, save_first, save_pixart, save_second
 from saferedir.engines import open_bundle
 from saferedir.export.bundle_export import BundleOptions
 from saferedir.export.command import export_folder
@@ -83,6 +83,7 @@ def models() -> dict[str, Callable[[Path], tuple[Path, Path]]]:
         "the same in one file": one_file,
         "small, width 1024, v-prediction": small(save_second),
         "small, told the guidance scale": small(save_consistency),
+        "small transformer": small(save_pixart),
     }
 
 
@@ -91,7 +92,7 @@ def measure(title: str, make: Callable[[Path], tuple[Path, Path]], folder: Path)
     folder.mkdir()
     model, safety = make(folder)
     row = export(title, model, safety, folder)
-    report = verify_bundle(folder / "bundle", folder / "saved", safety)
+    report = verify_bundle(folder / "bundle", folder / "saved" if model.is_file() else model, safety)
     assert report.parity is not None
     assert report.pictures is not None
     worst = max(report.parity, key=lambda line: line.worst)
@@ -111,22 +112,21 @@ def measure_full(folder: Path) -> dict[str, Any]:
     folder.mkdir()
     build().save_pretrained(folder / "model")
     new_module(load_pipeline(folder / "model"), {"church": "house"}).save(folder / "safety")
-    return export("full size, random weights", folder / "model", folder / "safety", folder, save_model=False)
+    return export("full size, random weights", folder / "model", folder / "safety", folder, steps=2)
 
 
-def export(title: str, model: Path, safety: Path, folder: Path, *, save_model: bool = True) -> dict[str, Any]:
+def export(title: str, model: Path, safety: Path, folder: Path, *, steps: int = STEPS) -> dict[str, Any]:
     """The bundle in `folder`, its size, what it took, and how many of its steps fire where all may."""
     started = time.monotonic()
     config = str(folder / "model") if model.is_file() else None
     export_folder(
         model, safety, folder / "bundle", BundleOptions(name="measured", max_batch=4), config=config,
-        save_model=folder / "saved" if save_model else None, on_step=lambda *_: None,
+        save_model=folder / "saved" if model.is_file() else None, on_step=lambda *_: None,
     )  # fmt: skip
     seconds = time.monotonic() - started
     bundle = open_bundle(folder / "bundle")
     names = [concept.name for concept in bundle.manifest.safety.concepts]
     firing = SafetyPolicy(thresholds=dict.fromkeys(names, 0.0), cooldown=1)
-    steps = STEPS if save_model else 2
     record = Pipeline.from_bundle(folder / "bundle", policy=firing)("a church", num_inference_steps=steps).records[0]
     return {
         "model": title,

@@ -11,11 +11,13 @@ from diffusers import (
     DiffusionPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
     SchedulerMixin,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from saferedir_torch.models import SHIPPED_MODEL
 from saferedir_torch.world.base import new_scheduler
@@ -53,16 +55,20 @@ def save_small_pipeline(
         down_block_types=("DownBlock2D", *down) if two_levels else down,
         up_block_types=(*up, "UpBlock2D") if two_levels else up,
     )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, sample_size=32, mid_block_add_attention=False,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-    )  # fmt: skip
     pipeline = kind(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler or new_scheduler(),
+        vae=small_vae(), text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler or new_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.to(torch.float16).save_pretrained(folder)
     return folder
+
+
+def small_vae() -> AutoencoderKL:
+    """A VAE of the true class that halves pictures once."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, sample_size=32, mid_block_add_attention=False,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
 
 
 def save_first(folder: Path) -> Path:
@@ -87,3 +93,29 @@ def save_consistency(folder: Path) -> Path:
     return save_small_pipeline(
         folder, width=32, heads=2, told_width=9, kind=LatentConsistencyModelPipeline, scheduler=scheduler
     )
+
+
+def save_pixart(folder: Path) -> Path:
+    """A folder of a PixArt model: T5 for its prompts, a transformer that says its variance as well."""
+    torch.manual_seed(0)
+    pieces = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        *(f"\u2581{word}" for word in ("a", "church", "cat", "castle", "on", "blue", "in", "ink")),
+    ]
+    pieces += ["\u2581", *"abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = T5Tokenizer(vocab=[(piece, -float(len(piece) < 2)) for piece in pieces], extra_ids=0)
+    text = T5EncoderModel(
+        T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, dropout_rate=0.0)
+    )
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=1, cross_attention_dim=32, caption_channels=32,
+        sample_size=16, attention_bias=True,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(beta_start=0.0001, beta_end=0.02, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    pipeline = PixArtAlphaPipeline(
+        tokenizer=tokenizer, text_encoder=text, vae=small_vae(), transformer=transformer, scheduler=scheduler
+    )
+    pipeline.to(torch.float16).save_pretrained(folder)
+    return folder

@@ -8,6 +8,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from diffusers import StableDiffusionPipeline
+
 from saferedir.engines.errors import BundleError, OutputError, RequestError, SafetyMismatchError
 from saferedir.engines.manifest import DRAWING_ENGINES, PUBLISHED, SAFETY_ENGINES, SPLIT_SAFETY
 from saferedir.export.bundle_export import BundleOptions, export_bundle
@@ -53,6 +55,8 @@ def export_folder(
         except SafetyConfigError as error:
             raise RequestError(str(error)) from error
         pipeline = change(_open(model, config), changes or ModelChanges())
+        if save_model is not None and not isinstance(pipeline, StableDiffusionPipeline):
+            raise RequestError(f"--save-model writes Stable Diffusion pipelines alone; {model} is of another family")
         if save_model is not None:
             saved, _ = with_words(pipeline, options.words)
             saved.save_pretrained(save_model)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saferedir.engines.errors import RequestError
+from saferedir_torch.pixart import PROMPT_TOKENS
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,17 @@ class Family:
     name: str
     #: Classes of the pipeline, as `model_index.json` names them.
     pipelines: tuple[str, ...]
-    #: Whether a UNet's configuration is of this family, asked in the order of the families.
+    #: Whether a denoiser's configuration is of this family, asked in the order of the families.
     matches: Callable[[Mapping[str, Any]], bool]
+    #: Folder of the denoiser.
+    denoiser: str = "unet"
+    #: Channels that it gives for each that it takes.
+    gives: int = 1
 
 
 STABLE_DIFFUSION = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
 FAMILIES = (
+    Family("pixart", tuple(PROMPT_TOKENS), lambda config: bool(config.get("caption_channels")), "transformer", gives=2),
     Family("latent-consistency", STABLE_DIFFUSION, lambda unet: bool(unet.get("time_cond_proj_dim"))),
     Family("stable-diffusion-2.x", STABLE_DIFFUSION, lambda unet: unet.get("cross_attention_dim") == 1024),
     Family("stable-diffusion-1.x", STABLE_DIFFUSION, lambda unet: True),
@@ -50,7 +56,11 @@ def family_of(folder: Path) -> Family:
     names = {name for family in FAMILIES for name in family.pipelines}
     if kind not in names:
         raise RequestError(f"{folder} is a {kind}, which is not known here; known: {', '.join(sorted(names))}")
-    return checked_unet(_read(folder / "unet" / "config.json", folder), folder)
+    denoiser, gives = next((own.denoiser, own.gives) for own in FAMILIES if kind in own.pipelines)
+    config = _read(folder / denoiser / "config.json", folder)
+    if gives > 1 and config.get("out_channels") == gives * config.get("in_channels", 0):
+        config["out_channels"] = config["in_channels"]  # the others are its variance, which is left out
+    return checked_unet(config, folder)
 
 
 def checked_unet(unet: Mapping[str, Any], source: Path) -> Family:

@@ -82,7 +82,7 @@ def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
 
 def unet_graph(unet: Any) -> UNetGraph | GuidedUNetGraph:
     """The engine of a UNet, of whichever kind it is."""
-    return GuidedUNetGraph(unet) if unet.config.time_cond_proj_dim else UNetGraph(unet)
+    return GuidedUNetGraph(unet) if unet.config.get("time_cond_proj_dim") else UNetGraph(unet)
 
 
 class VaeDecoderGraph(nn.Module):

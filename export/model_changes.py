@@ -32,6 +32,8 @@ def change(pipeline: Any, changes: ModelChanges) -> Any:
         RequestError: a file is missing or does not fit the model; the message names it.
         MissingDependencyError: a LoRA is named and peft is not installed.
     """
+    if (changes.loras or changes.clip_skip) and not hasattr(pipeline, "load_lora_weights"):
+        raise RequestError("LoRAs and skipped layers are for Stable Diffusion; this model is of another family")
     for path, scale in changes.loras:
         _fuse(pipeline, path, scale)
     if changes.vae is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 #: Constants of at most so many elements may say what a shape is; larger ones are known by their type alone.
 LARGEST_SHAPE = 64
@@ -27,7 +27,7 @@ def fix_shapes(model: Any) -> None:
     A reshape may leave one dimension unknown, which is the batch or a multiple of it. Constants are not repeated over the
     batch where all that is made of them broadcasts.
     """
-    shapes, constants = _known_shapes(model), _constants(model)
+    shapes, constants = _drop_vain_squeezes(model), _constants(model)
     varying = _varying(model)
     for node in model.graph.node:
         if node.op_type not in ("Reshape", "Expand") or node.input[1] in constants:
@@ -45,6 +45,23 @@ def fix_shapes(model: Any) -> None:
         model.graph.initializer.append(numpy_helper.from_array(np.array(fixed, np.int64), name))
         node.input[1] = name
     drop_unused(model)
+
+
+def _drop_vain_squeezes(model: Any) -> dict[str, Shape]:
+    """Let through what PyTorch's `squeeze` lets through, a dimension other than 1, which ONNX's refuses; gives all known
+    shapes, of the tensors behind as well."""
+    shapes = _known_shapes(model)
+    values = {own.name: own for own in model.graph.initializer if own.data_type == TensorProto.INT64}
+    vain = []
+    for node in model.graph.node:
+        if node.op_type == "Squeeze" and len(node.input) == 2 and node.input[1] in values:
+            shape = shapes.get(node.input[0])
+            axes = numpy_helper.to_array(values[node.input[1]]).flatten().tolist()
+            if shape is not None and all(shape[axis] not in (1, None) for axis in axes):
+                vain.append(node)
+    for node in vain:
+        node.CopyFrom(helper.make_node("Identity", node.input[:1], list(node.output), name=node.name))
+    return _known_shapes(model) if vain else shapes
 
 
 def _varying(model: Any) -> set[str]:

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from saferedir.engines.errors import BundleAlteredError, RequestError
 
 LONGEST_PROMPT = 10_000
-END_OF_TEXT = "<|endoftext|>"
+#: CLIP's and T5's.
+ENDS_OF_TEXT = ("<|endoftext|>", "</s>")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Tokenised:
 
 
 class PromptTokenizer:
-    """CLIP's tokenizer from a bundle, without transformers."""
+    """CLIP's or T5's tokenizer from a bundle, without transformers."""
 
     def __init__(self, path: Path, length: int, added_words: Mapping[str, Sequence[str]] | None = None) -> None:
         #: Longest first, since one may begin another.
@@ -42,12 +43,12 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._length = length
-        end = self._tokenizer.token_to_id(END_OF_TEXT)
-        if end is None:
-            raise BundleAlteredError(f"{path} has no token {END_OF_TEXT}")
-        self._end: int = end
+        ends = [(text, found) for text in ENDS_OF_TEXT if (found := self._tokenizer.token_to_id(text)) is not None]
+        if not ends:
+            raise BundleAlteredError(f"{path} has no token {' or '.join(ENDS_OF_TEXT)}")
+        self._end_text, self._end = ends[0]
         #: Stable Diffusion 1 pads with its end of text, 2 with another token.
-        self._padding: int = padding["pad_id"] if padding else end
+        self._padding: int = padding["pad_id"] if padding else self._end
 
     def __call__(self, prompt: str) -> Tokenised:
         """Tokenise one prompt, which may be empty.
@@ -70,7 +71,7 @@ class PromptTokenizer:
         cut = max(0, len(ids) - self._length)
         if cut:
             ids = [*ids[: self._length - 1], self._end]
-            tokens = [*tokens[: self._length - 1], END_OF_TEXT]
+            tokens = [*tokens[: self._length - 1], self._end_text]
         padded = np.full(self._length, self._padding, np.int32)
         padded[: len(ids)] = ids
         return Tokenised(padded, tuple(tokens), cut)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ def locate(model: str | Path) -> Path:
         raise ModelSourceError(
             f"{name} is no folder here and cannot be had from the hub: {_first_line(error)}; name a folder, or fetch it first"
         ) from error
+
+
+def pipeline_class(folder: Path) -> str:
+    """What `model_index.json` of a diffusers folder says that its pipeline is; empty where it says nothing."""
+    try:
+        return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def open_single_file(path: Path, config: str | Path | None = None) -> Any:

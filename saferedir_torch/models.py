@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from saferedir_torch.model_source import ModelSourceError, locate, open_single_file
+from saferedir_torch.model_source import ModelSourceError, locate, open_single_file, pipeline_class
+from saferedir_torch.pixart import PROMPT_TOKENS, PixArt
 
 SHIPPED = Path(__file__).with_name("shipped")
 SHIPPED_MODEL = SHIPPED / "emoji-diffusion"
 SHIPPED_SAFETY = SHIPPED / "safety"
 DEVICES = ("auto", "cpu", "cuda")
+
+
+def _open_folder(place: Path) -> Any:
+    # The precision is named, since the components' own default is the one they were saved in.
+    if pipeline_class(place) in PROMPT_TOKENS:
+        return PixArt.of(DiffusionPipeline.from_pretrained(place, torch_dtype=torch.float32))
+    return StableDiffusionPipeline.from_pretrained(place, torch_dtype=torch.float32)
 
 
 def device_called(name: str) -> torch.device:
@@ -30,8 +39,9 @@ def device_called(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_pipeline(model: str | Path = SHIPPED_MODEL, config: str | Path | None = None) -> StableDiffusionPipeline:
-    """The pipeline of a folder, a hub name or one `.safetensors` file, in fp32, without progress bars.
+def load_pipeline(model: str | Path = SHIPPED_MODEL, config: str | Path | None = None) -> Any:
+    """The pipeline of a folder, a hub name or one `.safetensors` file, in fp32, without progress bars; one of another family
+    has Stable Diffusion's parts under their names.
 
     `config` is where the configuration of a single file comes from: a folder or hub name of the same family.
 
@@ -46,11 +56,6 @@ def load_pipeline(model: str | Path = SHIPPED_MODEL, config: str | Path | None =
     place = locate(model)
     if config is not None and not place.is_file():
         raise ModelSourceError(f"{model} has a configuration of its own; one is named for a single file alone")
-    pipeline: StableDiffusionPipeline = (
-        open_single_file(place, config)
-        if place.is_file()
-        # Named here, since the components' own default is the precision they were saved in.
-        else StableDiffusionPipeline.from_pretrained(place, torch_dtype=torch.float32)
-    )
+    pipeline: Any = open_single_file(place, config) if place.is_file() else _open_folder(place)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

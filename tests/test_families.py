@@ -9,19 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import LatentConsistencyModelPipeline
+from diffusers import LatentConsistencyModelPipeline, PixArtAlphaPipeline
 from transformers import CLIPTokenizer
 
-from benchmarks.small_pipeline import SMALL, save_consistency, save_second
+from benchmarks.small_pipeline import SMALL, save_consistency, save_pixart, save_second
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import RequestError
 from saferedir.export.bundle_export import BundleOptions
 from saferedir.export.command import export_folder
 from saferedir.export.families import family_of
+from saferedir.export.model_changes import ModelChanges
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.tokenizer import PromptTokenizer
 from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
+from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.train import new_module
 
 
@@ -99,6 +101,64 @@ def test_half_the_steps_of_a_latent_consistency_model_fire(consistency: Path) ->
     policy = SafetyPolicy(thresholds={"church": 0.0}, cooldown=1)
     result = Pipeline.from_bundle(consistency / "bundle", policy=policy)("a church", num_inference_steps=4)
     assert [bool(step.fired) for step in result.records[0].steps] == [True, False] * 2
+
+
+@pytest.fixture(scope="module")
+def pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusion transformer with T5's prompts."""
+    folder = tmp_path_factory.mktemp("pixart")
+    save_pixart(folder / "model")
+    new_module(load_pipeline(folder / "model"), {"church": "house"}, **SMALL).save(folder / "safety")
+    options = BundleOptions(name="pixart", max_batch=4)
+    export_folder(folder / "model", folder / "safety", folder / "bundle", options, on_step=lambda *_: None)
+    return folder
+
+
+def test_a_transformer_is_exported_and_equals_its_reference(pixart: Path) -> None:
+    manifest = open_bundle(pixart / "bundle").manifest
+    assert manifest.model is not None
+    assert (manifest.model_family, manifest.model.prompt_tokens) == ("pixart", 120)
+    assert verify_bundle(pixart / "bundle", pixart / "model", pixart / "safety").passed
+
+
+@pytest.mark.parametrize("prompt", ["A Church on blue ", ""])
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_a_transformer_draws_what_diffusers_draws(pixart: Path, prompt: str, guidance: float) -> None:
+    theirs = PixArtAlphaPipeline.from_pretrained(pixart / "model", torch_dtype=torch.float32)
+    expected = theirs(
+        prompt, generator=torch.Generator().manual_seed(5), num_inference_steps=4, guidance_scale=guidance, output_type="np",
+        use_resolution_binning=False, clean_caption=False,
+    ).images[0]  # fmt: skip
+    ours = Pipeline.from_bundle(pixart / "bundle", policy=SafetyPolicy(unprotected=True))
+    drawn = np.asarray(ours(prompt, seed=5, num_inference_steps=4, guidance_scale=guidance).images[0])
+    assert np.abs(drawn - (expected * 255).round()).max() <= 1
+
+
+def test_half_the_steps_of_a_transformer_fire_and_its_padding_stays(pixart: Path) -> None:
+    policy = SafetyPolicy(thresholds={"church": 0.0}, cooldown=1)
+    pipeline = Pipeline.from_bundle(pixart / "bundle", policy=policy)
+    result = pipeline("a church", num_inference_steps=4)
+    assert [bool(step.fired) for step in result.records[0].steps] == [True, False] * 2
+    plain = Pipeline(pipeline.bundle, pipeline.backend, SafetyPolicy(unprotected=True))
+    assert result.images[0].tobytes() != plain("a church", num_inference_steps=4).images[0].tobytes()
+    embedding = pipeline.encode(["a church"])
+    kept = np.any(embedding[0] != 0, axis=1)
+    assert kept.sum() == len(result.records[0].tokens)
+    module = SafetyModule.load(pixart / "safety")
+    original = torch.from_numpy(embedding)
+    joint = module.encoder(torch.zeros(1, 4, 16, 16), torch.tensor([500.0]))
+    active = torch.tensor([[True]])
+    moved = module.redirect(original, joint, active, torch.tensor([[1.5]]), ~active).prompt
+    assert not torch.equal(moved, original)
+    assert np.array_equal(np.any(moved[0].detach().numpy() != 0, axis=1), kept)
+
+
+def test_changes_that_a_transformer_does_not_take_are_refused(pixart: Path, tmp_path: Path) -> None:
+    given = (pixart / "model", pixart / "safety", tmp_path / "bundle", BundleOptions(name="x"))
+    with pytest.raises(RequestError, match="LoRAs and skipped layers are for Stable Diffusion"):
+        export_folder(*given, ModelChanges(clip_skip=1), on_step=lambda *_: None)
+    with pytest.raises(RequestError, match="--save-model writes Stable Diffusion pipelines alone"):
+        export_folder(*given, save_model=tmp_path / "saved", on_step=lambda *_: None)
 
 
 def folder_with(tmp_path: Path, pipeline: str, **unet: Any) -> Path:
