@@ -56,7 +56,7 @@ $(DEV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-gpu
 	.venv-gpu/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]' --config-settings editable_mode=strict
 	.venv-gpu/bin/python -m pip uninstall --quiet --yes onnxruntime
-	.venv-gpu/bin/python -m pip install --quiet onnxruntime-gpu
+	.venv-gpu/bin/python -m pip install --quiet 'onnxruntime-gpu[cuda,cudnn]'
 	touch $@
 
 clean:

@@ -12,6 +12,16 @@ LIBRARY = "libcuda.so.1"
 NON_BLOCKING = 1
 
 
+def device_count() -> int:
+    """How many devices the driver offers; 0 where there is no driver."""
+    try:
+        driver = ctypes.CDLL(LIBRARY)
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    return 0 if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) else count.value
+
+
 class CudaStream:
     """A stream on the first device, in its primary context, which all CUDA libraries of a process share.
 

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from saferedir.runtime.backends import ENTRY_POINT_GROUP, backend_names
-from saferedir.runtime.ort import PROVIDERS, import_onnxruntime, installation_problem
+from saferedir.runtime.ort import PROVIDERS, can_be_had, import_onnxruntime, installation_problem
 from saferedir.runtime.tensorrt import MODULES as TENSORRT
 from saferedir.runtime.tensorrt import installed_version
 
@@ -80,9 +80,12 @@ def _status(name: str, problem: str | None) -> BackendStatus:
         return BackendStatus(name, found, f"entry point of {ENTRY_POINT_GROUP}" if found else "install saferedir[torch]")
     if problem:
         return BackendStatus(name, False, problem)
-    offered = PROVIDERS[name].ort_name in import_onnxruntime().get_available_providers()
-    note = PROVIDERS[name].ort_name if offered else "install saferedir[gpu] in place of saferedir[cpu]"
-    return BackendStatus(name, offered, note)
+    provider = PROVIDERS[name]
+    if provider.ort_name not in import_onnxruntime().get_available_providers():
+        return BackendStatus(name, False, "install saferedir[gpu] in place of saferedir[cpu]")
+    if not can_be_had(provider, [provider.ort_name]):
+        return BackendStatus(name, False, f"{provider.ort_name}, but no NVIDIA GPU or no driver")
+    return BackendStatus(name, True, provider.ort_name)
 
 
 def find_gpu() -> str | None:

@@ -15,6 +15,7 @@ import numpy as np
 from saferedir.engines import Bundle
 from saferedir.engines.errors import BackendError, MissingDependencyError, ProviderMismatchError
 from saferedir.runtime.backend import Array, Call, DeviceTensor
+from saferedir.runtime.cuda import device_count
 
 log = logging.getLogger("saferedir")
 
@@ -78,14 +79,14 @@ def import_onnxruntime() -> Any:
 
 
 def resolve_provider(name: str) -> str:
-    """The provider name for `name`, where `auto` takes the best one offered and logs it.
+    """The provider name for `name`, where `auto` takes the best one offered that has a device here, and logs it.
 
     Raises:
         BackendError: the name is unknown, or this installation of ONNX Runtime does not offer it.
     """
     offered = import_onnxruntime().get_available_providers()
     if name == "auto":
-        chosen = next(candidate for candidate in PREFERENCE if PROVIDERS[candidate].ort_name in offered)
+        chosen = next(candidate for candidate in PREFERENCE if can_be_had(PROVIDERS[candidate], offered))
         log.info("backend: %s chosen automatically; ONNX Runtime offers %s", chosen, ", ".join(offered))
         return chosen
     if name not in PROVIDERS:
@@ -96,6 +97,11 @@ def resolve_provider(name: str) -> str:
             "install saferedir[gpu] in place of saferedir[cpu] for CUDA"
         )
     return name
+
+
+def can_be_had(provider: Provider, offered: list[str]) -> bool:
+    """Whether ONNX Runtime offers the provider, and this machine has a device for it."""
+    return provider.ort_name in offered and (provider.device != "cuda" or device_count() > 0)
 
 
 class OrtBackend:

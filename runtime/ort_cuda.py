@@ -68,8 +68,8 @@ class OrtCudaBackend(OrtBackend):
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         super().__init__(bundle, "ort-cuda", threads=threads)
         self._lock = DEVICE_LOCK
-        self._ort.preload_dlls()  # CUDA and cuDNN may have come as packages, where no loader looks for them
         self._stream = CudaStream()
+        self._ort.preload_dlls()  # CUDA and cuDNN may have come as packages, where no loader looks for them
         self._captured: dict[tuple[str, int], Captured] = {}
 
     def upload(self, array: Array) -> DeviceTensor:

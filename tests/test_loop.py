@@ -1,4 +1,4 @@
-"""The order of what the loop does: everything is placed and bound before the first step, and read after the last."""
+"""What the loop does in which order, everything placed before the first step and read after the last, and on which backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from saferedir.engines import open_bundle
 from saferedir.engines.bundle import DEFAULT_BUNDLE
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.backend import Array, Call, DeviceTensor
-from saferedir.runtime.ort import OrtBackend
+from saferedir.runtime.ort import OrtBackend, resolve_provider
 
 STEPS = 5
 
@@ -56,3 +56,15 @@ def test_between_the_first_and_the_last_step_there_are_steps_alone(engine: str, 
     assert backend.log[first - 1] == "bind"
     assert backend.log[first + STEPS] == "download"
     assert engine not in backend.log[first + STEPS :]
+
+
+@pytest.mark.parametrize(("devices", "chosen"), [(0, "ort-cpu"), (1, "ort-cuda")])
+def test_auto_takes_cuda_where_there_is_a_device(monkeypatch: pytest.MonkeyPatch, devices: int, chosen: str) -> None:
+    class Offering:
+        @staticmethod
+        def get_available_providers() -> list[str]:
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    monkeypatch.setattr("saferedir.runtime.ort.import_onnxruntime", Offering)
+    monkeypatch.setattr("saferedir.runtime.ort.device_count", lambda: devices)
+    assert resolve_provider("auto") == chosen
