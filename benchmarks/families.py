@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks.report import save
 from benchmarks.sd15_shape import build
 from benchmarks.single_file import save_single_file
-from benchmarks.small_pipeline import SMALL, save_consistency, save_first, save_pixart, save_second
+from benchmarks.small_pipeline import SMALL, save_consistency, save_first, save_pixart, save_second, save_turbo
 from saferedir.engines import open_bundle
 from saferedir.export.bundle_export import BundleOptions
 from saferedir.export.command import export_folder
@@ -83,6 +83,7 @@ def models() -> dict[str, Callable[[Path], tuple[Path, Path]]]:
         "the same in one file": one_file,
         "small, width 1024, v-prediction": small(save_second),
         "small, told the guidance scale": small(save_consistency),
+        "small, one to four steps": small(save_turbo),
         "small transformer": small(save_pixart),
     }
 

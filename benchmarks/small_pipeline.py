@@ -9,6 +9,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    EulerDiscreteScheduler,
     LatentConsistencyModelPipeline,
     LCMScheduler,
     PixArtAlphaPipeline,
@@ -83,6 +84,14 @@ def save_second(folder: Path) -> Path:
         steps_offset=1, prediction_type="v_prediction",
     )  # fmt: skip
     return save_small_pipeline(folder, width=1024, heads=16, pad_token="!", scheduler=scheduler)
+
+
+def save_turbo(folder: Path) -> Path:
+    """A folder with the sampler of a model that draws in one to four steps, unguided, as SD-Turbo does."""
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing", steps_offset=1
+    )
+    return save_small_pipeline(folder, width=32, heads=2, scheduler=scheduler)
 
 
 def save_consistency(folder: Path) -> Path:

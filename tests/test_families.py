@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import LatentConsistencyModelPipeline, PixArtAlphaPipeline
+from diffusers import LatentConsistencyModelPipeline, PixArtAlphaPipeline, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
-from benchmarks.small_pipeline import SMALL, save_consistency, save_pixart, save_second
+from benchmarks.small_pipeline import SMALL, save_consistency, save_pixart, save_second, save_turbo
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import RequestError
 from saferedir.export.bundle_export import BundleOptions
@@ -101,6 +101,37 @@ def test_half_the_steps_of_a_latent_consistency_model_fire(consistency: Path) ->
     policy = SafetyPolicy(thresholds={"church": 0.0}, cooldown=1)
     result = Pipeline.from_bundle(consistency / "bundle", policy=policy)("a church", num_inference_steps=4)
     assert [bool(step.fired) for step in result.records[0].steps] == [True, False] * 2
+
+
+@pytest.fixture(scope="module")
+def turbo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that draws in few steps without guidance."""
+    folder = tmp_path_factory.mktemp("turbo")
+    save_turbo(folder / "model")
+    new_module(load_pipeline(folder / "model"), {"church": "house"}, **SMALL).save(folder / "safety")
+    options = BundleOptions(name="turbo", max_batch=4)
+    export_folder(folder / "model", folder / "safety", folder / "bundle", options, on_step=lambda *_: None)
+    return folder
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_model_of_few_steps_draws_what_diffusers_draws(turbo: Path, steps: int) -> None:
+    theirs = StableDiffusionPipeline.from_pretrained(turbo / "model", torch_dtype=torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    expected = theirs("a church", generator=generator, num_inference_steps=steps, guidance_scale=0, output_type="np").images[0]
+    ours = Pipeline.from_bundle(turbo / "bundle", policy=SafetyPolicy(unprotected=True))
+    drawn = np.asarray(ours("a church", seed=5, num_inference_steps=steps, guidance_scale=0).images[0])
+    assert np.abs(drawn - (expected * 255).round()).max() <= 1
+
+
+def test_its_first_step_is_protected_already(turbo: Path) -> None:
+    policy = SafetyPolicy(thresholds={"church": 0.0})
+    pipeline = Pipeline.from_bundle(turbo / "bundle", policy=policy)
+    result = pipeline("a church", num_inference_steps=1, guidance_scale=0)
+    assert result.records[0].steps[0].fired == ("church",)
+    plain = Pipeline(pipeline.bundle, pipeline.backend, SafetyPolicy(unprotected=True))
+    drawn = plain("a church", num_inference_steps=1, guidance_scale=0)
+    assert result.images[0].tobytes() != drawn.images[0].tobytes()
 
 
 @pytest.fixture(scope="module")
