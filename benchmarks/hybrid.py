@@ -5,16 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from saferedir.engines import DEFAULT_BUNDLE, Bundle, open_bundle
 from saferedir.export.bundle_export import safety_info
 from saferedir.runtime import Pipeline, SafetyPolicy
-from saferedir.runtime.backend import Array, Backend, Call, DeviceTensor
+from saferedir.runtime.backend import Backend, BackendAround, Call, DeviceTensor
 from saferedir.runtime.backends import make_backend
 from saferedir_torch.controller import Controller, Policy, State
 from saferedir_torch.safety_module import SafetyModule
@@ -24,30 +22,14 @@ VERDICT = ("score", "fired", "token_mask")
 _OF_THREAD = threading.local()
 
 
-class EagerControllerBackend:
+class EagerControllerBackend(BackendAround):
     """The best backend of ONNX Runtime here for everything but a controller in eager PyTorch, on the same device."""
 
     def __init__(self, bundle: Bundle, controller: nn.Module, threads: int | None = None) -> None:
-        self.backend = _backend(bundle, threads)
-        self.name = self.backend.name
+        super().__init__(_backend(bundle, threads))
         self.device = torch.device("cuda" if self.name == "ort-cuda" else "cpu")
         self.controller = controller.to(self.device).eval()
         torch.backends.cudnn.allow_tf32 = False
-
-    def upload(self, array: Array) -> DeviceTensor:
-        return self.backend.upload(array)
-
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceTensor:
-        return self.backend.empty(shape, dtype)
-
-    def download(self, tensor: DeviceTensor) -> Array:
-        return self.backend.download(tensor)
-
-    def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
-        return self.backend.bind(engine, inputs, outputs)
-
-    def versions(self) -> dict[str, str]:
-        return self.backend.versions()
 
     def read(self, tensors: Mapping[str, DeviceTensor]) -> dict[str, Tensor]:
         """The controller's copies of an engine's inputs."""

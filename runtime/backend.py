@@ -46,3 +46,26 @@ class Backend(Protocol):
     def versions(self) -> dict[str, str]:
         """Versions and the provider in use, for the safety record."""
         ...
+
+
+class BackendAround:
+    """Another backend, of which some part is done differently."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.name = backend.name
+
+    def upload(self, array: Array) -> DeviceTensor:
+        return self.backend.upload(array)
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceTensor:
+        return self.backend.empty(shape, dtype)
+
+    def download(self, tensor: DeviceTensor) -> Array:
+        return self.backend.download(tensor)
+
+    def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
+        return self.backend.bind(engine, inputs, outputs)
+
+    def versions(self) -> dict[str, str]:
+        return self.backend.versions()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 
 from saferedir.engines import Bundle
 from saferedir.engines.manifest import PUBLISHED, SPLIT_SAFETY, EngineInfo
-from saferedir.runtime.backend import Array, Backend, Call, DeviceTensor
+from saferedir.runtime.backend import Array, Backend, BackendAround, Call, DeviceTensor
 from saferedir.runtime.pipeline import Generation, Pipeline
 from saferedir.runtime.policy import SafetyPolicy
 
@@ -25,23 +24,13 @@ SIZES = {"batch": len(PROMPTS)}
 Recorded = dict[str, list[dict[str, Array]]]
 
 
-class RecordingBackend:
+class RecordingBackend(BackendAround):
     """Another backend, of which every call's inputs are kept."""
 
     def __init__(self, backend: Backend, engines: Mapping[str, EngineInfo]) -> None:
-        self.name = backend.name
-        self.backend = backend
+        super().__init__(backend)
         self.recorded: Recorded = {}
         self._engines = engines
-
-    def upload(self, array: Array) -> DeviceTensor:
-        return self.backend.upload(array)
-
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceTensor:
-        return self.backend.empty(shape, dtype)
-
-    def download(self, tensor: DeviceTensor) -> Array:
-        return self.backend.download(tensor)
 
     def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
         bound = self.backend.bind(engine, inputs, outputs)
@@ -52,9 +41,6 @@ class RecordingBackend:
             bound()
 
         return call
-
-    def versions(self) -> dict[str, str]:
-        return self.backend.versions()
 
 
 def record_runs(bundle: Bundle, backend: Backend) -> Recorded:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import LatentConsistencyModelPipeline, PixArtAlphaPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, PixArtAlphaPipeline, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
 from benchmarks.small_pipeline import SMALL, save_consistency, save_pixart, save_second, save_turbo
@@ -27,19 +28,29 @@ from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.train import new_module
 
 
+def exported(folder: Path, save_model: Callable[[Path], Path]) -> Path:
+    """`folder` with a model, a safety for it, and the bundle of both."""
+    save_model(folder / "model")
+    new_module(load_pipeline(folder / "model"), {"church": "house"}, **SMALL).save(folder / "safety")
+    options = BundleOptions(name=folder.name, max_batch=4)
+    export_folder(folder / "model", folder / "safety", folder / "bundle", options, on_step=lambda *_: None)
+    return folder
+
+
+def farthest_pixel(theirs: DiffusionPipeline, folder: Path, prompt: str, steps: int, guidance: float, **further: Any) -> float:
+    """Between what diffusers draws and what the bundle in `folder` draws unprotected, in 1/255."""
+    expected = theirs(
+        prompt, generator=torch.Generator().manual_seed(5), num_inference_steps=steps, guidance_scale=guidance,
+        output_type="np", **further,
+    ).images[0]  # fmt: skip
+    ours = Pipeline.from_bundle(folder / "bundle", policy=SafetyPolicy(unprotected=True))
+    drawn = np.asarray(ours(prompt, seed=5, num_inference_steps=steps, guidance_scale=guidance).images[0])
+    return float(np.abs(drawn - (expected * 255).round()).max())
+
+
 @pytest.fixture(scope="module")
 def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("second")
-    save_second(folder / "model")
-    new_module(load_pipeline(folder / "model"), {"church": "house"}, **SMALL).save(folder / "safety")
-    export_folder(
-        folder / "model",
-        folder / "safety",
-        folder / "bundle",
-        BundleOptions(name="second", max_batch=4),
-        on_step=lambda *_: None,
-    )
-    return folder
+    return exported(tmp_path_factory.mktemp("second"), save_second)
 
 
 def test_stable_diffusion_2_is_exported_and_equals_its_reference(second: Path) -> None:
@@ -72,12 +83,7 @@ def test_prompts_are_padded_as_the_model_was_trained_with(second: Path, prompt: 
 
 @pytest.fixture(scope="module")
 def consistency(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("consistency")
-    save_consistency(folder / "model")
-    new_module(load_pipeline(folder / "model"), {"church": "house"}, **SMALL).save(folder / "safety")
-    options = BundleOptions(name="consistency", max_batch=4)
-    export_folder(folder / "model", folder / "safety", folder / "bundle", options, on_step=lambda *_: None)
-    return folder
+    return exported(tmp_path_factory.mktemp("consistency"), save_consistency)
 
 
 def test_a_latent_consistency_model_is_exported_and_equals_its_reference(consistency: Path) -> None:
@@ -90,11 +96,7 @@ def test_a_latent_consistency_model_is_exported_and_equals_its_reference(consist
 @pytest.mark.parametrize("guidance", [1.0, 8.5])
 def test_a_latent_consistency_model_draws_what_diffusers_draws(consistency: Path, guidance: float) -> None:
     theirs = LatentConsistencyModelPipeline.from_pretrained(consistency / "model", torch_dtype=torch.float32)
-    generator = torch.Generator().manual_seed(5)
-    expected = theirs("a cat", generator=generator, num_inference_steps=4, guidance_scale=guidance, output_type="np").images[0]
-    ours = Pipeline.from_bundle(consistency / "bundle", policy=SafetyPolicy(unprotected=True))
-    drawn = np.asarray(ours("a cat", seed=5, num_inference_steps=4, guidance_scale=guidance).images[0])
-    assert np.abs(drawn - (expected * 255).round()).max() <= 1
+    assert farthest_pixel(theirs, consistency, "a cat", 4, guidance) <= 1
 
 
 def test_half_the_steps_of_a_latent_consistency_model_fire(consistency: Path) -> None:
@@ -106,22 +108,13 @@ def test_half_the_steps_of_a_latent_consistency_model_fire(consistency: Path) ->
 @pytest.fixture(scope="module")
 def turbo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that draws in few steps without guidance."""
-    folder = tmp_path_factory.mktemp("turbo")
-    save_turbo(folder / "model")
-    new_module(load_pipeline(folder / "model"), {"church": "house"}, **SMALL).save(folder / "safety")
-    options = BundleOptions(name="turbo", max_batch=4)
-    export_folder(folder / "model", folder / "safety", folder / "bundle", options, on_step=lambda *_: None)
-    return folder
+    return exported(tmp_path_factory.mktemp("turbo"), save_turbo)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_a_model_of_few_steps_draws_what_diffusers_draws(turbo: Path, steps: int) -> None:
     theirs = StableDiffusionPipeline.from_pretrained(turbo / "model", torch_dtype=torch.float32)
-    generator = torch.Generator().manual_seed(5)
-    expected = theirs("a church", generator=generator, num_inference_steps=steps, guidance_scale=0, output_type="np").images[0]
-    ours = Pipeline.from_bundle(turbo / "bundle", policy=SafetyPolicy(unprotected=True))
-    drawn = np.asarray(ours("a church", seed=5, num_inference_steps=steps, guidance_scale=0).images[0])
-    assert np.abs(drawn - (expected * 255).round()).max() <= 1
+    assert farthest_pixel(theirs, turbo, "a church", steps, 0) <= 1
 
 
 def test_its_first_step_is_protected_already(turbo: Path) -> None:
@@ -137,12 +130,7 @@ def test_its_first_step_is_protected_already(turbo: Path) -> None:
 @pytest.fixture(scope="module")
 def pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusion transformer with T5's prompts."""
-    folder = tmp_path_factory.mktemp("pixart")
-    save_pixart(folder / "model")
-    new_module(load_pipeline(folder / "model"), {"church": "house"}, **SMALL).save(folder / "safety")
-    options = BundleOptions(name="pixart", max_batch=4)
-    export_folder(folder / "model", folder / "safety", folder / "bundle", options, on_step=lambda *_: None)
-    return folder
+    return exported(tmp_path_factory.mktemp("pixart"), save_pixart)
 
 
 def test_a_transformer_is_exported_and_equals_its_reference(pixart: Path) -> None:
@@ -156,13 +144,7 @@ def test_a_transformer_is_exported_and_equals_its_reference(pixart: Path) -> Non
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 def test_a_transformer_draws_what_diffusers_draws(pixart: Path, prompt: str, guidance: float) -> None:
     theirs = PixArtAlphaPipeline.from_pretrained(pixart / "model", torch_dtype=torch.float32)
-    expected = theirs(
-        prompt, generator=torch.Generator().manual_seed(5), num_inference_steps=4, guidance_scale=guidance, output_type="np",
-        use_resolution_binning=False, clean_caption=False,
-    ).images[0]  # fmt: skip
-    ours = Pipeline.from_bundle(pixart / "bundle", policy=SafetyPolicy(unprotected=True))
-    drawn = np.asarray(ours(prompt, seed=5, num_inference_steps=4, guidance_scale=guidance).images[0])
-    assert np.abs(drawn - (expected * 255).round()).max() <= 1
+    assert farthest_pixel(theirs, pixart, prompt, 4, guidance, use_resolution_binning=False, clean_caption=False) <= 1
 
 
 def test_half_the_steps_of_a_transformer_fire_and_its_padding_stays(pixart: Path) -> None:
