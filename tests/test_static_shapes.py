@@ -98,3 +98,20 @@ def test_what_no_output_depends_on_is_dropped() -> None:
     drop_unused(model)
     assert operators(model) == ["Abs"]
     assert list(model.graph.initializer) == []
+
+
+def test_a_squeeze_of_what_is_not_1_lets_it_through_as_pytorch_does() -> None:
+    model = model_of(helper.make_node("Squeeze", ["x", "axis"], ["y"]), result=["batch", 2, 6], axis=[1])
+    fix_shapes(model)
+    assert operators(model) == ["Identity"]
+    assert run(model, 3).shape == (3, 2, 6)
+
+
+def test_a_squeeze_of_1_stays() -> None:
+    model = model_of(
+        helper.make_node("ReduceMax", ["x", "axis"], ["one"]),
+        helper.make_node("Squeeze", ["one", "axis"], ["y"]),
+        result=["batch", 6], axis=[1],
+    )  # fmt: skip
+    fix_shapes(model)
+    assert operators(model) == ["ReduceMax", "Squeeze"]
