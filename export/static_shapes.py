@@ -109,7 +109,7 @@ def _constants(model: Any) -> set[str]:
 def _known_shapes(model: Any) -> dict[str, Shape]:
     """Shapes of all tensors that onnx can infer, None for a dimension that it cannot."""
     inferred = onnx.shape_inference.infer_shapes(_without_weights(model), data_prop=True)
-    values = (*inferred.graph.value_info, *inferred.graph.output)
+    values = (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)
     return {value.name: _dims(value) for value in values if value.type.tensor_type.HasField("shape")}
 
 
