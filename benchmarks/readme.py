@@ -41,6 +41,7 @@ def figures() -> str:
         _strength: ("strength",),
         _cooldown: ("cooldown",),
         _cost: ("speed", "speed_ort-cuda"),
+        _safety_cost: ("safety_cost",),
         _parity: ("parity",),
         _families: ("families",),
         _precision: ("precision",),
@@ -270,6 +271,22 @@ def _cost() -> str:
 (`make speed`; `python -m benchmarks.speed --backend ort-cuda`)
 
 | backend | batch | | per image | speed against protected eager diffusers |
+| --- | --- | --- | --- | --- |
+{table}"""
+
+
+def _safety_cost() -> str:
+    result = _read("safety_cost")
+    table = "\n".join(
+        f"| `{row['engine']}` | {row['gflop']:.2f} | {1000 * row['seconds']:.1f} ms | {row['of_published']:.3f} "
+        f"| {100 * row['of_a_guided_step']:.2f} % |"
+        for row in result["rows"]
+    )
+    return f"""**And at Stable Diffusion 1.5's shapes?** {result["environment"]["machine"]}, one request, fp32. `safety_prompt` runs once a prompt
+and `safety_step` every step; `safety` is both in one; the UNet is of the true size with random weights, in eager PyTorch.
+(`python -m benchmarks.safety_cost --unet`)
+
+| engine | GFLOP | time | of the published network's | of the UNet's guided step |
 | --- | --- | --- | --- | --- |
 {table}"""
 
