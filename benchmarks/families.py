@@ -1,7 +1,7 @@
 """Model families: each exported, verified against eager PyTorch on real runs in which every other step fires, and measured.
 
 `python -m benchmarks.families` takes small models of the true classes with random weights, and the embedded one. With `--full`
-it takes one of Stable Diffusion 1.5's own size instead, which is exported and run for two steps, and not compared with PyTorch.
+it takes one of Stable Diffusion 1.5's own size instead, one picture in two steps.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.lean import draw_lean, pixels_sha256
 from benchmarks.report import save
 from benchmarks.sd15_shape import build
 from benchmarks.single_file import save_single_file
@@ -27,6 +28,7 @@ from saferedir.engines import open_bundle
 from saferedir.export.bundle_export import BundleOptions
 from saferedir.export.command import export_folder
 from saferedir.runtime import Pipeline, SafetyPolicy
+from saferedir.runtime.replay import Runs
 from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.train import new_module
@@ -41,22 +43,18 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         if options.full:
-            rows.append(measure_full(Path(folder) / "full"))
+            rows.append(measure("full size, random weights", full_size, Path(folder) / "full", Runs(pictures=1, steps=2), 2))
         for title, make in [] if options.full else track(list(models().items()), description="families"):
             rows.append(measure(title, make, Path(folder) / title.replace(" ", "-")))
-    table = Table("model", "family", "export, s", "MB", "worst error", "decisions equal", "PSNR, dB", "steps that fire")
+    table = Table(
+        "model", "family", "export, s", "MB", "worst error", "decisions equal", "PSNR, dB", "steps that fire", "without torch"
+    )
     for row in rows:
-        checked = (
-            []
-            if "worst" not in row
-            else [
-                f"{row['worst']:.1e}",
-                f"{row['decisions_equal']} of {row['decisions']}",
-                "equal" if row["psnr"] is None else f"{row['psnr']:.0f}",
-            ]
-        )
-        table.add_row(row["model"], row["family"], f"{row['seconds']:.0f}", f"{row['megabytes']:.1f}",
-                      *(checked or ("-",) * 3), f"{row['fired']} of {row['steps']}")  # fmt: skip
+        table.add_row(
+            row["model"], row["family"], f"{row['seconds']:.0f}", f"{row['megabytes']:.1f}", f"{row['worst']:.1e}",
+            f"{row['decisions_equal']} of {row['decisions']}", "equal" if row["psnr"] is None else f"{row['psnr']:.0f}",
+            f"{row['fired']} of {row['steps']}", "equal" if row["drawn_without_torch"] else "differs",
+        )  # fmt: skip
     console = Console()
     console.print(table)
     console.print(str(save("families_full" if options.full else "families", {"rows": rows})))
@@ -88,12 +86,14 @@ def models() -> dict[str, Callable[[Path], tuple[Path, Path]]]:
     }
 
 
-def measure(title: str, make: Callable[[Path], tuple[Path, Path]], folder: Path) -> dict[str, Any]:
+def measure(
+    title: str, make: Callable[[Path], tuple[Path, Path]], folder: Path, runs: Runs | None = None, steps: int = STEPS
+) -> dict[str, Any]:
     """Export, verify, and draw with every score reaching its threshold."""
     folder.mkdir()
     model, safety = make(folder)
-    row = export(title, model, safety, folder)
-    report = verify_bundle(folder / "bundle", folder / "saved" if model.is_file() else model, safety)
+    row = export(title, model, safety, folder, steps)
+    report = verify_bundle(folder / "bundle", folder / "saved" if model.is_file() else model, safety, runs=runs)
     assert report.parity is not None
     assert report.pictures is not None
     worst = max(report.parity, key=lambda line: line.worst)
@@ -105,18 +105,19 @@ def measure(title: str, make: Callable[[Path], tuple[Path, Path]], folder: Path)
         "decisions_equal": report.pictures.decisions_equal,
         # None where pictures are equal.
         "psnr": None if math.isinf(report.pictures.psnr) else report.pictures.psnr,
+        # Of the process until now, so that it is the largest model's where that comes last.
+        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
 
 
-def measure_full(folder: Path) -> dict[str, Any]:
-    """Stable Diffusion 1.5's shapes with random weights, in fp32."""
-    folder.mkdir()
+def full_size(folder: Path) -> tuple[Path, Path]:
+    """Stable Diffusion 1.5's shapes with random weights."""
     build().save_pretrained(folder / "model")
     new_module(load_pipeline(folder / "model"), {"church": "house"}).save(folder / "safety")
-    return export("full size, random weights", folder / "model", folder / "safety", folder, steps=2)
+    return folder / "model", folder / "safety"
 
 
-def export(title: str, model: Path, safety: Path, folder: Path, *, steps: int = STEPS) -> dict[str, Any]:
+def export(title: str, model: Path, safety: Path, folder: Path, steps: int) -> dict[str, Any]:
     """The bundle in `folder`, its size, what it took, and how many of its steps fire where all may."""
     started = time.monotonic()
     config = str(folder / "model") if model.is_file() else None
@@ -128,7 +129,8 @@ def export(title: str, model: Path, safety: Path, folder: Path, *, steps: int = 
     bundle = open_bundle(folder / "bundle")
     names = [concept.name for concept in bundle.manifest.safety.concepts]
     firing = SafetyPolicy(thresholds=dict.fromkeys(names, 0.0), cooldown=1)
-    record = Pipeline.from_bundle(folder / "bundle", policy=firing)("a church", num_inference_steps=steps).records[0]
+    drawn = Pipeline.from_bundle(folder / "bundle", policy=firing)("a church", seed=0, num_inference_steps=steps)
+    record = drawn.records[0]
     return {
         "model": title,
         "family": bundle.manifest.model_family,
@@ -137,8 +139,7 @@ def export(title: str, model: Path, safety: Path, folder: Path, *, steps: int = 
         "engines": len(bundle.manifest.engines),
         "steps": len(record.steps),
         "fired": sum(bool(step.fired) for step in record.steps),
-        # Of the process until now, so that it is the largest model's where that comes last.
-        "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "drawn_without_torch": draw_lean(folder / "bundle", "a church", steps, firing) == pixels_sha256(drawn.images[0]),
     }
 
 

@@ -308,23 +308,20 @@ def _families() -> str:
     rows = []
     measured = [name for name in ("families", "families_full") if (RESULTS / f"{name}.json").exists()]
     for row in (row for name in measured for row in _read(name)["rows"]):
-        checked = (
-            f"{row['worst']:.1e} ({row['worst_where']}) | {row['decisions_equal']} of {row['decisions']} "
-            f"| {'equal' if row['psnr'] is None else format(row['psnr'], '.0f') + ' dB'}"
-            if "worst" in row
-            else "not compared | | "
-        )
         rows.append(
-            f"| {row['model']} | {row['family']} | {checked} | {row['fired']} of {row['steps']} | {row['megabytes']:.1f} MB "
-            f"| {row['seconds']:.0f} s, {row['peak_memory_gb']:.1f} GB |"
+            f"| {row['model']} | {row['family']} | {row['worst']:.1e} ({row['worst_where']}) "
+            f"| {row['decisions_equal']} of {row['decisions']} "
+            f"| {'equal' if row['psnr'] is None else format(row['psnr'], '.0f') + ' dB'} "
+            f"| {row['fired']} of {row['steps']} | {'equal' if row['drawn_without_torch'] else 'differs'} "
+            f"| {row['megabytes']:.1f} MB | {row['seconds']:.0f} s, {row['peak_memory_gb']:.1f} GB |"
         )
     table = "\n".join(rows)
     return f"""**Which models?** Each exported on one machine, its engines compared with eager PyTorch on inputs of real runs, with and without guidance and
 safety, some in which every other step fires; models of the true classes with random weights, and the embedded one.
 (`python -m benchmarks.families`)
 
-| model | family | worst difference of an engine's output | decisions equal | PSNR of pictures | steps that fire where every score does | bundle | export, and memory until then |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| model | family | worst difference of an engine's output | decisions equal | PSNR of pictures | steps that fire where every score does | picture drawn without PyTorch | bundle | export, and memory until then |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}"""
 
 

@@ -5,20 +5,35 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
 from saferedir.engines import Bundle
+from saferedir.engines.errors import RequestError
 from saferedir.engines.manifest import PUBLISHED, SPLIT_SAFETY, EngineInfo
 from saferedir.runtime.backend import Array, Backend, BackendAround, Call, DeviceTensor
 from saferedir.runtime.pipeline import Generation, Pipeline
 from saferedir.runtime.policy import SafetyPolicy
 
 PROMPTS = ("a church", "a church next to a cat in ink style", "a castle on blue", "")
-STEPS = 8
 #: Height and width of the latent where no model states one.
 ANY_SIZE = 16
 SIZES = {"batch": len(PROMPTS)}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """How much is drawn for a comparison: how many of `PROMPTS`, all in one batch, and in how many steps."""
+
+    pictures: int = len(PROMPTS)
+    steps: int = 8
+
+    def __post_init__(self) -> None:
+        for name, given, most in (("pictures", self.pictures, len(PROMPTS)), ("steps", self.steps, 1000)):
+            if not 1 <= given <= most:
+                raise RequestError(f"{name} is {given}; expected 1 to {most}")
+
 
 #: Engine -> what it was given, call by call.
 Recorded = dict[str, list[dict[str, Array]]]
@@ -43,14 +58,14 @@ class RecordingBackend(BackendAround):
         return call
 
 
-def record_runs(bundle: Bundle, backend: Backend) -> Recorded:
+def record_runs(bundle: Bundle, backend: Backend, runs: Runs) -> Recorded:
     """Inputs of every engine of `bundle`, from runs of `PROMPTS` with and without guidance and safety.
 
     Among the protected runs are some whose thresholds every score reaches, so that every other step fires. A bundle that
     holds a safety alone gets noise.
     """
     if bundle.manifest.model is None:
-        return _noise(bundle.manifest.engines)
+        return _noise(bundle.manifest.engines, runs.steps)
     recording = RecordingBackend(backend, bundle.manifest.engines)
     names = [concept.name for concept in bundle.manifest.safety.concepts]
     by_argmax = bundle.manifest.controller == PUBLISHED
@@ -58,7 +73,7 @@ def record_runs(bundle: Bundle, backend: Backend) -> Recorded:
     without = SafetyPolicy(unprotected=True)
     with _unsaid():
         for policy, guidance in ((SafetyPolicy(), 5.0), (always, 5.0), (always, 1.0), (without, 5.0), (without, 1.0)):
-            draw(Pipeline(bundle, recording, policy), guidance)
+            draw(Pipeline(bundle, recording, policy), guidance, runs)
     recorded = recording.recorded
     taken = [tensor.name for tensor in bundle.manifest.engines["unet"].inputs]
     seen = [given | {"latent": _seen(given), "prompt_embeds": given["prompt"]} for given in recorded["plain_step"]]
@@ -78,18 +93,16 @@ def record_runs(bundle: Bundle, backend: Backend) -> Recorded:
     return recorded
 
 
-def draw(pipeline: Pipeline, guidance: float) -> Generation:
+def draw(pipeline: Pipeline, guidance: float, runs: Runs) -> Generation:
     """The pictures that recorded runs are of."""
-    return pipeline(list(PROMPTS), seed=0, num_inference_steps=STEPS, guidance_scale=guidance)
+    return pipeline(list(PROMPTS[: runs.pictures]), seed=0, num_inference_steps=runs.steps, guidance_scale=guidance)
 
 
-def replay(bundle: Bundle, backend: Backend, recorded: Recorded) -> dict[str, dict[str, Array]]:
-    """What `backend` makes of recorded inputs: engine -> output -> all calls' results, one after the other."""
-    results: dict[str, dict[str, Array]] = {}
-    for engine, info in bundle.manifest.engines.items():
-        calls = [_run(backend, engine, info, given) for given in recorded[engine]]
-        results[engine] = {tensor.name: np.concatenate([call[tensor.name] for call in calls]) for tensor in info.outputs}
-    return results
+def replay(bundle: Bundle, backend: Backend, engine: str, recorded: Recorded) -> dict[str, Array]:
+    """What `backend` makes of an engine's recorded inputs: output -> all calls' results, one after the other."""
+    info = bundle.manifest.engines[engine]
+    calls = [_run(backend, engine, info, given) for given in recorded[engine]]
+    return {tensor.name: np.concatenate([call[tensor.name] for call in calls]) for tensor in info.outputs}
 
 
 def _run(backend: Backend, engine: str, info: EngineInfo, given: Mapping[str, Array]) -> dict[str, Array]:
@@ -125,14 +138,14 @@ def _seen(given: Mapping[str, Array]) -> Array:
     return scaled
 
 
-def _noise(engines: Mapping[str, EngineInfo]) -> Recorded:
+def _noise(engines: Mapping[str, EngineInfo], steps: int) -> Recorded:
     rng = np.random.default_rng(0)
     recorded: Recorded = {}
     for engine, info in engines.items():
         recorded[engine] = []
-        for step in range(STEPS):
+        for step in range(steps):
             own: dict[str, float] = {
-                "timestep": 981 - 120 * step, "cooldown": step % 2, "period": 1, "alpha_scale": 1.25,
+                "timestep": 981 * (steps - step) // steps, "cooldown": step % 2, "period": 1, "alpha_scale": 1.25,
                 "active": step > 0, "enabled": True, "ok": True,
             }  # fmt: skip
             given = {}

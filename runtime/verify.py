@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from saferedir.runtime.backend import Backend
 from saferedir.runtime.backends import make_backend
 from saferedir.runtime.ort import import_onnxruntime
 from saferedir.runtime.pipeline import Pipeline
-from saferedir.runtime.replay import Recorded, draw, record_runs, replay
+from saferedir.runtime.replay import Recorded, Runs, draw, record_runs, replay
 
 TORCH = "torch"
 #: Engines that no other is fused into.
@@ -106,11 +107,13 @@ def verify_bundle(
     backend: str = "ort-cpu",
     against_backend: str = TORCH,
     bisect: bool = False,
+    runs: Runs | None = None,
 ) -> VerificationReport:
     """Open the bundle with its hashes, read every engine's tensors back, and compare two backends on inputs of real runs.
 
     `model` and `safety` name what the eager reference is made of, the shipped ones by default. With `bisect`, the
-    innermost engines that differ from it are followed to the first node that does.
+    innermost engines that differ from it are followed to the first node that does. `runs` says how much is drawn; a model of
+    full size wants less on a CPU.
 
     Raises:
         BundleError: a file is missing or altered, or an engine's tensors are not what the manifest says.
@@ -128,10 +131,11 @@ def verify_bundle(
         if asked:
             raise RequestError(note)
         return VerificationReport(*counts, None, None, [], note)
-    first, second = (_backend(bundle, name, model, safety) for name in (backend, against_backend))
-    recorded = record_runs(bundle, first)
-    rows = _compare(bundle, first, second, recorded)
-    pictures = None if bundle.manifest.model is None else _compare_pictures(bundle, first, second)
+    runs = runs or Runs()
+    first, second = (_opener(bundle, name, model, safety) for name in (backend, against_backend))
+    recorded = record_runs(bundle, first(), runs)
+    rows = [row for engine in bundle.manifest.engines for row in _compare(bundle, engine, first, second, recorded)]
+    pictures = None if bundle.manifest.model is None else _compare_pictures(bundle, first, second, runs)
     wrong = {row.engine for row in rows if not row.passed}
     # The steps hold the nodes of safety and UNet, where these differ already.
     innermost = sorted(wrong & INNERMOST or wrong)
@@ -139,35 +143,38 @@ def verify_bundle(
     return VerificationReport(*counts, rows, pictures, bisected, "")
 
 
-def _backend(bundle: Bundle, name: str, model: Path | None, safety: Path | None) -> Backend:
+def _opener(bundle: Bundle, name: str, model: Path | None, safety: Path | None) -> Callable[[], Backend]:
+    """Gives the backend, anew for each comparison: it holds the engines it ran, which would not all fit into memory.
+
+    PyTorch's engines share their weights, so that one serves for all.
+    """
     if name != TORCH:
-        return make_backend(bundle, name)
+        return lambda: make_backend(bundle, name)
     from saferedir.export.torch_backend import TorchBackend  # loads torch
 
-    return TorchBackend(bundle, model, safety)
+    eager = TorchBackend(bundle, model, safety)
+    return lambda: eager
 
 
-def _compare(bundle: Bundle, first: Backend, second: Backend, recorded: Recorded) -> list[ParityRow]:
+def _compare(
+    bundle: Bundle, engine: str, first: Callable[[], Backend], second: Callable[[], Backend], recorded: Recorded
+) -> list[ParityRow]:
     from saferedir.export.comparison import compare
 
-    found, expected = replay(bundle, first, recorded), replay(bundle, second, recorded)
+    found, expected = (replay(bundle, backend(), engine, recorded) for backend in (first, second))
     allowed = bundle.manifest.precision.tolerance
-    return [
-        ParityRow(engine, output, *difference)
-        for engine in bundle.manifest.engines
-        for output, difference in compare(found[engine], expected[engine], allowed).items()
-    ]
+    return [ParityRow(engine, output, *difference) for output, difference in compare(found, expected, allowed).items()]
 
 
-def _compare_pictures(bundle: Bundle, first: Backend, second: Backend) -> PictureParity:
+def _compare_pictures(bundle: Bundle, first: Callable[[], Backend], second: Callable[[], Backend], runs: Runs) -> PictureParity:
     from saferedir.export.comparison import worst_picture
 
-    runs = [draw(Pipeline(bundle, backend), 5.0) for backend in (first, second)]
-    steps = [[step for record in run.records for step in record.steps] for run in runs]
+    drawn = [draw(Pipeline(bundle, backend()), 5.0, runs) for backend in (first, second)]
+    steps = [[step for record in made.records for step in record.steps] for made in drawn]
     names = [concept.name for concept in bundle.manifest.safety.concepts]
     scores = [np.array([[step.score[name] for name in names] for step in own]) for own in steps]
     fired = [np.array([[name in step.fired for name in names] for step in own]) for own in steps]
-    pixels = [np.stack([np.asarray(image) for image in run.images]) for run in runs]
+    pixels = [np.stack([np.asarray(image) for image in made.images]) for made in drawn]
     psnr, ssim = worst_picture(*pixels)
     equal, demanded = fired[0] == fired[1], bundle.manifest.precision
     return PictureParity(

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, PixArtAlphaPipeline, StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
+from benchmarks.lean import draw_lean, pixels_sha256
 from benchmarks.small_pipeline import SMALL, save_consistency, save_pixart, save_second, save_turbo
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import RequestError
@@ -35,6 +36,13 @@ def exported(folder: Path, save_model: Callable[[Path], Path]) -> Path:
     options = BundleOptions(name=folder.name, max_batch=4)
     export_folder(folder / "model", folder / "safety", folder / "bundle", options, on_step=lambda *_: None)
     return folder
+
+
+def draws_without_torch(folder: Path) -> bool:
+    """The bundle in `folder`, opened where PyTorch cannot be imported, draws what it draws here; half the steps fire."""
+    policy = SafetyPolicy(thresholds={"church": 0.0}, cooldown=1)
+    drawn = Pipeline.from_bundle(folder / "bundle", policy=policy)("a church", seed=0, num_inference_steps=2)
+    return draw_lean(folder / "bundle", "a church", 2, policy) == pixels_sha256(drawn.images[0])
 
 
 def farthest_pixel(theirs: DiffusionPipeline, folder: Path, prompt: str, steps: int, guidance: float, **further: Any) -> float:
@@ -79,6 +87,10 @@ def test_prompts_are_padded_as_the_model_was_trained_with(second: Path, prompt: 
     assert theirs.pad_token_id != theirs.eos_token_id
     expected = theirs(prompt, padding="max_length", truncation=True).input_ids
     assert PromptTokenizer(second / "bundle" / "tokenizer.json", 77)(prompt).ids.tolist() == expected
+
+
+def test_every_family_draws_without_torch(second: Path, consistency: Path, turbo: Path, pixart: Path) -> None:
+    assert all(draws_without_torch(folder) for folder in (second, consistency, turbo, pixart))
 
 
 @pytest.fixture(scope="module")

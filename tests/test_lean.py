@@ -5,27 +5,27 @@ from __future__ import annotations
 import subprocess
 import sys
 
-HEAVY = ("torch", "diffusers", "transformers", "onnx", "scipy", "safetensors")
+import pytest
 
-CODE = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {heavy!r}:
-            raise ImportError(f"{{name}} is refused")
-sys.meta_path.insert(0, Refuse())
-import saferedir.runtime, saferedir.engines
-picture = saferedir.runtime.Pipeline.from_bundle()("a cat", num_inference_steps=2).images[0]
-assert picture.size == (64, 64)
-print(sorted(name for name in sys.modules if name.partition(".")[0] in {heavy!r}))
-"""
+from benchmarks.lean import HEAVY, LeanDrawingError, draw_lean, pixels_sha256
+from saferedir.engines import DEFAULT_BUNDLE
+from saferedir.runtime import Pipeline, SafetyPolicy
 
 
 def test_draws_where_the_training_stack_cannot_be_imported() -> None:
-    code = CODE.format(heavy=HEAVY)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "[]"
+    policy = SafetyPolicy(thresholds={"church": 0.0}, cooldown=1)
+    drawn = Pipeline.from_bundle(policy=policy)("a cat", seed=0, num_inference_steps=2).images[0]
+    assert draw_lean(DEFAULT_BUNDLE, "a cat", 2, policy) == pixels_sha256(drawn)
+
+
+def test_a_process_that_needs_the_training_stack_fails() -> None:
+    with pytest.raises(LeanDrawingError, match="torch is refused"):
+        draw_lean(DEFAULT_BUNDLE, "a cat", 2, NeedsTorch())
+
+
+class NeedsTorch(SafetyPolicy):
+    def __repr__(self) -> str:
+        return "__import__('torch')"
 
 
 def test_torch_backend_without_torch_names_the_extra() -> None:

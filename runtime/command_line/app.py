@@ -185,6 +185,8 @@ def verify(
     backend: Annotated[str, typer.Option(help="Backend that is verified; see `doctor`.")] = "ort-cpu",
     against_backend: Annotated[str, typer.Option(help="Backend that it must equal; torch is the eager reference.")] = "torch",
     bisect: Annotated[bool, typer.Option("--bisect", help="Find the first node of each engine that differs.")] = False,
+    pictures: Annotated[int, typer.Option(help="Pictures in the runs that are compared, 1 to 4, in one batch.")] = 4,
+    steps: Annotated[int, typer.Option(help="Their denoising steps.")] = 8,
     as_json: JsonOption = False,
 ) -> None:
     """Check hashes and tensors, and, where the packages are installed, one backend against another on real runs.
@@ -196,10 +198,16 @@ def verify(
     `saferedir verify bundle --against MODEL --safety castle/safety --bisect`
 
     `saferedir verify bundle --backend ort-cuda --against-backend ort-cpu`
+
+    `saferedir verify bundle --against MODEL --safety castle/safety --pictures 1 --steps 2` (a model of full size on a CPU)
     """
+    from saferedir.runtime.replay import Runs
     from saferedir.runtime.verify import verify_bundle
 
-    report = verify_bundle(bundle, against, safety, backend=backend, against_backend=against_backend, bisect=bisect)
+    report = verify_bundle(
+        bundle, against, safety,
+        backend=backend, against_backend=against_backend, bisect=bisect, runs=Runs(pictures, steps),
+    )  # fmt: skip
     if as_json:
         print(json.dumps(report.to_dict(), indent=1))
     else:
