@@ -9,6 +9,8 @@ from saferedir.engines.errors import BackendError, MissingDependencyError
 from saferedir.runtime.backend import Backend
 from saferedir.runtime.ort import PROVIDERS, OrtBackend, resolve_provider
 from saferedir.runtime.ort_cuda import OrtCudaBackend
+from saferedir.runtime.ort_tensorrt import PREFIXES as ORT_TENSORRT
+from saferedir.runtime.ort_tensorrt import OrtTensorRtBackend
 from saferedir.runtime.tensorrt import MODULES as TENSORRT
 from saferedir.runtime.tensorrt import TensorRtBackend
 
@@ -28,7 +30,10 @@ def make_backend(bundle: Bundle, name: str, *, threads: int | None = None) -> Ba
     """
     if name == "auto" or name in PROVIDERS:
         chosen = resolve_provider(name)
-        return OrtCudaBackend(bundle, threads=threads) if chosen == "ort-cuda" else OrtBackend(bundle, chosen, threads=threads)
+        if chosen == "ort-cuda":
+            return OrtCudaBackend(bundle, threads=threads)
+        kind = OrtTensorRtBackend if chosen in ORT_TENSORRT else OrtBackend
+        return kind(bundle, chosen, threads=threads)
     if name in TENSORRT:
         return TensorRtBackend(bundle, name)
     for point in entry_points(group=ENTRY_POINT_GROUP):

@@ -29,11 +29,12 @@ class CudaStream:
         BackendError: there is no driver, no device, or a call fails.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, user: str) -> None:
+        """`user` is who needs it, for the error message."""
         try:
             self._driver: Any = ctypes.CDLL(LIBRARY)
         except OSError as error:
-            raise BackendError(f"ort-cuda needs an NVIDIA GPU and its driver: {LIBRARY} is not there") from error
+            raise BackendError(f"{user} needs an NVIDIA GPU and its driver: {LIBRARY} is not there") from error
         device, stream = ctypes.c_int(), ctypes.c_void_p()
         self._context = ctypes.c_void_p()
         self._check("cuInit", 0)

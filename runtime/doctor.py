@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from saferedir.runtime.backends import ENTRY_POINT_GROUP, backend_names
-from saferedir.runtime.ort import PROVIDERS, can_be_had, import_onnxruntime, installation_problem
+from saferedir.runtime.ort import PROVIDERS, can_be_had, import_onnxruntime, installation_problem, is_offered
 from saferedir.runtime.tensorrt import MODULES as TENSORRT
 from saferedir.runtime.tensorrt import installed_version
 
@@ -27,6 +27,7 @@ PACKAGES = (
     "torch",
     "diffusers",
     "tensorrt-rtx",
+    "onnxruntime-ep-nv-tensorrt-rtx",
 )
 
 
@@ -81,9 +82,10 @@ def _status(name: str, problem: str | None) -> BackendStatus:
     if problem:
         return BackendStatus(name, False, problem)
     provider = PROVIDERS[name]
-    if provider.ort_name not in import_onnxruntime().get_available_providers():
-        return BackendStatus(name, False, "install saferedir[gpu] in place of saferedir[cpu]")
-    if not can_be_had(provider, [provider.ort_name]):
+    offered = import_onnxruntime().get_available_providers()
+    if not is_offered(provider, offered):
+        return BackendStatus(name, False, provider.advice)
+    if not can_be_had(provider, offered):
         return BackendStatus(name, False, f"{provider.ort_name}, but no NVIDIA GPU or no driver")
     return BackendStatus(name, True, provider.ort_name)
 

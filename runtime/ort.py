@@ -1,4 +1,4 @@
-"""ONNX Runtime backend by name: the CPU's here, CUDA's in `ort_cuda.py`."""
+"""ONNX Runtime backends by name: the CPU's here, CUDA's and TensorRT's in `ort_cuda.py` and `ort_tensorrt.py`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,24 @@ class Provider:
     ort_name: str
     device: str
     options: Mapping[str, str]
+    #: Package of a provider that comes apart from ONNX Runtime, as a plugin.
+    plugin: str | None = None
+    #: What brings it.
+    advice: str = "install saferedir[gpu] in place of saferedir[cpu]"
 
 
 #: On CUDA float32 is not rounded to tf32, and no algorithm is chosen by a race, so that a picture is the same in every run.
 PROVIDERS = {
     "ort-cpu": Provider("CPUExecutionProvider", "cpu", {}),
     "ort-cuda": Provider("CUDAExecutionProvider", "cuda", {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}),
-}
+    "ort-tensorrt": Provider(
+        "TensorrtExecutionProvider", "cuda", {"trt_engine_cache_enable": "1"},
+        advice="install saferedir[gpu] in place of saferedir[cpu], and the TensorRT that its ONNX Runtime is built for",
+    ),
+    "ort-tensorrt-rtx": Provider(
+        "NvTensorRTRTXExecutionProvider", "cuda", {}, plugin="onnxruntime_ep_nv_tensorrt_rtx", advice="install saferedir[rtx]"
+    ),
+}  # fmt: skip
 #: `auto` takes the first of these that this installation offers.
 PREFERENCE = ("ort-cuda", "ort-cpu")
 #: Where a graph that comes as bytes has its weights.
@@ -91,17 +103,22 @@ def resolve_provider(name: str) -> str:
         return chosen
     if name not in PROVIDERS:
         raise BackendError(f"backend {name!r} is unknown; expected auto, {', '.join(PROVIDERS)}")
-    if PROVIDERS[name].ort_name not in offered:
+    provider = PROVIDERS[name]
+    if not is_offered(provider, offered):
         raise BackendError(
-            f"backend {name!r} needs {PROVIDERS[name].ort_name}, this ONNX Runtime offers {', '.join(offered)}; "
-            "install saferedir[gpu] in place of saferedir[cpu] for CUDA"
+            f"backend {name!r} needs {provider.ort_name}, this ONNX Runtime offers {', '.join(offered)}; {provider.advice}"
         )
     return name
 
 
+def is_offered(provider: Provider, offered: list[str]) -> bool:
+    """Whether ONNX Runtime has the provider, or its plugin is installed."""
+    return provider.ort_name in offered if provider.plugin is None else find_spec(provider.plugin) is not None
+
+
 def can_be_had(provider: Provider, offered: list[str]) -> bool:
     """Whether ONNX Runtime offers the provider, and this machine has a device for it."""
-    return provider.ort_name in offered and (provider.device != "cuda" or device_count() > 0)
+    return is_offered(provider, offered) and (provider.device != "cuda" or device_count() > 0)
 
 
 class OrtBackend:
@@ -165,6 +182,10 @@ class OrtBackend:
             )
         return _first_line(error)
 
+    def _open(self, source: str | bytes, options: Any, provider_options: dict[str, str]) -> Any:
+        """A session on the provider."""
+        return self._ort.InferenceSession(source, options, providers=[(self._provider.ort_name, provider_options)])
+
     def _load(self, engine: str) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
@@ -177,7 +198,7 @@ class OrtBackend:
         if isinstance(source, bytes):
             options.add_session_config_entry(WEIGHTS_FOLDER, str(path.resolve().parent))
         try:
-            session = self._ort.InferenceSession(source, options, providers=[(wanted, self._provider_options(engine))])
+            session = self._open(source, options, self._provider_options(engine))
         except Exception as error:  # ONNX Runtime raises several types of its own
             raise BackendError(f"{path} cannot be loaded on {self.name}: {self._reason(error)}") from error
         if session.get_providers()[0] != wanted:

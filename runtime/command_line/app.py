@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-BackendOption = Annotated[str, typer.Option("--backend", help="auto, ort-cpu, ort-cuda, torch; see `doctor`.")]
+BackendOption = Annotated[str, typer.Option("--backend", help="auto, or one that `doctor` lists.")]
 
 
 @app.command()
