@@ -29,7 +29,7 @@ def offer(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ort_stream, "CudaStream", Stream)
 
 
-@pytest.mark.parametrize(("name", "advice"), [("ort-tensorrt", "gpu"), ("ort-tensorrt-rtx", "rtx")])
+@pytest.mark.parametrize(("name", "extra"), [("ort-tensorrt", "gpu"), ("ort-tensorrt-rtx", "rtx")])
 def test_without_the_provider_it_is_said_what_to_install(name: str, extra: str) -> None:
     assert name in backend_names()
     with pytest.raises(BackendError, match=rf"saferedir\[{extra}\]"):
