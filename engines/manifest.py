@@ -8,7 +8,7 @@ from typing import Any
 
 from saferedir.engines.errors import BundleAlteredError, BundleSchemaError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_FILE = "bundle.json"
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -29,6 +29,8 @@ SAFETY_ENGINES = {"saferedir": ("safety",), "published": ("safety", "published_n
 PUBLISHED = "published"
 #: The safety in two engines, for loops that call it by itself: what depends on the prompt alone, and the rest. From schema 3.
 SPLIT_SAFETY = ("safety_prompt", "safety_step")
+#: Engines of one size of picture each; those of another than the model's own are called `step@96x64`. From schema 4.
+SIZED_ENGINES = frozenset((*DRAWING_ENGINES, "safety_step")) - {"text_encoder"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,32 @@ class ModelInfo:
     unet_sha256: str
     #: Words of textual inversions -> the tokens that each stands for.
     added_words: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    #: Height and width of the latents that there are engines for, beside the model's own.
+    further_sizes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of all latents that there are engines for, the model's own first."""
+        return ((self.latent_height, self.latent_width), *self.further_sizes)
+
+    @property
+    def picture_sizes(self) -> list[str]:
+        """The same in pixels, as people write them: `512x768`, height first."""
+        return [f"{height * self.vae_scale_factor}x{width * self.vae_scale_factor}" for height, width in self.sizes]
+
+    def engine(self, name: str, height: int, width: int) -> str:
+        """What the engine is called that takes latents of this size."""
+        return name if name not in SIZED_ENGINES else sized(name, (height, width), self.sizes[0])
+
+
+def sized(name: str, size: tuple[int, int], own: tuple[int, int]) -> str:
+    """The name of an engine for latents of height and width `size`, where `own` is the model's own size."""
+    return name if size == own else f"{name}@{size[0]}x{size[1]}"
+
+
+def kind(engine: str) -> str:
+    """What the engine does, whatever its size: `step` of `step@96x64`."""
+    return engine.partition("@")[0]
 
 
 @dataclass(frozen=True)
@@ -180,7 +208,10 @@ class Manifest:
     def required_engines(self) -> tuple[str, ...]:
         """Engines that a bundle with this controller and model must have."""
         alone = SAFETY_ENGINES[self.controller]
-        return alone if self.model is None else tuple(dict.fromkeys((*DRAWING_ENGINES, *alone)))
+        if self.model is None:
+            return alone
+        return tuple(dict.fromkeys(self.model.engine(name, *size) for size in self.model.sizes
+                                   for name in (*DRAWING_ENGINES, *alone)))  # fmt: skip
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -234,7 +265,8 @@ def _scalars(cls: type[Any], raw: dict[str, Any]) -> dict[str, Any]:
 
 def _model(raw: dict[str, Any]) -> ModelInfo:
     words = {word: tuple(tokens) for word, tokens in raw.get("added_words", {}).items()}
-    return ModelInfo(**{**raw, "added_words": words})
+    sizes = tuple((height, width) for height, width in raw.get("further_sizes", ()))
+    return ModelInfo(**{**raw, "added_words": words, "further_sizes": sizes})
 
 
 def _engine(raw: dict[str, Any]) -> EngineInfo:

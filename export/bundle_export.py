@@ -32,7 +32,7 @@ from saferedir.engines.manifest import (
     SchedulerInfo,
 )
 from saferedir.export.families import family_of_unet
-from saferedir.export.graphs import Graph, all_graphs
+from saferedir.export.graphs import Graph, all_graphs, own_size
 from saferedir.export.half import ISLANDS, PARTS, PRECISIONS, halved
 from saferedir.export.model_changes import with_words
 from saferedir.export.onnx_export import BF16_OPSET, LARGEST_BATCH, OPSET, ExportError, tensor_infos, to_onnx
@@ -71,6 +71,8 @@ class BundleOptions:
     precision: str = "fp32"
     #: Files of textual inversions whose words are added.
     words: tuple[Path, ...] = ()
+    #: Height and width in pixels of the pictures it draws besides those of the model's own size.
+    further_sizes: tuple[tuple[int, int], ...] = ()
     #: Types of modules that compute in fp32 whatever the precision.
     islands: tuple[type[nn.Module], ...] = ISLANDS
 
@@ -101,8 +103,9 @@ def export_bundle(
         ExportError: a graph cannot be exported, or the scheduler clips or thresholds.
     """
     check_match(pipeline, safety)
+    sizes = latent_sizes(pipeline, options.further_sizes)
     return write_bundle(
-        out, pipeline, lambda computing: all_graphs(computing, safety), WeightFile("safety.safetensors", safety),
+        out, pipeline, lambda computing: all_graphs(computing, safety, sizes), WeightFile("safety.safetensors", safety),
         safety_info(safety.config), options, controller="saferedir", on_engine=on_engine, on_size=on_size,
     )  # fmt: skip
 
@@ -159,7 +162,7 @@ def write_bundle(
             model_family="" if pipeline is None else family_of_unet(pipeline.unet.config).name,
             controller=controller,
             max_batch=options.max_batch,
-            model=None if pipeline is None else _model_info(pipeline, added),
+            model=None if pipeline is None else _model_info(pipeline, added, latent_sizes(pipeline, options.further_sizes)),
             scheduler=scheduler,
             safety=safety,
             precision=PRECISION_INFOS[options.precision],
@@ -177,6 +180,28 @@ def write_bundle(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return out
+
+
+def latent_sizes(pipeline: Any, pictures: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Height and width of the latents of `pictures`, without the model's own and without repetitions.
+
+    Raises:
+        RequestError: a side is no multiple of what a latent pixel covers.
+    """
+    scale, (own, _) = _scale_factor(pipeline), own_size(pipeline)
+    step = scale * pipeline.unet.config.get("patch_size", 1)
+    for height, width in pictures:
+        if min(height, width) < 1 or height % step or width % step:
+            raise RequestError(
+                f"size is {height}x{width}; expected multiples of {step}, such as {own * scale}x{own * scale + 8 * step}"
+            )
+    latents = dict.fromkeys((height // scale, width // scale) for height, width in pictures)
+    return tuple(size for size in latents if size != (own, own))
+
+
+def _scale_factor(pipeline: Any) -> int:
+    """How many pixels of a picture a pixel of the latent covers in each direction."""
+    return int(2 ** (len(pipeline.vae.config.block_out_channels) - 1))
 
 
 def scheduler_info(scheduler: Any) -> SchedulerInfo:
@@ -236,21 +261,24 @@ def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
     backend.save(str(folder / TOKENIZER_FILE))
 
 
-def _model_info(pipeline: Any, added_words: dict[str, tuple[str, ...]]) -> ModelInfo:
+def _model_info(
+    pipeline: Any, added_words: dict[str, tuple[str, ...]], further_sizes: tuple[tuple[int, int], ...]
+) -> ModelInfo:
     unet, vae = pipeline.unet.config, pipeline.vae.config
-    size = unet.sample_size
+    height, width = own_size(pipeline)
     return ModelInfo(
         latent_channels=unet.in_channels,
-        latent_height=size,
-        latent_width=size,
+        latent_height=height,
+        latent_width=width,
         prompt_tokens=pipeline.tokenizer.model_max_length,
         prompt_width=unet.cross_attention_dim,
-        vae_scale_factor=2 ** (len(vae.block_out_channels) - 1),
+        vae_scale_factor=_scale_factor(pipeline),
         vae_scaling_factor=vae.scaling_factor,
         prediction_type=pipeline.scheduler.config.prediction_type,
         text_encoder_sha256=parameters_sha256(pipeline.text_encoder),
         unet_sha256=parameters_sha256(pipeline.unet),
         added_words=added_words,
+        further_sizes=further_sizes,
     )
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 
 from saferedir.engines.errors import BundleError, OutputError, RequestError, SafetyMismatchError
-from saferedir.engines.manifest import DRAWING_ENGINES, PUBLISHED, SAFETY_ENGINES, SPLIT_SAFETY
-from saferedir.export.bundle_export import BundleOptions, export_bundle
+from saferedir.engines.manifest import DRAWING_ENGINES, PUBLISHED, SAFETY_ENGINES, SIZED_ENGINES, SPLIT_SAFETY
+from saferedir.export.bundle_export import BundleOptions, export_bundle, latent_sizes
 from saferedir.export.families import checked_unet, family_of
 from saferedir.export.model_changes import ModelChanges, change, with_words
 from saferedir.export.onnx_export import ExportError
@@ -48,7 +48,6 @@ def export_folder(
         BundleError: a graph cannot be exported.
         OutputError: `out` cannot be written, or there is too little room or memory.
     """
-    engines = len(DRAWING_ENGINES) + len(SPLIT_SAFETY)
     with _typed_errors(out):
         try:
             module = SafetyModule.load(safety)
@@ -60,6 +59,8 @@ def export_folder(
         if save_model is not None:
             saved, _ = with_words(pipeline, options.words)
             saved.save_pretrained(save_model)
+        sizes = latent_sizes(pipeline, options.further_sizes)
+        engines = len(DRAWING_ENGINES) + len(SPLIT_SAFETY) + len(sizes) * len(SIZED_ENGINES)
         export_bundle(pipeline, module, out, options, _counter(on_step, engines), on_size)
     on_step(engines, engines)
     return out

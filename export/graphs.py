@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from saferedir.engines.manifest import sized
 from saferedir_torch.controller import Controller, Policy, State
 from saferedir_torch.safety_module import PromptPart, SafetyModule
 
@@ -36,11 +37,10 @@ class TextEncoderGraph(nn.Module):
 class UNetGraph(nn.Module):
     """latent [B, C, h, w], timestep [B], prompt_embeds [B, T, D] -> model_output [B, C, h, w]."""
 
-    engine = "unet"
-
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, unet: Any, engine: str = "unet") -> None:
         super().__init__()
         self.unet = unet
+        self.engine = engine
 
     def forward(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
         dtype = self.unet.dtype
@@ -54,11 +54,10 @@ class UNetGraph(nn.Module):
 class GuidedUNetGraph(nn.Module):
     """Of a latent consistency model, which is told the guidance scale [B] and called once."""
 
-    engine = "unet"
-
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, unet: Any, engine: str = "unet") -> None:
         super().__init__()
         self.unet = unet
+        self.engine = engine
 
     def forward(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor, guidance_scale: Tensor) -> Tensor:
         dtype = self.unet.dtype
@@ -80,9 +79,9 @@ def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(torch.cat([torch.sin(angles), torch.cos(angles)], dim=1), (0, width % 2))
 
 
-def unet_graph(unet: Any) -> UNetGraph | GuidedUNetGraph:
+def unet_graph(unet: Any, engine: str = "unet") -> UNetGraph | GuidedUNetGraph:
     """The engine of a UNet, of whichever kind it is."""
-    return GuidedUNetGraph(unet) if unet.config.get("time_cond_proj_dim") else UNetGraph(unet)
+    return GuidedUNetGraph(unet, engine) if unet.config.get("time_cond_proj_dim") else UNetGraph(unet, engine)
 
 
 class VaeDecoderGraph(nn.Module):
@@ -102,11 +101,10 @@ class VaeDecoderGraph(nn.Module):
 class SafetyGraph(nn.Module):
     """The safety engine alone: what the UNet is about to see, and the request's state, in and out."""
 
-    engine = "safety"
-
-    def __init__(self, module: SafetyModule) -> None:
+    def __init__(self, module: SafetyModule, engine: str = "safety") -> None:
         super().__init__()
         self.controller = Controller(module)
+        self.engine = engine
 
     def forward(
         self,
@@ -189,10 +187,10 @@ class StepGraph(nn.Module):
     `coefficients` [B, 4] are the factors of latent, model output, history and noise.
     """
 
-    def __init__(self, module: SafetyModule, unet: Any, *, guided: bool) -> None:
+    def __init__(self, safety: SafetyGraph, denoiser: PlainStepGraph) -> None:
         super().__init__()
-        self.safety = SafetyGraph(module)
-        self.denoiser = PlainStepGraph(unet, guided=guided)
+        self.safety = safety
+        self.denoiser = denoiser
 
     def forward(
         self,
@@ -228,9 +226,9 @@ class StepGraph(nn.Module):
 class PlainStepGraph(nn.Module):
     """The same step without safety, for an operator who switched it off, and to prove what safety leaves untouched."""
 
-    def __init__(self, unet: Any, *, guided: bool) -> None:
+    def __init__(self, unet: Any, *, guided: bool, engine: str = "unet") -> None:
         super().__init__()
-        self.unet = unet_graph(unet)
+        self.unet = unet_graph(unet, engine)
         self.guided = guided
         self.told = isinstance(self.unet, GuidedUNetGraph)
 
@@ -318,46 +316,67 @@ def step_example(latent: Tensor, embeds: Tensor, concepts: int) -> dict[str, Ten
     }
 
 
-def model_graphs(pipeline: Any) -> dict[str, Graph]:
-    """The engines of a Stable Diffusion 1.x pipeline that no safety has a part in, with example inputs."""
-    size, channels = pipeline.unet.config.sample_size, pipeline.unet.config.in_channels
-    tokens, width = pipeline.tokenizer.model_max_length, pipeline.unet.config.cross_attention_dim
-    latent = torch.randn(EXAMPLE_BATCH, channels, size, size)
-    example = step_example(latent, torch.randn(EXAMPLE_BATCH, tokens, width), concepts=1)
-    example |= {
-        "input_ids": torch.ones(EXAMPLE_BATCH, tokens, dtype=torch.int32),
-        "prompt_embeds": example["prompt"],
-    }
-    return {
-        "text_encoder": graph(TextEncoderGraph(pipeline.text_encoder), example, ("prompt_embeds",)),
-        "unet": graph(unet_graph(pipeline.unet), example, ("model_output",)),
+Size = tuple[int, int]
+
+
+def own_size(pipeline: Any) -> Size:
+    """Height and width of the latents that the model was made for."""
+    side = pipeline.unet.config.sample_size
+    return side, side
+
+
+def _example(pipeline: Any, size: Size, concepts: int = 1) -> dict[str, Tensor]:
+    config, tokens = pipeline.unet.config, pipeline.tokenizer.model_max_length
+    latent = torch.randn(EXAMPLE_BATCH, config.in_channels, *size)
+    example = step_example(latent, torch.randn(EXAMPLE_BATCH, tokens, config.cross_attention_dim), concepts)
+    ids = torch.ones(EXAMPLE_BATCH, tokens, dtype=torch.int32)
+    return example | {"input_ids": ids, "prompt_embeds": example["prompt"]}
+
+
+def model_graphs(pipeline: Any, size: Size | None = None) -> dict[str, Graph]:
+    """The engines of a Stable Diffusion pipeline that no safety has a part in, with example inputs.
+
+    They are for latents of height and width `size`, the model's own by default; of another one, without the text encoder.
+    """
+    own = own_size(pipeline)
+    size = size or own
+    example, unet = _example(pipeline, size), sized("unet", size, own)
+    encoder = {"text_encoder": graph(TextEncoderGraph(pipeline.text_encoder), example, ("prompt_embeds",))}
+    graphs = {
+        "unet": graph(unet_graph(pipeline.unet, unet), example, ("model_output",)),
         "vae_decoder": graph(VaeDecoderGraph(pipeline.vae), example, ("image",)),
-        "plain_step": graph(PlainStepGraph(pipeline.unet, guided=True), example, DRAWN_OUTPUTS),
-        "plain_step_unguided": graph(PlainStepGraph(pipeline.unet, guided=False), example, DRAWN_OUTPUTS),
+        "plain_step": graph(PlainStepGraph(pipeline.unet, guided=True, engine=unet), example, DRAWN_OUTPUTS),
+        "plain_step_unguided": graph(PlainStepGraph(pipeline.unet, guided=False, engine=unet), example, DRAWN_OUTPUTS),
     }
+    return (encoder if size == own else {}) | {sized(name, size, own): made for name, made in graphs.items()}
 
 
-def safety_graphs(safety: SafetyModule, example: dict[str, Tensor]) -> dict[str, Graph]:
-    """The engines of the safety alone; `example` is that of a step."""
+def safety_graphs(safety: SafetyModule, example: dict[str, Tensor], engine: str = "safety") -> dict[str, Graph]:
+    """The engines of the safety alone; `example` is that of a step, `engine` what the fused one is called."""
     with torch.no_grad():
         parts = dict(zip(PART_OUTPUTS, safety.prompt_part(example["original"]), strict=True))
     outputs = (*STATE_OUTPUTS, *VERDICT_OUTPUTS)
     return {
-        "safety": graph(SafetyGraph(safety), example, outputs),
+        "safety": graph(SafetyGraph(safety, engine), example, outputs),
         "safety_prompt": graph(SafetyPromptGraph(safety), example, PART_OUTPUTS),
         "safety_step": graph(SafetyStepGraph(safety), example | parts, outputs),
     }
 
 
-def all_graphs(pipeline: Any, safety: SafetyModule) -> dict[str, Graph]:
-    """Every engine of a Stable Diffusion 1.x pipeline protected by `safety`, with example inputs."""
-    config, size = safety.config, pipeline.unet.config.sample_size
-    latent = torch.randn(EXAMPLE_BATCH, config.latent_channels, size, size)
-    embeds = torch.randn(EXAMPLE_BATCH, config.prompt_tokens, config.prompt_width)
-    example = step_example(latent, embeds, len(config.concepts))
-    step_outputs = (*DRAWN_OUTPUTS, *STATE_OUTPUTS, *VERDICT_OUTPUTS)
-    steps = {
-        "step": graph(StepGraph(safety, pipeline.unet, guided=True), example, step_outputs),
-        "step_unguided": graph(StepGraph(safety, pipeline.unet, guided=False), example, step_outputs),
-    }
-    return model_graphs(pipeline) | safety_graphs(safety, example) | steps
+def all_graphs(pipeline: Any, safety: SafetyModule, further_sizes: Sequence[Size] = ()) -> dict[str, Graph]:
+    """Every engine of a Stable Diffusion pipeline protected by `safety`, with example inputs, for latents of the model's own
+    size and of further ones."""
+    own = own_size(pipeline)
+    graphs: dict[str, Graph] = {}
+    for size in (own, *further_sizes):
+        example = _example(pipeline, size, len(safety.config.concepts))
+        outputs = (*DRAWN_OUTPUTS, *STATE_OUTPUTS, *VERDICT_OUTPUTS)
+        engine, unet = sized("safety", size, own), sized("unet", size, own)
+        made = safety_graphs(safety, example, engine)
+        if size != own:
+            del made["safety_prompt"]
+        for name, guided in (("step", True), ("step_unguided", False)):
+            step = StepGraph(SafetyGraph(safety, engine), PlainStepGraph(pipeline.unet, guided=guided, engine=unet))
+            made[name] = graph(step, example, outputs)
+        graphs |= model_graphs(pipeline, size) | {sized(name, size, own): one for name, one in made.items()}
+    return graphs

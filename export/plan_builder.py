@@ -17,12 +17,13 @@ from typing import Any
 
 from saferedir.engines import Bundle
 from saferedir.engines.errors import MissingDependencyError, PlanError, RequestError
+from saferedir.engines.manifest import kind
 from saferedir.engines.plan_cache import PlanCache, PlanKey
 from saferedir.export.room import check_disk
 
 #: Builder -> distribution that brings it.
 BUILDERS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-#: Engines that drawing on a plan needs.
+#: What engines do that drawing on a plan needs, for every size of picture.
 DRAWING = ("text_encoder", "vae_decoder", "step", "step_unguided")
 #: Largest batch that the exported graphs allow.
 LARGEST_BATCH = 31
@@ -99,12 +100,12 @@ def build_plans(
     bundle: Bundle,
     options: PlanOptions,
     cache: PlanCache,
-    engines: tuple[str, ...] = DRAWING,
+    engines: tuple[str, ...] | None = None,
     *,
     on_plan: Callable[[int, int], None] | None = None,
     on_wait: Callable[[], None] | None = None,
 ) -> list[BuiltPlan]:
-    """Build what `cache` does not have of the plans of `engines`.
+    """Build what `cache` does not have of the plans of `engines`, by default those that draw.
 
     Raises:
         RequestError: an option is out of range.
@@ -125,7 +126,7 @@ def build_plans(
             compute_capabilities=options.compute_capabilities,
             options={name: str(value) for name, value in {**options.named, "workspace": options.workspace}.items() if value},
         )
-        for engine in engines
+        for engine in engines or [name for name in bundle.manifest.engines if kind(name) in DRAWING]
     ]
     plans = []
     for done, key in enumerate(keys):

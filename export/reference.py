@@ -39,7 +39,8 @@ def open_reference(bundle: Bundle, model: Path | None = None, safety: Path | Non
                 f"the reference in {model or SHIPPED_MODEL} is not the model that {bundle.folder} was made of"
             )
     if manifest.controller != PUBLISHED:
-        return Reference(pipeline, all_graphs(pipeline, SafetyModule.load(safety or SHIPPED_SAFETY)))
+        further = manifest.model.further_sizes if manifest.model else ()
+        return Reference(pipeline, all_graphs(pipeline, SafetyModule.load(safety or SHIPPED_SAFETY), further))
     if safety is None:
         raise RequestError(f"{bundle.folder} was made of a published checkpoint; name it by --safety to compare with it")
     try:

@@ -98,7 +98,8 @@ class _StepTensors:
     def __init__(self, backend: Backend, manifest: Manifest, schedule: Schedule, batch: Batch, *, protected: bool) -> None:
         self.backend = backend
         self.protected = protected
-        self.engine = ("step" if protected else "plain_step") + ("" if batch.guided else "_unguided")
+        name = ("step" if protected else "plain_step") + ("" if batch.guided else "_unguided")
+        self.engine = name if manifest.model is None else manifest.model.engine(name, *batch.latent.shape[2:])
         self.steps = len(schedule.timesteps)
         requests, concepts = len(batch.latent), len(manifest.safety.concepts)
         tokens = batch.prompt.shape[1]

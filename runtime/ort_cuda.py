@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from saferedir.engines import Bundle
+from saferedir.engines.manifest import kind
 from saferedir.runtime.backend import Call, DeviceTensor
 from saferedir.runtime.cuda import CudaStream
 from saferedir.runtime.ort_stream import OrtStreamBackend, Tensors
@@ -62,7 +63,7 @@ class OrtCudaBackend(OrtStreamBackend):
         self._captured: dict[tuple[str, int], Captured] = {}
 
     def bind(self, engine: str, inputs: Tensors, outputs: Tensors) -> Call:
-        if engine not in CAPTURED:
+        if kind(engine) not in CAPTURED:
             return super().bind(engine, inputs, outputs)
         captured = self._capture(engine, inputs, outputs)
         own = self._bundle.manifest.engines[engine]
@@ -89,7 +90,7 @@ class OrtCudaBackend(OrtStreamBackend):
             return self._captured[engine, batch]
 
     def _provider_options(self, engine: str) -> dict[str, str]:
-        graph = {"enable_cuda_graph": "1"} if engine in CAPTURED else {}
+        graph = {"enable_cuda_graph": "1"} if kind(engine) in CAPTURED else {}
         return {**super()._provider_options(engine), **graph}
 
 

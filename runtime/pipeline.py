@@ -22,7 +22,7 @@ from saferedir.runtime.loop import Batch, Denoised, StepCallback, denoise
 from saferedir.runtime.noise import TorchNoise
 from saferedir.runtime.policy import ResolvedPolicy, SafetyPolicy, Tightening, resolve
 from saferedir.runtime.record import SafetyRecord, StepRecord
-from saferedir.runtime.request import ImageRequest, Seeds, build_requests, check_guidance
+from saferedir.runtime.request import ImageRequest, Seeds, build_requests, check_guidance, latent_size
 from saferedir.runtime.schedulers import Schedule, make_schedule
 from saferedir.runtime.tokenizer import PromptTokenizer, Tokenised
 
@@ -79,6 +79,8 @@ class Pipeline:
         prompt_embeds: npt.ArrayLike | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         negative_prompt_embeds: npt.ArrayLike | None = None,
+        height: int | None = None,
+        width: int | None = None,
         seed: Seeds = 0,
         num_images_per_prompt: int = 1,
         num_inference_steps: int = 25,
@@ -90,6 +92,7 @@ class Pipeline:
     ) -> Generation:
         """Draw one picture a prompt (times `num_images_per_prompt`).
 
+        `height` and `width` are pixels, of a size that the bundle has engines for; the model's own by default.
         `prompt_embeds` [pictures, T, D] may stand in place of the prompts and is protected alike. An integer `seed` is
         the first picture's and counts up; the noise is that of torch's CPU generator. Guidance of at most 1 draws
         unguided. `scheduler` is another sampler than the bundle's: ddim, euler, dpm-solver or lcm. `on_step(done, total)`
@@ -101,6 +104,7 @@ class Pipeline:
             CancelledError: `cancel` was set.
         """
         guidance = check_guidance(guidance_scale)
+        size = latent_size(self.model, height, width)
         requests = build_requests(
             self.model,
             prompts,
@@ -112,12 +116,12 @@ class Pipeline:
         )
         schedule = make_schedule(self._scheduler, self.model.prediction_type, num_inference_steps, scheduler)
         policy = self._policy.tightened(tighten)
-        size = self.manifest.max_batch
-        chunks = [requests[start : start + size] for start in range(0, len(requests), size)]
+        most = self.manifest.max_batch
+        chunks = [requests[start : start + most] for start in range(0, len(requests), most)]
         images: list[Image.Image] = []
         records: list[SafetyRecord] = []
         for index, chunk in enumerate(chunks):
-            batch, tokenised = self._prepare(chunk, guidance, policy, schedule)
+            batch, tokenised = self._prepare(chunk, size, guidance, policy, schedule)
             progress = _offset(on_step, index, len(chunks))
             result = denoise(
                 self.backend,
@@ -142,10 +146,9 @@ class Pipeline:
         return self._encode(np.stack([self._tokenizer(prompt).ids for prompt in prompts]))
 
     def _prepare(
-        self, chunk: list[ImageRequest], guidance: float, policy: ResolvedPolicy, schedule: Schedule
+        self, chunk: list[ImageRequest], size: tuple[int, int], guidance: float, policy: ResolvedPolicy, schedule: Schedule
     ) -> tuple[Batch, list[Tokenised | None]]:
-        model = self.model
-        shape = (1, model.latent_channels, model.latent_height, model.latent_width)
+        shape = (1, self.model.latent_channels, *size)
         tokenised = [None if request.prompt is None else self._tokenizer(request.prompt) for request in chunk]
         texts = {request.negative_prompt or "" for request in chunk}
         texts |= {request.prompt for request in chunk if request.prompt is not None}
@@ -177,10 +180,10 @@ class Pipeline:
         return np.concatenate(parts)
 
     def _decode(self, latent: npt.NDArray[np.float32]) -> list[Image.Image]:
-        model = self.model
-        scale = model.vae_scale_factor
-        shape = (len(latent), 3, model.latent_height * scale, model.latent_width * scale)
-        pictures = self._run("vae_decoder", {"latent": latent}, "image", shape)
+        scale = self.model.vae_scale_factor
+        height, width = latent.shape[2:]
+        shape = (len(latent), 3, height * scale, width * scale)
+        pictures = self._run(self.model.engine("vae_decoder", height, width), {"latent": latent}, "image", shape)
         if not np.isfinite(pictures).all():
             raise NonFiniteError("the decoded picture is not finite; no picture leaves")
         pixels = (pictures.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)

@@ -11,7 +11,7 @@ import numpy as np
 
 from saferedir.engines import Bundle
 from saferedir.engines.errors import RequestError
-from saferedir.engines.manifest import PUBLISHED, SPLIT_SAFETY, EngineInfo
+from saferedir.engines.manifest import PUBLISHED, EngineInfo, ModelInfo
 from saferedir.runtime.backend import Array, Backend, BackendAround, Call, DeviceTensor
 from saferedir.runtime.pipeline import Generation, Pipeline
 from saferedir.runtime.policy import SafetyPolicy
@@ -72,30 +72,46 @@ def record_runs(bundle: Bundle, backend: Backend, runs: Runs) -> Recorded:
     always = SafetyPolicy(cooldown=1, thresholds={} if by_argmax else dict.fromkeys(names, 0.0))
     without = SafetyPolicy(unprotected=True)
     with _unsaid():
-        for policy, guidance in ((SafetyPolicy(), 5.0), (always, 5.0), (always, 1.0), (without, 5.0), (without, 1.0)):
-            draw(Pipeline(bundle, recording, policy), guidance, runs)
+        for size in bundle.manifest.model.sizes:
+            for policy, guidance in ((SafetyPolicy(), 5.0), (always, 5.0), (always, 1.0), (without, 5.0), (without, 1.0)):
+                draw(Pipeline(bundle, recording, policy), guidance, runs, size)
     recorded = recording.recorded
-    taken = [tensor.name for tensor in bundle.manifest.engines["unet"].inputs]
-    seen = [given | {"latent": _seen(given), "prompt_embeds": given["prompt"]} for given in recorded["plain_step"]]
-    recorded["unet"] = [{name: given[name] for name in taken} for given in seen]
-    steps = [{**given, "latent": _seen(given)} for given in recorded["step"]]
-    for engine, renamed in (("safety", {}), ("published_network", {"prompt_embeds": "prompt"})):
-        if engine in bundle.manifest.engines:
-            taken = [tensor.name for tensor in bundle.manifest.engines[engine].inputs]
-            recorded[engine] = [{name: given[renamed.get(name, name)] for name in taken} for given in steps]
-    if set(SPLIT_SAFETY) <= bundle.manifest.engines.keys():
-        prompt_engine = bundle.manifest.engines["safety_prompt"]
-        recorded["safety_prompt"] = [{"original": given["original"]} for given in recorded["safety"]]
-        recorded["safety_step"] = [
-            given | _run(backend, "safety_prompt", prompt_engine, {"original": given["original"]})
-            for given in recorded["safety"]
-        ]
+    for size in bundle.manifest.model.sizes:
+        recorded |= _parts_of_steps(bundle, backend, recorded, bundle.manifest.model, size)
     return recorded
 
 
-def draw(pipeline: Pipeline, guidance: float, runs: Runs) -> Generation:
-    """The pictures that recorded runs are of."""
-    return pipeline(list(PROMPTS[: runs.pictures]), seed=0, num_inference_steps=runs.steps, guidance_scale=guidance)
+def _parts_of_steps(bundle: Bundle, backend: Backend, recorded: Recorded, model: ModelInfo, size: tuple[int, int]) -> Recorded:
+    """What engines that are parts of recorded steps were given there, for latents of height and width `size`."""
+    engines = bundle.manifest.engines
+    plain, step, unet, safety, safety_step = (
+        model.engine(name, *size) for name in ("plain_step", "step", "unet", "safety", "safety_step")
+    )
+    taken = [tensor.name for tensor in engines[unet].inputs]
+    seen = [given | {"latent": _seen(given), "prompt_embeds": given["prompt"]} for given in recorded[plain]]
+    parts = {unet: [{name: given[name] for name in taken} for given in seen]}
+    steps = [{**given, "latent": _seen(given)} for given in recorded[step]]
+    for engine, renamed in ((safety, {}), ("published_network", {"prompt_embeds": "prompt"})):
+        if engine in engines:
+            taken = [tensor.name for tensor in engines[engine].inputs]
+            parts[engine] = [{name: given[renamed.get(name, name)] for name in taken} for given in steps]
+    if safety_step in engines:
+        prompts = [{"original": given["original"]} for given in parts[safety]]
+        parts["safety_prompt"] = prompts
+        parts[safety_step] = [
+            given | _run(backend, "safety_prompt", engines["safety_prompt"], prompt)
+            for given, prompt in zip(parts[safety], prompts, strict=True)
+        ]
+    return parts
+
+
+def draw(pipeline: Pipeline, guidance: float, runs: Runs, size: tuple[int, int] | None = None) -> Generation:
+    """The pictures that recorded runs are of, of latents of height and width `size`, the model's own by default."""
+    height, width = (side * pipeline.model.vae_scale_factor for side in size or pipeline.model.sizes[0])
+    return pipeline(
+        list(PROMPTS[: runs.pictures]), height=height, width=width, seed=0, num_inference_steps=runs.steps,
+        guidance_scale=guidance,
+    )  # fmt: skip
 
 
 def replay(bundle: Bundle, backend: Backend, engine: str, recorded: Recorded) -> dict[str, Array]:

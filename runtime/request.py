@@ -87,6 +87,25 @@ def build_requests(
     ]
 
 
+def latent_size(model: ModelInfo, height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width of the latent of a picture of `height` x `width` pixels; None is the model's own.
+
+    Raises:
+        RequestError: the bundle has no engines for it; the message says for which it has, and how to have it.
+    """
+    scale = model.vae_scale_factor
+    tall = model.latent_height * scale if height is None else as_integer("height", height)
+    wide = model.latent_width * scale if width is None else as_integer("width", width)
+    if (tall / scale, wide / scale) not in model.sizes:
+        can = (
+            f"export it with --size {tall}x{wide}"
+            if tall > 0 < wide and tall % scale == wide % scale == 0
+            else (f"sides are multiples of {scale}")
+        )
+        raise RequestError(f"size is {tall}x{wide}; this bundle draws {', '.join(model.picture_sizes)}; {can}")
+    return tall // scale, wide // scale
+
+
 def check_guidance(guidance_scale: float) -> float:
     """`guidance_scale` as a float; 0 up to 1 mean unguided.
 

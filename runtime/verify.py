@@ -12,7 +12,7 @@ import numpy as np
 
 from saferedir.engines import Bundle, open_bundle
 from saferedir.engines.errors import BundleAlteredError, RequestError
-from saferedir.engines.manifest import EngineInfo
+from saferedir.engines.manifest import EngineInfo, kind
 from saferedir.runtime.backend import Backend
 from saferedir.runtime.backends import make_backend
 from saferedir.runtime.ort import import_onnxruntime
@@ -138,7 +138,7 @@ def verify_bundle(
     pictures = None if bundle.manifest.model is None else _compare_pictures(bundle, first, second, runs)
     wrong = {row.engine for row in rows if not row.passed}
     # The steps hold the nodes of safety and UNet, where these differ already.
-    innermost = sorted(wrong & INNERMOST or wrong)
+    innermost = sorted({engine for engine in wrong if kind(engine) in INNERMOST} or wrong)
     bisected = _bisect(bundle, model, safety, innermost, recorded) if bisect else []
     return VerificationReport(*counts, rows, pictures, bisected, "")
 

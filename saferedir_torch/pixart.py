@@ -53,8 +53,10 @@ class Denoiser(nn.Module):
         kept = (prompt != 0).any(dim=-1).to(prompt.dtype)
         conditions: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if self.config["sample_size"] == TOLD_ITS_SIZE:
-            pixels = torch.full((latent.shape[0], 2), 8.0 * TOLD_ITS_SIZE, dtype=latent.dtype, device=latent.device)
-            conditions = {"resolution": pixels, "aspect_ratio": torch.ones_like(pixels[:, :1])}
+            height, width = latent.shape[2:]
+            told = torch.tensor([[8.0 * height, 8.0 * width, height / width]], dtype=latent.dtype, device=latent.device)
+            told = told.expand(latent.shape[0], 3)
+            conditions = {"resolution": told[:, :2], "aspect_ratio": told[:, 2:]}
         output = self.transformer(
             latent, encoder_hidden_states=prompt, encoder_attention_mask=kept, timestep=timestep.expand(latent.shape[0]),
             added_cond_kwargs=conditions, return_dict=False,

@@ -71,7 +71,7 @@ def test_unprotected_is_logged(tmp_path: Path) -> None:
         (["generate", "--file", "missing.txt"], 2, "missing.txt cannot be read"),
         (["generate", "a cat", "--steps", "0"], 2, "num_inference_steps is 0"),
         (["generate", "a cat", "--seed", "-1"], 2, "seed is -1"),
-        (["generate", "a cat", "--size", "512"], 2, "--size is 512"),
+        (["generate", "a cat", "--size", "512"], 2, "this bundle draws 64x64"),
         (["generate", "a cat", "a dog", "--out", "-"], 2, "one PNG"),
         (["generate", "a cat", "--backend", "tpu"], 4, "'tpu' is unknown"),
         (["generate", "a cat", "--backend", "ort-cuda"], 4, "CUDAExecutionProvider"),

@@ -16,6 +16,7 @@ from saferedir.engines.errors import RequestError, VerificationError
 from saferedir.engines.manifest import PUBLISHED
 from saferedir.runtime.command_line import making
 from saferedir.runtime.command_line.console import BundleOption, JsonOption, console, progress
+from saferedir.runtime.command_line.picture_size import picture_size
 
 if TYPE_CHECKING:
     from saferedir.engines import Manifest
@@ -45,7 +46,7 @@ def generate(
     scheduler: Annotated[
         str | None, typer.Option(help="ddim, euler, dpm-solver or lcm; the bundle's own, which its promise is for, by default.")
     ] = None,
-    size: Annotated[int | None, typer.Option(help="Side of the picture in pixels, where the model allows another.")] = None,
+    size: Annotated[str | None, typer.Option(help="SIDE or HEIGHTxWIDTH in pixels; `inspect` lists which.")] = None,
     bundle: BundleOption = DEFAULT_BUNDLE,
     backend: BackendOption = "auto",
     concept: Annotated[
@@ -77,12 +78,12 @@ def generate(
     with nullcontext(None) if to_stdout else output_folder(Path(out)) as folder:
         policy = SafetyPolicy(enabled=tuple(concept) if concept else None, unprotected=unprotected)
         pipeline = Pipeline.from_bundle(bundle, backend=backend, policy=policy)
-        side = pipeline.model.latent_width * pipeline.model.vae_scale_factor
-        if size is not None and size != side:
-            raise RequestError(f"--size is {size}; {pipeline.manifest.name} draws {side} only")
+        height, width = picture_size(size) if size else (None, None)
         with progress("drawing") as on_step:
             result = pipeline(
                 asked,
+                height=height,
+                width=width,
                 negative_prompt=negative,
                 seed=seed,
                 num_images_per_prompt=count,
@@ -168,6 +169,8 @@ def inspect(
         console.print(f"concept {concept.name} → {concept.replacement}, {decided}, alpha_scale {concept.alpha_scale:g}")
     promise = manifest.safety.promise
     console.print(f"promise: {promise}" if promise else "thresholds not calibrated: no promise on false alarms", soft_wrap=True)
+    if manifest.model is not None:
+        console.print(f"pictures of {', '.join(manifest.model.picture_sizes)} pixels", highlight=False, soft_wrap=True)
     table = Table("engine", "MB", "inputs", "outputs")
     for name, engine in manifest.engines.items():
         size = manifest.files[engine.file].bytes / 1e6

@@ -13,6 +13,7 @@ from rich.table import Table
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import MissingDependencyError, RequestError
 from saferedir.runtime.command_line.console import JsonOption, console, progress
+from saferedir.runtime.command_line.picture_size import picture_size
 
 if TYPE_CHECKING:
     from saferedir.export.plan_builder import PlanOptions
@@ -24,6 +25,9 @@ def export(
     out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder; replaced as a whole when all is done.")],
     name: Annotated[str | None, typer.Option(help="What the bundle calls itself; the model folder's name by default.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, max=31, help="Largest batch run at once.")] = 16,
+    size: Annotated[
+        str | None, typer.Option(help="Sizes of pictures besides the model's own: SIDE or HEIGHTxWIDTH, colons between them.")
+    ] = None,
     precision: Annotated[str, typer.Option(help="What the model computes in: fp32, fp16 or bf16.")] = "fp32",
     config: Annotated[
         str | None, typer.Option(help="Folder or hub name with the configuration of a single file; the hub's by default.")
@@ -60,6 +64,10 @@ def export(
 
     `saferedir export model.safetensors --config stable-diffusion-v1-5 --safety castle --out bundle --save-model model`
 
+    `saferedir export stable-diffusion-v1-5 --safety castle --out bundle --size 512x768:768x512`
+
+    Every size has engines of its own, which share their weights, so that shapes are fixed and steps can be captured.
+
     Plans are kept in the bundle's own folder; what of them an interrupted command left out, `build-plans --in-bundle` builds.
 
     A safety module fits one text encoder. Where a LoRA or `--clip-skip` changes it, train the module on what `--save-model`
@@ -73,7 +81,11 @@ def export(
         raise MissingDependencyError(f"export needs the package {error.name}; install saferedir[export]") from error
     plans = _plan_options(target, batch)
     options = BundleOptions(
-        name=name or model.stem, max_batch=max_batch, precision=precision, words=tuple(textual_inversion or ())
+        name=name or model.stem,
+        max_batch=max_batch,
+        precision=precision,
+        words=tuple(textual_inversion or ()),
+        further_sizes=tuple(picture_size(text) for text in size.split(":")) if size else (),
     )
     changes = ModelChanges(loras=tuple(_lora(text) for text in lora or ()), vae=vae, clip_skip=clip_skip)
     with progress("exporting") as on_step:
@@ -155,7 +167,7 @@ def build_plans(
     """
     from saferedir.engines import open_bundle
     from saferedir.engines.plan_cache import PlanCache, user_cache
-    from saferedir.export.plan_builder import DRAWING, PlanOptions
+    from saferedir.export.plan_builder import PlanOptions
     from saferedir.export.plan_builder import build_plans as build
 
     if out is not None and in_bundle:
@@ -168,7 +180,7 @@ def build_plans(
     opened = open_bundle(bundle)
     cache = PlanCache(opened.folder / "plans" if in_bundle else out or user_cache())
     with progress("building") as on_plan:
-        plans = build(opened, options, cache, tuple(engine or DRAWING), on_plan=on_plan, on_wait=_say_waiting)
+        plans = build(opened, options, cache, tuple(engine) if engine else None, on_plan=on_plan, on_wait=_say_waiting)
     if as_json:
         print(json.dumps([{**asdict(plan), "path": str(plan.path)} for plan in plans], indent=1))
         return
