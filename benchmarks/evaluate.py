@@ -51,8 +51,9 @@ def forgetting(
     else:
         drawer, identity = Pipeline.from_bundle(), DEPLOYED
     size = QUICK if quick else Size()
-    figures = measure(Studio(work), drawer, identity, CONCEPTS[task], load_split(), _features(features), size, out)
-    _store("forgetting" + ("_alone" if alone else "") + f"_{task}", figures, out)
+    name = "forgetting" + ("_alone" if alone else "") + f"_{task}"
+    figures = measure(Studio(work), drawer, identity, CONCEPTS[task], load_split(), _features(features), size, out / name)
+    _store(name, figures, out)
 
 
 @app.command()

@@ -41,7 +41,7 @@ def added(
     figures: dict[str, Any] = {
         "concept": name,
         "training": extended.config.provenance,
-        "forgetting": forgetting(studio, drawer, identity, concept, split, features, size, sheets),
+        "forgetting": forgetting(studio, drawer, identity, concept, split, features, size, sheets / f"forgetting_{name}"),
         "others": {},
     }
     sets = {

@@ -89,7 +89,10 @@ def forgetting(
     size: Size,
     sheets: Path,
 ) -> dict[str, Any]:
-    """All figures of one concept under one safety, seen and held-out names apart."""
+    """All figures of one concept under one safety, seen and held-out names apart.
+
+    The first pictures of both go to `sheets`, a path without its end: `sheets` + `_seen.png` and `_held_out.png`.
+    """
     plain = plain_of(protected)
     judges = Judges.calibrated(studio, plain, concept, split, size.rewrites)
     figures: dict[str, Any] = {
@@ -106,7 +109,7 @@ def forgetting(
         figures[part] = _part(concept, tested, drawn, judges, features, size)
         contact_sheet(
             [drawn[kind] for kind in ("unprotected", "protected", "rewrite")],
-            sheets / f"forgetting_{concept.name}_{part}.png",
+            sheets.with_name(f"{sheets.name}_{part}.png"),
             size,
         )
     return figures
