@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -37,9 +37,11 @@ from saferedir.export.half import ISLANDS, PARTS, PRECISIONS, halved
 from saferedir.export.model_changes import with_words
 from saferedir.export.onnx_export import BF16_OPSET, LARGEST_BATCH, OPSET, ExportError, tensor_infos, to_onnx
 from saferedir.export.room import check_disk, check_memory
+from saferedir.export.unfinished import unfinished
 from saferedir.export.weights import WeightFile, externalise
+from saferedir.runtime.outputs import write_bytes
+from saferedir_torch import protect
 from saferedir_torch.config import SafetyConfig
-from saferedir_torch.protect import check_match
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 
 #: diffusers' samplers that the runtime has.
@@ -94,6 +96,8 @@ def export_bundle(
 ) -> Path:
     """Export every engine and write the bundle to `out`, which is replaced as a whole when all is done.
 
+    An export that was interrupted is taken up where it was by the next one of the same to the same place.
+
     `on_engine` is called at each engine's beginning, `on_size` before them all, with about as many bytes as the bundle takes.
 
     Raises:
@@ -102,7 +106,7 @@ def export_bundle(
         SafetyMismatchError: the safety module is made for another text encoder or other shapes.
         ExportError: a graph cannot be exported, or the scheduler clips or thresholds.
     """
-    check_match(pipeline, safety)
+    protect.check_match(pipeline, safety)
     sizes = latent_sizes(pipeline, options.further_sizes)
     return write_bundle(
         out, pipeline, lambda computing: all_graphs(computing, safety, sizes), WeightFile("safety.safetensors", safety),
@@ -150,9 +154,8 @@ def write_bundle(
         check_memory(MEMORY * largest, f"exporting {options.name}")
     if on_size is not None:
         on_size(size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    key = _key(computing, weights, replace(options, words=()), safety, added, controller)
+    with unfinished(out, key) as folder:
         engines = _write_engines(graphs_of(computing), weights, folder, opset, on_engine)
         if pipeline is not None:
             _write_tokenizer(pipeline.tokenizer, folder)
@@ -176,10 +179,24 @@ def write_bundle(
         )
         (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
         _replace(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
     return out
+
+
+def _key(
+    pipeline: Any | None, weights: Sequence[WeightFile], options: BundleOptions, safety: SafetyInfo,
+    added: Mapping[str, tuple[str, ...]], controller: str,
+) -> str:  # fmt: skip
+    """A hash of everything that the graphs depend on, the code that makes them included."""
+    digest = hashlib.sha256()
+    parts = () if pipeline is None else (pipeline.text_encoder, pipeline.unet, pipeline.vae, pipeline.scheduler)
+    configs = [str(part.config) for part in parts if hasattr(part, "config")]
+    made_with = {maker: version(maker) for maker in MAKERS}
+    digest.update(repr((configs, options, safety, added, controller, made_with)).encode())
+    for file in weights:
+        digest.update(file.sha256.encode())
+    for code in sorted((*Path(__file__).parent.glob("*.py"), *Path(protect.__file__).parent.glob("*.py"))):
+        digest.update(code.read_bytes())
+    return digest.hexdigest()
 
 
 def latent_sizes(pipeline: Any, pictures: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -241,10 +258,13 @@ def _write_engines(
     for name in graphs:
         if on_engine is not None:
             on_engine(name)
+        path = folder / f"{name}.onnx"
+        if path.exists():  # by an export that was interrupted
+            models[name] = onnx.load(str(path), load_external_data=False)
         model = to_onnx(name, graphs, models, opset)
         used = externalise(model, files)
-        path = folder / f"{name}.onnx"
-        path.write_bytes(model.SerializeToString(deterministic=True))
+        if not path.exists():
+            write_bytes(path, model.SerializeToString(deterministic=True))
         engines[name] = EngineInfo(path.name, tuple(used), tensor_infos(model.graph.input), tensor_infos(model.graph.output))
     for file in files:
         file.write(folder)

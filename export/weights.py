@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,8 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import save
 from torch import nn
+
+from saferedir.runtime.outputs import write_bytes
 
 #: Smaller tensors stay inside the graph.
 SMALLEST = 1024
@@ -55,14 +56,17 @@ class WeightFile:
         """Bytes of the file."""
         return len(self._data)
 
+    @property
+    def sha256(self) -> str:
+        """Of the file's bytes."""
+        return hashlib.sha256(self._data).hexdigest()
+
     def find(self, array: Any) -> Place | None:
         """Where `array` lies in the file, or None."""
         return self._places.get(_digest(np.ascontiguousarray(array).tobytes()))
 
     def write(self, folder: Path) -> None:
-        partial = folder / f"{self.name}.partial"
-        partial.write_bytes(self._data)
-        os.replace(partial, folder / self.name)
+        write_bytes(folder / self.name, self._data)
 
 
 def externalise(model: Any, files: Iterable[WeightFile]) -> list[str]:
