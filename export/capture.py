@@ -18,6 +18,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto
 
+from saferedir.export.attention import is_attention
 from saferedir.export.rounded import tensor_types
 
 FLOAT, HALF, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
@@ -127,6 +128,8 @@ def _reason(node: Any, types: dict[str, int], opset: int, host: set[str]) -> str
         return None
     if host.intersection(node.input[:1] if node.op_type in SHAPED else node.input):
         return "computes with a shape, on the host"
+    if is_attention(node) and types[node.input[0]] in FLOATS:
+        return None
     if node.domain not in ("", "ai.onnx"):
         return f"of the domain {node.domain}, which is not in the list"
     if node.op_type == "Constant":

@@ -12,6 +12,7 @@ import onnx
 import torch
 
 from saferedir.engines.manifest import TensorInfo
+from saferedir.export.attention import attention_nodes, define_attention
 from saferedir.export.engine_calls import called_engines, calls_for_engines, write_in
 from saferedir.export.graphs import Graph
 from saferedir.export.static_shapes import fix_shapes
@@ -52,6 +53,7 @@ def to_onnx(name: str, graphs: Mapping[str, Graph], done: dict[str, Any] | None 
         with calls_for_engines(module):
             model = _traced(name, graphs[name], opset)
         write_in(model, called)
+        define_attention(model)
         fix_shapes(model)
         _check_outputs(name, graphs[name], model)
         done[name] = model
@@ -64,7 +66,7 @@ def _traced(name: str, graph: Graph, opset: int) -> Any:
     shapes = {
         key: {0: batch, **{axis: dims[name] for axis, name in graph.dynamic.get(key, {}).items()}} for key in graph.inputs
     }
-    with _quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad(), attention_nodes():
         # Exported here and not by torch.onnx.export, which falls back to a fixed batch where tracing finds a constraint.
         exported = torch.export.export(graph.module.eval(), (), dict(graph.inputs), dynamic_shapes=shapes, strict=False)
         program = torch.onnx.export(

@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from saferedir.engines import Bundle
+from saferedir.export.attention import define_attention, inlined
 from saferedir.export.onnx_export import ExportError
 from saferedir.runtime.ort import OrtBackend
 
@@ -62,8 +63,9 @@ def load_rounded(bundle: Bundle, engine: str, *, exact: Collection[str] = ()) ->
 def rounded(model: Any, *, exact: Collection[str] = ()) -> Any:
     """`model` in fp32, every tensor that was half rounded to that type; operators of the types `exact` are not.
 
-    Names of nodes and tensors stay.
+    Names of nodes and tensors stay, and attention is computed by ordinary operators.
     """
+    model = inlined(model)
     types = tensor_types(model)
     nodes, weights = [], []
     for tensor in model.graph.initializer:
@@ -119,6 +121,7 @@ def watched(model: Any) -> tuple[Any, list[str]]:
 
 def tensor_types(model: Any) -> dict[str, int]:
     """Element types of all tensors by name."""
+    define_attention(model)
     weights = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type == "GroupNormalization":  # onnx infers nothing of it; it gives what its scale is

@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from saferedir.export.attention import is_attention
+
 #: Constants of at most so many elements may say what a shape is; larger ones are known by their type alone.
 LARGEST_SHAPE = 64
 #: Operators that broadcast: a tensor without the batch gives the same with one that has it.
@@ -121,7 +123,7 @@ def _without_weights(model: Any) -> Any:
     """A copy in which large constants are inputs, so that it is small whatever the model weighs."""
     light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
     light.graph.name = model.graph.name
-    light.graph.node.extend(deepcopy(list(model.graph.node)))
+    light.graph.node.extend(_of_known_shape(node) for node in model.graph.node)
     light.graph.input.extend(model.graph.input)
     light.graph.output.extend(model.graph.output)
     for own in model.graph.initializer:
@@ -130,3 +132,10 @@ def _without_weights(model: Any) -> Any:
         else:
             light.graph.input.append(onnx.helper.make_tensor_value_info(own.name, own.data_type, list(own.dims)))
     return light
+
+
+def _of_known_shape(node: Any) -> Any:
+    """A copy of the node, or one that onnx infers the same shape of."""
+    if is_attention(node):  # gives the shape of its query
+        return helper.make_node("Identity", node.input[:1], list(node.output), name=node.name)
+    return deepcopy(node)

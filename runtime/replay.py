@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -58,26 +58,30 @@ class RecordingBackend(BackendAround):
         return call
 
 
-def record_runs(bundle: Bundle, backend: Backend, runs: Runs) -> Recorded:
+def record_runs(bundle: Bundle, open_backend: Callable[[], Backend], runs: Runs) -> Recorded:
     """Inputs of every engine of `bundle`, from runs of `PROMPTS` with and without guidance and safety.
 
+    Each kind of step is drawn on a backend of its own, so that the engines of one need not fit into memory beside the others'.
     Among the protected runs are some whose thresholds every score reaches, so that every other step fires. A bundle that
     holds a safety alone gets noise.
     """
     if bundle.manifest.model is None:
         return _noise(bundle.manifest.engines, runs.steps)
-    recording = RecordingBackend(backend, bundle.manifest.engines)
     names = [concept.name for concept in bundle.manifest.safety.concepts]
     by_argmax = bundle.manifest.controller == PUBLISHED
     always = SafetyPolicy(cooldown=1, thresholds={} if by_argmax else dict.fromkeys(names, 0.0))
     without = SafetyPolicy(unprotected=True)
-    with _unsaid():
-        for size in bundle.manifest.model.sizes:
-            for policy, guidance in ((SafetyPolicy(), 5.0), (always, 5.0), (always, 1.0), (without, 5.0), (without, 1.0)):
-                draw(Pipeline(bundle, recording, policy), guidance, runs, size)
-    recorded = recording.recorded
+    recorded: Recorded = {}
+    kinds = (((SafetyPolicy(), always), 5.0), ((always,), 1.0), ((without,), 5.0), ((without,), 1.0))
     for size in bundle.manifest.model.sizes:
-        recorded |= _parts_of_steps(bundle, backend, recorded, bundle.manifest.model, size)
+        for policies, guidance in kinds:
+            recording = RecordingBackend(open_backend(), bundle.manifest.engines)
+            with _unsaid():
+                for policy in policies:
+                    draw(Pipeline(bundle, recording, policy), guidance, runs, size)
+            for engine, calls in recording.recorded.items():
+                recorded.setdefault(engine, []).extend(calls)
+        recorded |= _parts_of_steps(bundle, open_backend(), recorded, bundle.manifest.model, size)
     return recorded
 
 

@@ -133,7 +133,7 @@ def verify_bundle(
         return VerificationReport(*counts, None, None, [], note)
     runs = runs or Runs()
     first, second = (_opener(bundle, name, model, safety) for name in (backend, against_backend))
-    recorded = record_runs(bundle, first(), runs)
+    recorded = record_runs(bundle, first, runs)
     rows = [row for engine in bundle.manifest.engines for row in _compare(bundle, engine, first, second, recorded)]
     pictures = None if bundle.manifest.model is None else _compare_pictures(bundle, first, second, runs)
     wrong = {row.engine for row in rows if not row.passed}

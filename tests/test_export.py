@@ -123,13 +123,13 @@ def test_safety_of_another_model_is_refused_and_leaves_nothing(small: tuple[Any,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupted_export_leaves_nothing(small: tuple[Any, SafetyModule], tmp_path: Path) -> None:
-    def interrupt(name: str) -> None:
+def test_an_export_that_fails_leaves_nothing(small: tuple[Any, SafetyModule], tmp_path: Path) -> None:
+    def fail(name: str) -> None:
         if name == "unet":
-            raise KeyboardInterrupt
+            raise ExportError("planted")
 
-    with pytest.raises(KeyboardInterrupt):
-        export_bundle(*small, tmp_path / "bundle", BundleOptions(name="x"), interrupt)
+    with pytest.raises(ExportError):
+        export_bundle(*small, tmp_path / "bundle", BundleOptions(name="x"), fail)
     assert list(tmp_path.iterdir()) == []
 
 
