@@ -19,6 +19,7 @@ from saferedir.engines import Bundle
 from saferedir.engines.errors import BackendError, MissingDependencyError, PlanError, RequestError
 from saferedir.engines.plan_cache import FittingPlan, PlanCache, user_cache
 from saferedir.runtime.backend import Array, Call, DeviceTensor
+from saferedir.runtime.plan_inspection import InspectedPlan, inspect_plan
 
 #: Backend, which is also the builder of its plans -> module and distribution.
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -82,6 +83,24 @@ class TensorRtBackend:
                     raise BackendError(f"{plan.path} could not be run by {self.name}")
 
         return call
+
+    def inspect_all(self) -> list[InspectedPlan]:
+        """What the plans that fit this card are made of, of each engine that there is one of.
+
+        Raises:
+            PlanError: there is none of any engine; the message is about the last one.
+        """
+        seen, problem = [], None
+        for engine in self._bundle.manifest.engines:
+            try:
+                plan, opened, _ = self._engine(engine)
+            except PlanError as error:
+                problem = error
+                continue
+            seen.append(inspect_plan(engine, plan.path, opened, self._trt))
+        if not seen and problem is not None:
+            raise problem
+        return seen
 
     def versions(self) -> dict[str, str]:
         return {"backend": self.name, MODULES[self.name]: self._trt.__version__}

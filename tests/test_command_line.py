@@ -78,6 +78,7 @@ def test_unprotected_is_logged(tmp_path: Path) -> None:
         (["generate", "a cat", "--bundle", "nowhere"], 3, "nowhere"),
         (["generate", "a cat", "--out", "/proc/nothing"], 6, "/proc/nothing cannot be written"),
         (["inspect", "nowhere"], 3, "nowhere"),
+        (["inspect", "--plans", "ort-cuda"], 2, "tensorrt-rtx"),
     ],
 )
 def test_bad_input_is_one_line_and_its_exit_code(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:

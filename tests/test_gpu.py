@@ -16,7 +16,7 @@ from saferedir.export.plan_builder import PlanOptions, build_plans
 from saferedir.runtime import Pipeline
 from saferedir.runtime.cuda import CudaStream
 from saferedir.runtime.doctor import diagnose
-from saferedir.runtime.tensorrt import MODULES
+from saferedir.runtime.tensorrt import MODULES, TensorRtBackend
 from saferedir.runtime.verify import verify_bundle
 
 pytestmark = pytest.mark.gpu
@@ -41,6 +41,20 @@ def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_every_engine_equals_that_on_the_cpu(backend: str) -> None:
     report = verify_bundle(DEFAULT_BUNDLE, backend=backend, against_backend="ort-cpu")
     assert report.passed, [row for row in report.parity or [] if not row.passed]
+
+
+def test_plans_are_in_fp32_and_take_the_batches_they_were_built_for(backend: str) -> None:
+    if backend not in MODULES:
+        pytest.skip("has no plans")
+    bundle = open_bundle(DEFAULT_BUNDLE)
+    plans = TensorRtBackend(bundle, backend).inspect_all()
+    assert [seen.engine for seen in plans] == list(bundle.manifest.engines)
+    for seen in plans:
+        info = bundle.manifest.engines[seen.engine]
+        assert seen.layers > 0
+        assert seen.memory >= 0
+        assert not {"fp16", "bf16"} & seen.types.keys()
+        assert [shape[0] for shape in seen.profiles[info.inputs[0].name]] == list(PlanOptions().batch)
 
 
 def test_pictures_are_the_same_in_every_run(backend: str) -> None:

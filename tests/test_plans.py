@@ -24,6 +24,7 @@ from saferedir.engines.errors import BundleError, OutputError, PlanError, Reques
 from saferedir.engines.manifest import SPLIT_SAFETY
 from saferedir.engines.plan_cache import PlanCache, PlanKey, PlanStatus
 from saferedir.export.plan_builder import DRAWING, PlanOptions, build_plans
+from saferedir.runtime.plan_inspection import count_types
 from saferedir.runtime.tensorrt import check_profile, find_plans
 from saferedir_torch.models import load_pipeline
 from saferedir_torch.train import new_module
@@ -45,6 +46,17 @@ def write(data: bytes = b"a plan") -> Callable[[Path], Mapping[str, Any]]:
 @pytest.fixture(scope="module")
 def bundle() -> Bundle:
     return open_bundle("emoji-diffusion")
+
+
+def test_types_of_layers_are_counted_as_the_inspector_names_them() -> None:
+    layers: list[Any] = [
+        {"Name": "a", "Outputs": [{"Format/Datatype": "Row major linear FP16 format"}, {"Format/Datatype": "Half"}]},
+        {"Name": "b", "Outputs": [{"Format/Datatype": "Float"}]},
+        {"Name": "c", "Outputs": [{"Format/Datatype": "BFloat16"}]},
+        {"Name": "d"},
+        "e",
+    ]
+    assert count_types(layers) == {"fp16": 2, "fp32": 1, "bf16": 1, "unknown": 2}
 
 
 @pytest.fixture

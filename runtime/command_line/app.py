@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,12 +142,22 @@ def demo(
 @app.command()
 def inspect(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, or an embedded one's name.")] = DEFAULT_BUNDLE,
+    plans: Annotated[
+        str | None, typer.Option(help="tensorrt-rtx or tensorrt: its plans instead, on a card that they fit.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a bundle holds: model, concepts, engines with their tensors, versions.
 
-    Example: `saferedir inspect emoji-diffusion`
+    Examples:
+
+    `saferedir inspect emoji-diffusion`
+
+    `saferedir inspect bundle --plans tensorrt-rtx` (layers, what they compute in, shapes, memory)
     """
+    if plans is not None:
+        _show_plans(bundle, plans, as_json)
+        return
     from saferedir.engines import open_bundle
 
     opened = open_bundle(bundle)
@@ -175,6 +186,25 @@ def inspect(
     for name, engine in manifest.engines.items():
         size = manifest.files[engine.file].bytes / 1e6
         table.add_row(name, f"{size:.2f}", _tensors(engine.inputs), _tensors(engine.outputs))
+    console.print(table)
+
+
+def _show_plans(bundle: str, backend: str, as_json: bool) -> None:
+    from saferedir.engines import open_bundle
+    from saferedir.runtime.tensorrt import MODULES, TensorRtBackend
+
+    if backend not in MODULES:
+        raise RequestError(f"--plans is {backend!r}; expected one of {', '.join(MODULES)}")
+    opened = open_bundle(bundle)
+    seen = TensorRtBackend(opened, backend).inspect_all()
+    if as_json:
+        print(json.dumps([{**asdict(plan), "path": str(plan.path)} for plan in seen], indent=1))
+        return
+    table = Table("engine", "layers", "outputs of layers", "batch", "memory, MB", "plan")
+    for plan in seen:
+        types = ", ".join(f"{count} {name}" for name, count in plan.types.items())
+        batch = ":".join(str(shape[0]) for shape in next(iter(plan.profiles.values())))
+        table.add_row(plan.engine, str(plan.layers), types, batch, f"{plan.memory / 1e6:.1f}", str(plan.path))
     console.print(table)
 
 
