@@ -117,6 +117,8 @@ class FittingPlan:
     path: Path
     #: Input -> smallest, likeliest and largest shape.
     profiles: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    #: Built without its weights, which it has to be given.
+    stripped: bool = False
 
 
 class PlanCache:
@@ -170,7 +172,7 @@ class PlanCache:
 
     def fitting(self, bundle: Bundle, engine: str, builder: str, builder_version: str) -> list[FittingPlan] | str:
         """Plans of the engine as it is in `bundle`, for this builder and version, whatever batch, cards and options they were
-        built for but without their weights; or what is there instead, and how it differs."""
+        built for; or what is there instead, and how it differs."""
         wanted = PlanKey.of(bundle, engine, builder=builder, builder_version=builder_version, batch=(0, 0, 0))
         free = ("batch", "compute_capabilities", "options")
         near: list[list[str]] = []
@@ -179,8 +181,6 @@ class PlanCache:
             if (statement := _statement(plan)) is None:
                 continue
             differs = [said for said in wanted.differences(statement["key"]) if not said.startswith(free)]
-            if ["strip_plan", "True"] in statement["key"]["options"]:
-                differs.append("its weights were left out")
             if not differs and (problem := _damage(plan, statement)) is not None:
                 differs.append(problem)
             if not differs:
@@ -188,7 +188,8 @@ class PlanCache:
                     name: (tuple(low), tuple(likely), tuple(high))
                     for name, (low, likely, high) in statement["details"]["profiles"].items()
                 }
-                fitting.append(FittingPlan(plan, profiles))
+                stripped = ["strip_plan", "True"] in statement["key"]["options"]
+                fitting.append(FittingPlan(plan, profiles, stripped))
             near.append(differs)
         if fitting:
             return fitting

@@ -19,6 +19,7 @@ from saferedir.engines import Bundle
 from saferedir.engines.errors import BackendError, MissingDependencyError, PlanError, RequestError
 from saferedir.engines.plan_cache import FittingPlan, PlanCache, user_cache
 from saferedir.runtime.backend import Array, Call, DeviceTensor
+from saferedir.runtime.kernel_cache import KernelCache
 from saferedir.runtime.plan_inspection import InspectedPlan, inspect_plan
 
 #: Backend, which is also the builder of its plans -> module and distribution.
@@ -45,6 +46,8 @@ class TensorRtBackend:
         self._stream = self._open_stream()
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
         self._engines: dict[str, tuple[FittingPlan, Any, Any]] = {}
+        #: By the path of a plan.
+        self._kernels: dict[Path, KernelCache] = {}
         self._lock = threading.Lock()
 
     def upload(self, array: Array) -> DeviceTensor:
@@ -63,6 +66,9 @@ class TensorRtBackend:
         host = np.empty(tensor.shape, np.dtype(tensor.dtype))
         tensor.copy_to(host, self._stream)
         self._stream.synchronize()
+        with self._lock:
+            for kernels in self._kernels.values():
+                kernels.keep()
         return host
 
     def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
@@ -75,6 +81,8 @@ class TensorRtBackend:
 
         def call() -> None:
             with self._lock:
+                if plan.path in self._kernels:
+                    self._kernels[plan.path].meet(tuple(shapes.values()))
                 for name, shape in shapes.items():
                     context.set_input_shape(name, shape)
                 for name, address in addresses.items():
@@ -115,10 +123,18 @@ class TensorRtBackend:
         with self._lock:
             if engine not in self._engines:
                 plans = find_plans(self._bundle, engine, self.name, self._trt.__version__)
-                self._engines[engine] = self._open(plans)
+                self._engines[engine] = self._open(engine, plans)
             return self._engines[engine]
 
-    def _open(self, plans: list[FittingPlan]) -> tuple[FittingPlan, Any, Any]:
+    def _refit(self, plan: FittingPlan, opened: Any, engine: str) -> None:
+        """Give a plan that was built without weights those of the bundle."""
+        logger = self._trt.Logger(self._trt.Logger.ERROR)
+        refitter = self._trt.Refitter(opened, logger)
+        graph = str(self._bundle.engine_path(engine))
+        if not self._trt.OnnxParserRefitter(refitter, logger).refit_from_file(graph) or not refitter.refit_cuda_engine():
+            raise PlanError(f"{plan.path} was built without weights and does not take those of {graph}; build it again")
+
+    def _open(self, engine: str, plans: list[FittingPlan]) -> tuple[FittingPlan, Any, Any]:
         """The first plan that fits the card: which cards a plan is for says its header, before it is deserialised."""
         for plan in plans:
             data = plan.path.read_bytes()
@@ -128,16 +144,19 @@ class TensorRtBackend:
                     continue
             opened = self._runtime.deserialize_cuda_engine(data)
             if opened is not None:
-                return plan, opened, self._context(opened)
+                if plan.stripped:
+                    self._refit(plan, opened, engine)
+                return plan, opened, self._context(plan, opened)
         paths = ", ".join(str(plan.path) for plan in plans)
         advice = RTX_CARDS if self.name == "tensorrt-rtx" else "build another on this machine"
         raise PlanError(f"none of these fits this card and driver: {paths}; {advice}")
 
-    def _context(self, opened: Any) -> Any:
+    def _context(self, plan: FittingPlan, opened: Any) -> Any:
         if self.name != "tensorrt-rtx":
             return opened.create_execution_context()
         config = opened.create_runtime_config()
         config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._kernels[plan.path] = KernelCache(plan.path, config)
         return opened.create_execution_context(config)
 
 

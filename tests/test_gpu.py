@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,19 @@ def test_plans_are_in_fp32_and_take_the_batches_they_were_built_for(backend: str
         assert seen.memory >= 0
         assert not {"fp16", "bf16"} & seen.types.keys()
         assert [shape[0] for shape in seen.profiles[info.inputs[0].name]] == list(PlanOptions().batch)
+
+
+def test_a_plan_without_weights_takes_those_of_the_bundle(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend not in MODULES:
+        pytest.skip("has no plans")
+    whole = np.asarray(Pipeline.from_bundle(backend=backend)("a church", seed=3, num_inference_steps=4).images[0])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plans = build_plans(open_bundle(DEFAULT_BUNDLE), PlanOptions(builder=backend, strip_weights=True), PlanCache(user_cache()))
+    assert plans
+    refitted = np.asarray(Pipeline.from_bundle(backend=backend)("a church", seed=3, num_inference_steps=4).images[0])
+    assert np.abs(whole.astype(int) - refitted).max() <= 1
 
 
 def test_pictures_are_the_same_in_every_run(backend: str) -> None:

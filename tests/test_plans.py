@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -22,10 +23,10 @@ from saferedir.engines import Bundle, open_bundle
 from saferedir.engines.bundle import file_sha256
 from saferedir.engines.errors import BundleError, OutputError, PlanError, RequestError
 from saferedir.engines.manifest import SPLIT_SAFETY
-from saferedir.engines.plan_cache import PlanCache, PlanKey, PlanStatus
+from saferedir.engines.plan_cache import FittingPlan, PlanCache, PlanKey, PlanStatus
 from saferedir.export.plan_builder import DRAWING, PlanOptions, build_plans
 from saferedir.runtime.plan_inspection import count_types
-from saferedir.runtime.tensorrt import check_profile, find_plans
+from saferedir.runtime.tensorrt import TensorRtBackend, check_profile, find_plans
 from saferedir_torch.models import load_pipeline
 from saferedir_torch.train import new_module
 
@@ -57,6 +58,20 @@ def test_types_of_layers_are_counted_as_the_inspector_names_them() -> None:
         "e",
     ]
     assert count_types(layers) == {"fp16": 2, "fp32": 1, "bf16": 1, "unknown": 2}
+
+
+@pytest.mark.parametrize(("parsed", "refitted"), [(False, True), (True, False)])
+def test_a_plan_without_weights_that_takes_none_is_refused(bundle: Bundle, parsed: bool, refitted: bool) -> None:
+    refitter = SimpleNamespace(refit_cuda_engine=lambda: refitted)
+    trt = SimpleNamespace(
+        Logger=type("Logger", (), {"ERROR": 0, "__init__": lambda self, _: None}),
+        Refitter=lambda *_: refitter,
+        OnnxParserRefitter=lambda *_: SimpleNamespace(refit_from_file=lambda graph: parsed and Path(graph).exists()),
+    )
+    backend = object.__new__(TensorRtBackend)
+    backend._trt, backend._bundle = trt, bundle
+    with pytest.raises(PlanError, match="built without weights"):
+        backend._refit(FittingPlan(Path("step-0.plan"), {}, stripped=True), object(), "step")
 
 
 @pytest.fixture
