@@ -63,7 +63,7 @@ def measure(repeats: int, unet: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for name, graph in graphs.items():
             inputs = one_request(name, graph)
-            calls[name] = _session(name, graph, inputs, Path(folder))
+            calls[name] = _session(name, graphs, inputs, Path(folder))
             gflop[name] = _gflop(graph.module, inputs)
         if unet:
             calls["unet"], gflop["unet"] = _unet()
@@ -100,9 +100,9 @@ def one_request(name: str, graph: Graph) -> dict[str, Tensor]:
     return inputs
 
 
-def _session(name: str, graph: Graph, inputs: dict[str, Tensor], folder: Path) -> Callable[[], object]:
+def _session(name: str, graphs: dict[str, Graph], inputs: dict[str, Tensor], folder: Path) -> Callable[[], object]:
     path = folder / f"{name}.onnx"
-    path.write_bytes(to_onnx(name, {name: graph}).SerializeToString())
+    path.write_bytes(to_onnx(name, graphs).SerializeToString())
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     given = {key: value.numpy() for key, value in inputs.items()}
     return lambda: session.run(None, given)
