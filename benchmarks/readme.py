@@ -42,6 +42,7 @@ def figures() -> str:
         _cooldown: ("cooldown",),
         _cost: ("speed", "speed_ort-cuda"),
         _safety_cost: ("safety_cost",),
+        _optimisers: ("optimisers",),
         _parity: ("parity",),
         _families: ("families",),
         _precision: ("precision",),
@@ -288,6 +289,22 @@ and `safety_step` every step; `safety` is both in one; the UNet is of the true s
 
 | engine | GFLOP | time | of the published network's | of the UNet's guided step |
 | --- | --- | --- | --- | --- |
+{table}"""
+
+
+def _optimisers() -> str:
+    result = _read("optimisers")
+    table = "\n".join(
+        f"| {row['unet']} | {row['batch']} | {row['graph']} | {row['nodes']} | {row['load']:.1f} s | {1000 * row['call']:.0f} ms "
+        f"| {row['ratio']:.2f}x | {row['difference']:.0e} |"
+        for row in result["rows"]
+    )
+    return f"""**What do graph optimisers buy?** A call of the UNet in ONNX Runtime with its own optimisations on, {result["environment"]["machine"]},
+fp32, batches with both halves of guidance; medians of {result["calls"]} calls in turn. Exported are graphs with attention as one
+node. (`python -m benchmarks.optimisers`)
+
+| UNet | batch | graph | nodes | loads in | call | speed | largest difference |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 {table}"""
 
 
