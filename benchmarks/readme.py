@@ -300,8 +300,8 @@ def _optimisers() -> str:
         for row in result["rows"]
     )
     return f"""**What do graph optimisers buy?** A call of the UNet in ONNX Runtime with its own optimisations on, {result["environment"]["machine"]},
-fp32, batches with both halves of guidance; medians of {result["calls"]} calls in turn. Exported are graphs with attention as one
-node. (`python -m benchmarks.optimisers`)
+fp32, batches with both halves of guidance; medians of {result["calls"]} calls in turn. "As exported" is without the last row's
+attention, which bundles have; the others do not earn their place. (`python -m benchmarks.optimisers`)
 
 | UNet | batch | graph | nodes | loads in | call | speed | largest difference |
 | --- | --- | --- | --- | --- | --- | --- | --- |

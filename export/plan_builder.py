@@ -45,6 +45,8 @@ class PlanOptions:
     optimization_level: int | None = None
     #: Runs with later minor versions as well (TensorRT).
     version_compatible: bool = False
+    #: Runs on all cards from Ampere on, slower than on the one it is built on (TensorRT).
+    hardware_compatible: bool = False
     #: Without the weights, which are taken from the bundle when the plan is loaded. Needs a GPU to build.
     strip_weights: bool = False
     #: Scratch memory that the builder may plan with, in MiB.
@@ -64,6 +66,11 @@ class PlanOptions:
                 raise RequestError(f"compute capability is {text!r}; expected one such as 8.9")
         if self.compute_capabilities and self.builder == "tensorrt":
             raise RequestError("tensorrt builds for the card of this machine; only tensorrt-rtx takes compute capabilities")
+        if self.hardware_compatible and self.builder == "tensorrt-rtx":
+            raise RequestError(
+                "a plan of tensorrt-rtx is for all cards that it knows, or for compute capabilities; only tensorrt takes "
+                "hardware_compatible"
+            )
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise RequestError(f"optimization level is {self.optimization_level}; expected 0 to 5")
         if self.workspace is not None and self.workspace < 1:
@@ -77,6 +84,8 @@ class PlanOptions:
             given["builder_optimization_level"] = self.optimization_level
         if self.version_compatible:
             given["version_compatible"] = True
+        if self.hardware_compatible:
+            given["hardware_compatibility_level"] = "AMPERE_PLUS"
         if self.strip_weights:
             given["strip_plan"] = True
         return given
@@ -160,6 +169,7 @@ def _run_worker(bundle: Bundle, key: PlanKey, options: PlanOptions, out: Path) -
             for tensor in info.inputs
         ],
         "compute_capabilities": list(key.compute_capabilities),
+        "timing_cache": str(out.with_name(f"{key.builder}-{key.builder_version}.timing")),
         "options": named,
     }
     with tempfile.TemporaryDirectory() as place:

@@ -37,6 +37,12 @@ def main(job_file: Path) -> None:
     if portable and job["compute_capabilities"]:
         options["compute_capabilities"] = [tuple(map(int, text.split("."))) for text in job["compute_capabilities"]]
 
+    timing = None if portable else str(job["timing_cache"])
+    if not portable:
+        options["load_timing_cache"] = timing
+    if (level := options.get("hardware_compatibility_level")) is not None:
+        options["hardware_compatibility_level"] = getattr(trt.HardwareCompatibilityLevel, level)
+
     def without_timing(_: Any, __: Any, config: Any) -> None:
         if portable:  # timing would ask for a GPU
             config.set_flag(trt.BuilderFlag.DISABLE_TIMING_CACHE)
@@ -44,7 +50,7 @@ def main(job_file: Path) -> None:
     parsed = NetworkFromOnnxPath(job["onnx"], strongly_typed=True)()
     _, network, _ = parsed
     config = PostprocessConfig(CreateConfig(profiles=[profile], **options), without_timing)
-    plan = EngineBytesFromNetwork(lambda: parsed, config)()
+    plan = EngineBytesFromNetwork(lambda: parsed, config, save_timing_cache=timing)()
     Path(job["plan"]).write_bytes(bytes(plan))
     tensors = [
         {

@@ -258,6 +258,7 @@ def test_plans_for_chosen_cards_are_plans_of_their_own(bundle: Bundle, built: Pl
         (PlanOptions(batch=(1, 2, 64)), "batch is 1:2:64"),
         (PlanOptions(compute_capabilities=("89",)), "compute capability is '89'"),
         (PlanOptions(builder="tensorrt", compute_capabilities=("8.9",)), "card of this machine"),
+        (PlanOptions(hardware_compatible=True), "only tensorrt takes"),
         (PlanOptions(optimization_level=9), "optimization level is 9"),
         (PlanOptions(workspace=0), "workspace is 0"),
     ],

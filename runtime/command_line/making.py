@@ -149,6 +149,9 @@ def build_plans(
     version_compatible: Annotated[
         bool, typer.Option("--version-compatible", help="Run with later minor versions as well (tensorrt).")
     ] = False,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="Run on all cards from Ampere on (tensorrt).")
+    ] = False,
     strip_weights: Annotated[
         bool, typer.Option("--strip-weights", help="Leave weights out, to be taken from the bundle. Needs a GPU to build.")
     ] = False,
@@ -174,8 +177,8 @@ def build_plans(
         raise RequestError("give --out or --in-bundle, not both")
     options = PlanOptions(
         builder=target, batch=_batch(batch), compute_capabilities=tuple(compute_capability or ()),
-        optimization_level=optimization_level, version_compatible=version_compatible, strip_weights=strip_weights,
-        workspace=workspace,
+        optimization_level=optimization_level, version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible, strip_weights=strip_weights, workspace=workspace,
     )  # fmt: skip
     opened = open_bundle(bundle)
     cache = PlanCache(opened.folder / "plans" if in_bundle else out or user_cache())
