@@ -29,16 +29,14 @@ def unfinished(out: Path, key: str) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = _place(out, key)
     folder.mkdir(exist_ok=True)
-    held = os.open(folder, os.O_RDONLY)
+    held = _hold(folder)
+    if held is None:
+        raise OutputError(f"another process exports the same to {out}; wait for it, or name another folder")
     try:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"another process exports the same to {out}; wait for it, or name another folder") from error
         for other in out.parent.iterdir():
             same = other.name.startswith(f".{out.name}-") and other.name.endswith(END) and len(other.name) == len(folder.name)
             if same and other != folder:
-                shutil.rmtree(other, ignore_errors=True)
+                _remove(other)
         for path in folder.iterdir():
             if path.suffix != ".onnx":
                 path.unlink()  # cut short, or made again in no time
@@ -52,6 +50,25 @@ def unfinished(out: Path, key: str) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
             raise
     finally:
+        os.close(held)
+
+
+def _hold(folder: Path) -> int | None:
+    """A descriptor of `folder` that holds its lock, or None where another process does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove(folder: Path) -> None:
+    """Remove what nobody works on."""
+    held = _hold(folder)
+    if held is not None:
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(held)
 
 

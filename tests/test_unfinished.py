@@ -86,4 +86,7 @@ def test_what_other_exports_left_is_removed(tmp_path: Path) -> None:
     assert len(left(tmp_path)) == 2
     with unfinished(tmp_path / "bundle", KEY) as place:
         assert [path.name for path in left(tmp_path) if path != place] == [".bundle-2-another key of 1.unfinished"]
+        with unfinished(tmp_path / "bundle", "a third key of 16") as third:
+            assert place.exists()  # which is worked on
+            third.rmdir()
         os.replace(place, tmp_path / "bundle")
