@@ -20,6 +20,8 @@ from saferedir.runtime.pipeline import Pipeline
 from saferedir.runtime.replay import Recorded, Runs, draw, record_runs, replay
 
 TORCH = "torch"
+#: Bytes of a bundle whose engines are not held in memory all at once.
+LARGE = 200_000_000
 #: Engines that no other is fused into.
 INNERMOST = {"text_encoder", "unet", "vae_decoder", "safety", "safety_prompt", "safety_step", "published_network"}
 ORT_TYPES = {
@@ -144,16 +146,18 @@ def verify_bundle(
 
 
 def _opener(bundle: Bundle, name: str, model: Path | None, safety: Path | None) -> Callable[[], Backend]:
-    """Gives the backend, anew for each comparison: it holds the engines it ran, which would not all fit into memory.
-
-    PyTorch's engines share their weights, so that one serves for all.
+    """Gives the backend; of a large bundle anew for each comparison, since it holds the engines it ran, which would not all fit
+    into memory. PyTorch's engines share their weights, so that one serves for all.
     """
-    if name != TORCH:
+    if name != TORCH and sum(file.bytes for file in bundle.manifest.files.values()) > LARGE:
         return lambda: make_backend(bundle, name)
-    from saferedir.export.torch_backend import TorchBackend  # loads torch
+    if name != TORCH:
+        backend = make_backend(bundle, name)
+    else:
+        from saferedir.export.torch_backend import TorchBackend  # loads torch
 
-    eager = TorchBackend(bundle, model, safety)
-    return lambda: eager
+        backend = TorchBackend(bundle, model, safety)
+    return lambda: backend
 
 
 def _compare(

@@ -6,51 +6,66 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
-from benchmarks.small_pipeline import SMALL, save_turbo
+from saferedir.engines import open_bundle
 from saferedir.engines.bundle import file_sha256
 from saferedir.engines.errors import OutputError
-from saferedir.export.bundle_export import BundleOptions
-from saferedir.export.command import export_folder
+from saferedir.engines.manifest import PUBLISHED, ConceptInfo, SafetyInfo
+from saferedir.export.bundle_export import BundleOptions, write_bundle
+from saferedir.export.graphs import graph
 from saferedir.export.unfinished import unfinished
-from saferedir_torch.models import load_pipeline
-from saferedir_torch.train import new_module
+from saferedir.export.weights import WeightFile
 
 KEY = "0123456789abcdef"
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    save_turbo(tmp_path / "model")
-    new_module(load_pipeline(tmp_path / "model"), {"church": "house"}, **SMALL).save(tmp_path / "safety")
-    return tmp_path
+class Doubling(nn.Module):
+    """An engine that takes no time to trace."""
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return 2 * latent
 
 
 def left(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_an_interrupted_export_goes_on_and_gives_the_same_bytes(folder: Path) -> None:
-    def export(out: str, stop_at: int | None = None) -> Path:
-        def on_step(done: int, _: int) -> None:
-            if done == stop_at:
-                raise KeyboardInterrupt
+def export(out: Path, stop_at: str | None = None) -> Path:
+    """A bundle of a safety alone, whose export is interrupted at an engine's beginning."""
 
-        options = BundleOptions(name="small", max_batch=4)
-        return export_folder(folder / "model", folder / "safety", folder / out, options, on_step=on_step)
+    def begun(engine: str) -> None:
+        if engine == stop_at:
+            raise KeyboardInterrupt
 
+    graphs = {name: graph(Doubling(), {"latent": torch.zeros(2, 4)}, ("twice",)) for name in ("published_network", "safety")}
+    concepts = (ConceptInfo("church", "house", None, 1.0),)
+    info = SafetyInfo("", "", prompt_width=4, latent_channels=4, cooldown=2, concepts=concepts)
+    weights = WeightFile("safety.safetensors", nn.Linear(40, 40))
+    return write_bundle(
+        out, None, lambda _: graphs, weights, info, BundleOptions(name="small"), controller=PUBLISHED, on_engine=begun
+    )
+
+
+def test_an_interrupted_export_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
     with pytest.raises(KeyboardInterrupt):
-        export("bundle", stop_at=6)
-    (kept,) = left(folder)
-    finished = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
-    assert {"text_encoder.onnx", "unet.onnx", "plain_step.onnx"} <= finished.keys()
-    assert not (folder / "bundle").exists()
-    (kept / ".step.onnx.1.partial").write_bytes(b"cut short")
+        export(tmp_path / "bundle", stop_at="safety")
+    (kept,) = left(tmp_path)
+    (finished,) = kept.iterdir()
+    assert finished.name == "published_network.onnx"
+    written = finished.stat().st_mtime_ns
+    assert not (tmp_path / "bundle").exists()
+    (kept / ".safety.onnx.1.partial").write_bytes(b"cut short")
 
-    bundle = export("bundle")
-    assert not left(folder)
-    assert {name: (bundle / name).stat().st_mtime_ns for name in finished} == finished
-    whole = export("whole")
+    torch.manual_seed(0)
+    bundle = export(tmp_path / "bundle")
+    assert (bundle / finished.name).stat().st_mtime_ns == written
+    assert not left(tmp_path)
+    torch.manual_seed(0)
+    whole = export(tmp_path / "whole")
+    assert open_bundle(bundle).manifest == open_bundle(whole).manifest
     assert {path.name: file_sha256(path) for path in bundle.iterdir()} == {
         path.name: file_sha256(path) for path in whole.iterdir()
     }
