@@ -106,7 +106,7 @@ def test_pytorch_is_left_as_it_was() -> None:
     assert functional.scaled_dot_product_attention is before
 
 
-def test_tensorrt_takes_the_definition(tmp_path: Path) -> None:
+def test_tensorrt_reads_it(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     model, _ = traced()
     onnx.save(model, str(tmp_path / "attending.onnx"))
