@@ -25,7 +25,8 @@ from rich.table import Table
 
 from benchmarks.report import environment, save
 from saferedir.export import onnx_export
-from saferedir.export.graphs import EXAMPLE_BATCH, Graph, UNetGraph
+from saferedir.export.engine_graph import EXAMPLE_BATCH, Graph
+from saferedir.export.model_graphs import UNetGraph
 from saferedir_torch.models import load_pipeline
 
 CALLS = 9

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.report import environment, save
-from saferedir.export.graphs import Graph, safety_graphs, step_example
+from saferedir.export.engine_graph import Graph, step_example
 from saferedir.export.onnx_export import to_onnx
 from saferedir.export.published_graphs import published_graphs
+from saferedir.export.safety_graphs import safety_graphs
 from saferedir_torch.models import SHIPPED_SAFETY
 from saferedir_torch.published import PublishedNetwork
 from saferedir_torch.safety_module import SafetyModule

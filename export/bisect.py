@@ -13,6 +13,7 @@ from polygraphy import constants
 from polygraphy.backend.onnx import ModifyOutputs
 
 from saferedir.export.comparison import compare
+from saferedir.export.source_lines import source_line
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class FirstDifference:
     operator: str | None = None
     output: str | None = None
     worst: float = 0.0
+    #: Where in the model's source the node comes from.
+    source: str | None = None
 
 
 def first_difference(path: Path, reference: Any, given: Mapping[str, Any], allowed: float) -> FirstDifference:
@@ -34,14 +37,19 @@ def first_difference(path: Path, reference: Any, given: Mapping[str, Any], allow
     found, expected = _all_tensors(broken, given), _all_tensors(reference, given)
     names = [output for node in broken.graph.node for output in node.output if output in found and output in expected]
     maker = {output: node for node in broken.graph.node for output in node.output}
+
+    def at(before: int, name: str, worst: float) -> FirstDifference:
+        node = maker[name]
+        return FirstDifference(len(names), before, node.name, node.op_type, name, worst, source_line(broken, node.name))
+
     for before, name in enumerate(names):
         if found[name].shape != expected[name].shape:
-            return FirstDifference(len(names), before, maker[name].name, maker[name].op_type, name, float("inf"))
+            return at(before, name, float("inf"))
         if not found[name].size or found[name].dtype.kind not in "fiub":
             continue
         difference = compare({name: found[name]}, {name: expected[name]}, allowed)[name]
         if not difference.passed:
-            return FirstDifference(len(names), before, maker[name].name, maker[name].op_type, name, difference.worst)
+            return at(before, name, difference.worst)
     return FirstDifference(len(names), len(names))
 
 

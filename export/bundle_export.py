@@ -31,10 +31,12 @@ from saferedir.engines.manifest import (
     SafetyInfo,
     SchedulerInfo,
 )
+from saferedir.export.engine_graph import Graph
 from saferedir.export.families import family_of_unet
-from saferedir.export.graphs import Graph, all_graphs, own_size
+from saferedir.export.graphs import all_graphs
 from saferedir.export.half import ISLANDS, PARTS, PRECISIONS, halved
 from saferedir.export.model_changes import with_words
+from saferedir.export.model_graphs import own_size
 from saferedir.export.onnx_export import BF16_OPSET, LARGEST_BATCH, OPSET, ExportError, tensor_infos, to_onnx
 from saferedir.export.room import check_disk, check_memory
 from saferedir.export.unfinished import unfinished

@@ -10,11 +10,13 @@ from typing import Any
 
 import onnx
 import torch
+from torch.onnx import OnnxExporterError
 
 from saferedir.engines.manifest import TensorInfo
 from saferedir.export.attention import attention_nodes, define_attention
 from saferedir.export.engine_calls import called_engines, calls_for_engines, write_in
-from saferedir.export.graphs import Graph
+from saferedir.export.engine_graph import Graph
+from saferedir.export.source_lines import keep_source_lines, untraceable, unwritable
 from saferedir.export.static_shapes import fix_shapes
 
 #: Every operator of this version has a CUDA kernel in ONNX Runtime, which is not so of newer ones (`capture.py`).
@@ -25,6 +27,8 @@ BF16_OPSET = 22
 BATCH = "batch"
 #: diffusers' upsampling branches at 64 rows, which guidance reaches with 32 requests.
 LARGEST_BATCH = 31
+#: Of PyTorch's tracing, which raises several types of its own below the first, and of the model's own code.
+TRACING_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError)
 DTYPES = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
@@ -44,7 +48,8 @@ def to_onnx(name: str, graphs: Mapping[str, Graph], done: dict[str, Any] | None 
     Engines that it calls are written in; `done` keeps what was exported, so that each is traced once.
 
     Raises:
-        ExportError: the exporter dropped or renamed a tensor, or fixed its batch.
+        ExportError: the model cannot be traced, or has an operator that ONNX lacks: both say at which line of its source; or
+            the exporter dropped or renamed a tensor, or fixed its batch.
     """
     done = {} if done is None else done
     if name not in done:
@@ -68,16 +73,22 @@ def _traced(name: str, graph: Graph, opset: int) -> Any:
     }
     with _quiet(), torch.no_grad(), attention_nodes():
         # Exported here and not by torch.onnx.export, which falls back to a fixed batch where tracing finds a constraint.
-        exported = torch.export.export(graph.module.eval(), (), dict(graph.inputs), dynamic_shapes=shapes, strict=False)
-        program = torch.onnx.export(
-            exported,
-            dynamic_shapes=shapes,
-            input_names=list(graph.inputs),
-            output_names=list(graph.outputs),
-            opset_version=opset,
-            dynamo=True,
-            verbose=False,
-        )
+        try:
+            exported = torch.export.export(graph.module.eval(), (), dict(graph.inputs), dynamic_shapes=shapes, strict=False)
+        except TRACING_ERRORS as error:
+            raise ExportError(f"{name} cannot be traced: {untraceable(error)}") from error
+        try:
+            program = torch.onnx.export(
+                exported,
+                dynamic_shapes=shapes,
+                input_names=list(graph.inputs),
+                output_names=list(graph.outputs),
+                opset_version=opset,
+                dynamo=True,
+                verbose=False,
+            )
+        except OnnxExporterError as error:
+            raise ExportError(f"{name} cannot be written as ONNX: {unwritable(error, exported)}") from error
     if program is None:
         raise ExportError(f"{name}: the exporter returned nothing")
     model = program.model_proto
@@ -105,14 +116,14 @@ def tensor_infos(values: Any) -> tuple[TensorInfo, ...]:
 
 
 def _strip_metadata(model: Any) -> None:
-    """Drop stack traces and paths of the exporting machine, so that the file says only what it computes."""
+    """Drop stack traces and paths of the exporting machine, so that the file says only what it computes and from what."""
     model.doc_string = ""
     del model.metadata_props[:]
     del model.graph.metadata_props[:]
     del model.graph.value_info[:]
     for node in model.graph.node:
         node.doc_string = ""
-        del node.metadata_props[:]
+    keep_source_lines(model)
     for value in [*model.graph.input, *model.graph.output, *model.graph.initializer]:
         del value.metadata_props[:]
 

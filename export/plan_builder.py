@@ -20,6 +20,7 @@ from saferedir.engines.errors import MissingDependencyError, PlanError, RequestE
 from saferedir.engines.manifest import kind
 from saferedir.engines.plan_cache import PlanCache, PlanKey
 from saferedir.export.room import check_disk
+from saferedir.export.source_lines import source_line
 
 #: Builder -> distribution that brings it.
 BUILDERS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -186,19 +187,22 @@ def _run_worker(bundle: Bundle, key: PlanKey, options: PlanOptions, out: Path) -
         )
         result_file = job_file.with_suffix(".result")
         if done.returncode != 0 or not result_file.exists():
-            raise PlanError(f"{key.engine} cannot be built by {key.builder}: {_reason(done.stdout, done.returncode)}")
+            reason = _reason(done.stdout, done.returncode, bundle.engine_path(key.engine))
+            raise PlanError(f"{key.engine} cannot be built by {key.builder}: {reason}")
         result: dict[str, Any] = json.loads(result_file.read_text())
     if result["onnx_sha256"] != key.onnx_sha256:
         raise PlanError(f"{bundle.engine_path(key.engine)} changed while its plan was built; restore the bundle")
     return result
 
 
-def _reason(said: str, code: int) -> str:
-    """What the builder said was wrong, most telling first."""
+def _reason(said: str, code: int, graph: Path) -> str:
+    """What the builder said was wrong, most telling first; of a node of `graph` also the line of the model's source."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     for pattern in (r"In node \d+ with name", r"Error Code \d+", r"^\[E\]|^\[!\]|Error"):
         if found := [line for line in lines if re.search(pattern, line)]:
-            return re.sub(r"^\[.\] ", "", found[0])[:300]
+            node = re.search(r"In node \d+ with name: (\S+)", found[0])
+            source = source_line(graph, node[1]) if node else None
+            return re.sub(r"^\[.\] ", "", found[0])[:300] + (f", at {source}" if source else "")
     return f"the builder ended with code {code}" + (f": {lines[-1][:300]}" if lines else "")
 
 

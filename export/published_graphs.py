@@ -7,18 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saferedir.export.graphs import (
+from saferedir.export.engine_graph import (
     DRAWN_OUTPUTS,
     EXAMPLE_BATCH,
     STATE_OUTPUTS,
     VERDICT_OUTPUTS,
     Graph,
-    PlainStepGraph,
     graph,
-    model_graphs,
-    per_request,
     step_example,
 )
+from saferedir.export.model_graphs import PlainStepGraph, model_graphs, per_request
 from saferedir_torch.published import PublishedNetwork
 from saferedir_torch.published_controller import PublishedController, PublishedPolicy, PublishedState
 

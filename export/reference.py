@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from saferedir.engines import Bundle
 from saferedir.engines.errors import RequestError, SafetyMismatchError
 from saferedir.engines.manifest import PUBLISHED
-from saferedir.export.graphs import Graph, all_graphs
+from saferedir.export.engine_graph import Graph
+from saferedir.export.graphs import all_graphs
 from saferedir.export.published_graphs import published_graphs
 from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.published_checkpoint import PublishedCheckpointError, load_published

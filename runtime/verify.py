@@ -77,6 +77,8 @@ class BisectedEngine:
     operator: str | None
     output: str | None
     worst: float
+    #: Where in the model's source the node comes from.
+    source: str | None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from saferedir.export.attention import OPERATOR, attention_nodes, has_attention, inlined
 from saferedir.export.capture import capture_obstacles
-from saferedir.export.graphs import Graph
+from saferedir.export.engine_graph import Graph
 from saferedir.export.onnx_export import BF16_OPSET, OPSET, to_onnx
 
 HEADS, WIDTH = 4, 8

@@ -115,6 +115,7 @@ def test_planted_difference_is_found(exported: Path, folder: Path, small: tuple[
     assert other.engine == "safety_step"
     assert (found.engine, found.operator, found.worst) == ("safety", "Gemm", pytest.approx(0.05, rel=0.01))
     assert 0 < found.equal_before < found.tensors
+    assert str(found.source).startswith("saferedir_torch/detector.py:")
 
 
 def test_safety_of_another_model_is_refused_and_leaves_nothing(small: tuple[Any, SafetyModule], tmp_path: Path) -> None:

@@ -285,11 +285,12 @@ def test_an_operator_that_the_builder_lacks_is_named_with_its_node(
 ) -> None:
     tensor = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in ("x", "y")]
     node = helper.make_node("Strange", ["x"], ["y"], name="node_7", domain="own")
+    node.metadata_props.add(key="source", value="own/strange.py:12")
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("own", 1)]
     onnx.save(helper.make_model(helper.make_graph([node], "g", tensor[:1], tensor[1:]), opset_imports=opsets),
               bundle_copy / "text_encoder.onnx")  # fmt: skip
     rehash(bundle_copy, "text_encoder.onnx")
-    with pytest.raises(PlanError, match="node_7 and operator: Strange"):
+    with pytest.raises(PlanError, match=r"node_7 and operator: Strange.*, at own/strange\.py:12$"):
         build_plans(open_bundle(bundle_copy), PlanOptions(), cache, ("text_encoder",))
 
 

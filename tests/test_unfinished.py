@@ -14,7 +14,7 @@ from saferedir.engines.bundle import file_sha256
 from saferedir.engines.errors import OutputError
 from saferedir.engines.manifest import PUBLISHED, ConceptInfo, SafetyInfo
 from saferedir.export.bundle_export import BundleOptions, write_bundle
-from saferedir.export.graphs import graph
+from saferedir.export.engine_graph import graph
 from saferedir.export.unfinished import unfinished
 from saferedir.export.weights import WeightFile
 

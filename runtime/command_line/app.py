@@ -271,7 +271,8 @@ def _show(report: VerificationReport) -> None:
         said = (
             f"no tensor of {engine.tensors} differs by itself"
             if engine.node is None
-            else f"differs from node {engine.node} ({engine.operator}) on, output {engine.output} by {engine.worst:.1e}; "
+            else f"differs from node {engine.node} ({engine.operator}{f', {engine.source}' if engine.source else ''}) on, "
+            f"output {engine.output} by {engine.worst:.1e}; "
             f"{engine.equal_before} of {engine.tensors} tensors before it are equal"
         )
         console.print(f"{engine.engine}: {said}", highlight=False, soft_wrap=True)

@@ -1,0 +1,166 @@
+"""The engines of a model that no safety has a part in. One wrapper module each: it names the tensors and changes nothing.
+
+A model in half precision is given its own type; the tensors of every engine are fp32, and so are guidance and sampler.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saferedir.engines.manifest import sized
+from saferedir.export.engine_graph import DRAWN_OUTPUTS, EXAMPLE_BATCH, Graph, graph, step_example
+
+Size = tuple[int, int]
+
+
+class TextEncoderGraph(nn.Module):
+    """input_ids [B, T] int32 -> prompt_embeds [B, T, D]."""
+
+    def __init__(self, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        embeds: Tensor = self.text_encoder(input_ids).last_hidden_state
+        return embeds.float()
+
+
+class UNetGraph(nn.Module):
+    """latent [B, C, h, w], timestep [B], prompt_embeds [B, T, D] -> model_output [B, C, h, w]."""
+
+    def __init__(self, unet: Any, engine: str = "unet") -> None:
+        super().__init__()
+        self.unet = unet
+        self.engine = engine
+
+    def forward(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
+        dtype = self.unet.dtype
+        output: Tensor = self.unet(latent.to(dtype), timestep, prompt_embeds.to(dtype), return_dict=False)[0]
+        return output.float()
+
+    def output_shapes(self, latent: Tensor, *_: Tensor) -> list[tuple[torch.dtype, Any]]:
+        return [(torch.float32, latent.shape)]
+
+
+class GuidedUNetGraph(nn.Module):
+    """Of a latent consistency model, which is told the guidance scale [B] and called once."""
+
+    def __init__(self, unet: Any, engine: str = "unet") -> None:
+        super().__init__()
+        self.unet = unet
+        self.engine = engine
+
+    def forward(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor, guidance_scale: Tensor) -> Tensor:
+        dtype = self.unet.dtype
+        told = guidance_embedding(guidance_scale - 1, self.unet.config.time_cond_proj_dim).to(dtype)
+        output: Tensor = self.unet(latent.to(dtype), timestep, prompt_embeds.to(dtype), timestep_cond=told, return_dict=False)[
+            0
+        ]
+        return output.float()
+
+    def output_shapes(self, latent: Tensor, *_: Tensor) -> list[tuple[torch.dtype, Any]]:
+        return [(torch.float32, latent.shape)]
+
+
+def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
+    """Sines and cosines of w = guidance scale - 1 [B] -> [B, width] (latent consistency models, arXiv 2310.04378)."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=guidance.device) * -(math.log(10_000) / (half - 1)))
+    angles = 1000 * guidance[:, None] * frequencies
+    return torch.nn.functional.pad(torch.cat([torch.sin(angles), torch.cos(angles)], dim=1), (0, width % 2))
+
+
+def unet_graph(unet: Any, engine: str = "unet") -> UNetGraph | GuidedUNetGraph:
+    """The engine of a UNet, of whichever kind it is."""
+    return GuidedUNetGraph(unet, engine) if unet.config.get("time_cond_proj_dim") else UNetGraph(unet, engine)
+
+
+class VaeDecoderGraph(nn.Module):
+    """latent [B, C, h, w] as the loop leaves it -> image [B, 3, H, W] in [0, 1]."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latent: Tensor) -> Tensor:
+        scaled = (latent / self.vae.config.scaling_factor).to(self.vae.dtype)
+        decoded = self.vae.decode(scaled, return_dict=False)[0].float()
+        image: Tensor = (decoded / 2 + 0.5).clamp(0, 1)
+        return image
+
+
+class PlainStepGraph(nn.Module):
+    """The same step without safety, for an operator who switched it off, and to prove what safety leaves untouched."""
+
+    def __init__(self, unet: Any, *, guided: bool, engine: str = "unet") -> None:
+        super().__init__()
+        self.unet = unet_graph(unet, engine)
+        self.guided = guided
+        self.told = isinstance(self.unet, GuidedUNetGraph)
+
+    def forward(
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        input_scale: Tensor,
+        coefficients: Tensor,
+        history: Tensor,
+        noise: Tensor,
+        negative: Tensor,
+        guidance_scale: Tensor,
+        prompt: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        seen = latent * per_request(input_scale)
+        if self.told:
+            model_output = self.unet(seen, timestep, prompt, guidance_scale)
+        elif self.guided:
+            both = self.unet(torch.cat([seen, seen]), torch.cat([timestep, timestep]), torch.cat([negative, prompt]))
+            without, conditional = both.unflatten(0, (2, -1)).unbind(0)  # a slice at the batch would be host arithmetic
+            model_output = without + per_request(guidance_scale) * (conditional - without)
+        else:
+            model_output = self.unet(seen, timestep, prompt)
+        factors = [per_request(factor) for factor in coefficients.unbind(1)]
+        moved = factors[0] * latent + factors[1] * model_output
+        return moved + factors[2] * history + factors[3] * noise, model_output
+
+
+def per_request(values: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1, 1]."""
+    return values[:, None, None, None]
+
+
+def own_size(pipeline: Any) -> Size:
+    """Height and width of the latents that the model was made for."""
+    side = pipeline.unet.config.sample_size
+    return side, side
+
+
+def pipeline_example(pipeline: Any, size: Size, concepts: int = 1) -> dict[str, Tensor]:
+    """Example inputs of every engine of `pipeline`, for latents of height and width `size`."""
+    config, tokens = pipeline.unet.config, pipeline.tokenizer.model_max_length
+    latent = torch.randn(EXAMPLE_BATCH, config.in_channels, *size)
+    example = step_example(latent, torch.randn(EXAMPLE_BATCH, tokens, config.cross_attention_dim), concepts)
+    ids = torch.ones(EXAMPLE_BATCH, tokens, dtype=torch.int32)
+    return example | {"input_ids": ids, "prompt_embeds": example["prompt"]}
+
+
+def model_graphs(pipeline: Any, size: Size | None = None) -> dict[str, Graph]:
+    """The engines of a Stable Diffusion pipeline that no safety has a part in, with example inputs.
+
+    They are for latents of height and width `size`, the model's own by default; of another one, without the text encoder.
+    """
+    own = own_size(pipeline)
+    size = size or own
+    example, unet = pipeline_example(pipeline, size), sized("unet", size, own)
+    encoder = {"text_encoder": graph(TextEncoderGraph(pipeline.text_encoder), example, ("prompt_embeds",))}
+    graphs = {
+        "unet": graph(unet_graph(pipeline.unet, unet), example, ("model_output",)),
+        "vae_decoder": graph(VaeDecoderGraph(pipeline.vae), example, ("image",)),
+        "plain_step": graph(PlainStepGraph(pipeline.unet, guided=True, engine=unet), example, DRAWN_OUTPUTS),
+        "plain_step_unguided": graph(PlainStepGraph(pipeline.unet, guided=False, engine=unet), example, DRAWN_OUTPUTS),
+    }
+    return (encoder if size == own else {}) | {sized(name, size, own): made for name, made in graphs.items()}
