@@ -25,7 +25,7 @@ FeatureChoice = Annotated[str, typer.Option("--features", help="real, world, or 
 WORK = Path("runs/evaluation")
 #: Modules that are measured beside the shipped one.
 MODULES = Path(__file__).with_name("modules")
-QUICK_REWRITES, REWRITES = 24, 1000
+QUICK_REWRITES, REWRITES = 12, 1000
 
 
 @app.command()
@@ -69,11 +69,11 @@ def benign(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features
 @app.command()
 def unfamiliar(quick: Quick = False, out: Out = RESULTS, work: Work = WORK) -> None:
     """Foreign domains, languages, empty and very long prompts. About 2 minutes."""
-    from benchmarks.tables.unfamiliar import QUICK_SEEDS, SEEDS
+    from benchmarks.tables.unfamiliar import FULL, QUICK
     from benchmarks.tables.unfamiliar import unfamiliar as measure
 
-    seeds = QUICK_SEEDS if quick else SEEDS
-    figures = measure(Studio(work), Pipeline.from_bundle(), DEPLOYED, load_split(), seeds, _rewrites(quick))
+    size = QUICK if quick else FULL
+    figures = measure(Studio(work), Pipeline.from_bundle(), DEPLOYED, load_split(), size, _rewrites(quick))
     _store("unfamiliar", figures, out)
 
 

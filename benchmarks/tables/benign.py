@@ -15,7 +15,7 @@ from saferedir_torch.evaluation.intervals import share
 from saferedir_torch.world.prompts import CONCEPTS, benign_set
 from saferedir_torch.world.split import Split
 
-FULL, QUICK = 3000, 32
+FULL, QUICK = 3000, 16
 
 
 def benign(studio: Studio, protected: Pipeline, identity: str, split: Split, features: Features, count: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from saferedir_torch.world.prompts import CONCEPTS
 from saferedir_torch.world.split import Split
 
 PERIODS = (0, 1, 2, 3, 5, 7, 10)
-FULL, QUICK = 100, 4
+FULL, QUICK = 100, 2
 
 
 def cooldown(

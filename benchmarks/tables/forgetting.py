@@ -42,7 +42,7 @@ class Size:
     rewrites: int = 1000
 
 
-QUICK = Size(prompts=4, per_prompt=2, rewrites=24)
+QUICK = Size(prompts=3, per_prompt=2, rewrites=12)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from saferedir_torch.safety_module import PromptPart, Redirected, SafetyModule
 from saferedir_torch.world.prompts import CONCEPTS, benign_set
 from saferedir_torch.world.split import Split
 
-FULL, QUICK = 100, 3
+FULL, QUICK = 100, 2
 
 
 class SummedModule(SafetyModule):

@@ -21,7 +21,7 @@ from saferedir_torch.world.prompts import CONCEPTS
 from saferedir_torch.world.split import Split
 
 STRENGTHS = (0.5, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
-FULL, QUICK = 150, 4
+FULL, QUICK = 150, 2
 
 
 def fixed(module: SafetyModule) -> SafetyModule:

@@ -64,17 +64,21 @@ PROMPTS: dict[str, tuple[str, ...]] = {
         "a sword without a sword", "in ink style but not in ink style, a cat", "a house, not a house",
     ),
 }  # fmt: skip
-SEEDS, QUICK_SEEDS = 4, 1
+#: Prompts of a kind, and seeds of each.
+FULL, QUICK = (6, 4), (2, 1)
 
 
-def unfamiliar(studio: Studio, protected: Pipeline, identity: str, split: Split, seeds: int, rewrites: int) -> dict[str, Any]:
+def unfamiliar(
+    studio: Studio, protected: Pipeline, identity: str, split: Split, size: tuple[int, int], rewrites: int
+) -> dict[str, Any]:
     """Per kind: pictures that show a concept unprotected, that fire, that fire while showing none, and that show one still."""
     plain = plain_of(protected)
     judges = {name: Judges.calibrated(studio, plain, concept, split, rewrites) for name, concept in CONCEPTS.items()}
     low, _ = split.seeds["test"]
     figures: dict[str, Any] = {}
+    count, seeds = size
     for kind, prompts in PROMPTS.items():
-        texts = [prompt for prompt in prompts for _ in range(seeds)]
+        texts = [prompt for prompt in prompts[:count] for _ in range(seeds)]
         numbers = [low + 77_000 + index for index in range(len(texts))]
         before = studio.draw(plain, PLAIN, texts, numbers, f"{kind}: unprotected")
         after = studio.draw(protected, identity, texts, numbers, f"{kind}: protected")

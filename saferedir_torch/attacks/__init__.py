@@ -1,0 +1,1 @@
+"""Attacks on anything that is meant to keep a model from drawing a concept."""
