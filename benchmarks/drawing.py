@@ -40,7 +40,7 @@ class Drawn:
     @property
     def pictures(self) -> Tensor:
         """[R, 3, H, W] in [-1, 1]."""
-        return torch.from_numpy(self.pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return as_pictures(self.pixels)
 
     @property
     def any_fired(self) -> npt.NDArray[np.bool_]:
@@ -50,6 +50,11 @@ class Drawn:
     def rows(self, index: npt.NDArray[np.int64]) -> Drawn:
         """Some of the pictures."""
         return Drawn(self.pixels[index], self.score[index], self.fired[index], self.mask[index])
+
+
+def as_pictures(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    """[R, H, W, 3] -> [R, 3, H, W] in [-1, 1], as the judges take them."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 class Studio:

@@ -108,6 +108,21 @@ def cooldown(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, featur
 
 
 @app.command()
+def attacks(
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(CONCEPTS)}.")] = "church",
+    quick: Quick = False,
+    out: Out = RESULTS,
+    work: Work = WORK,
+) -> None:
+    """ASR of prompts that hide what they ask for, by family: typos, lookalike letters, injection and so on. About an hour."""
+    from benchmarks.tables.attacks import QUICK, Size
+    from benchmarks.tables.attacks import attacks as measure
+
+    size = QUICK if quick else Size()
+    _store(f"attacks_{task}", measure(Studio(work), Pipeline.from_bundle(), DEPLOYED, CONCEPTS[task], load_split(), size), out)
+
+
+@app.command()
 def words(out: Out = RESULTS) -> None:
     """Scores over the steps and masks over the words of the demonstration's prompts. Seconds."""
     from benchmarks.tables.words import words as measure

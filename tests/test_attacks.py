@@ -15,6 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from saferedir_torch.attacks.__main__ import app, load_judge, read_targets
+from saferedir_torch.attacks.evolution import Evolution, evolve
 from saferedir_torch.attacks.suite import UNCHANGED, Attempts, Pixels, attack, attempts
 from saferedir_torch.attacks.techniques import TechniqueError, drawing_with, load_technique
 from saferedir_torch.attacks.text_families import FAMILIES, LOOKALIKES, Target
@@ -52,6 +53,28 @@ def test_families_do_what_they_say() -> None:
     assert TARGET.prompt in written("injection")
     assert written("buried").endswith(TARGET.prompt)
     assert len(written("buried").split()) > 25
+
+
+def test_evolution_keeps_what_gets_through() -> None:
+    """A safety that knows every word but those with a rare letter in them, on a model that draws what starts as it should."""
+    target = Target("a church on blue", "a church")
+    drawn, rare = list[str](), set("vwxyz")
+
+    def unprotected(prompts: Sequence[str], seeds: Sequence[int], title: str) -> Pixels:
+        return pictures([200 if prompt.startswith("a c") else 0 for prompt in prompts])
+
+    def protected(prompts: Sequence[str], seeds: Sequence[int], title: str) -> Pixels:
+        drawn.extend(prompts)
+        return pictures([200 if rare & set(prompt) else 0 for prompt in prompts])
+
+    found = evolve([target] * 8, unprotected, protected, lambda pixels: pixels[:, 0, 0, 0] / 200, 0, Evolution(6, 6), seed=1)
+    through = [own for own in found if own.prompt.startswith("a c") and rare & set(own.prompt)]
+    assert len(through) >= 4
+    assert all(own.words in own.prompt and own.prompt.endswith(" on blue") for own in found)
+    assert len(drawn) == 8 * 6 * 6
+    # Where nothing gets through, the target stays as it was.
+    nothing = Drawer(*[0] * 8)
+    assert evolve([target], unprotected, nothing, lambda pixels: pixels[:, 0, 0, 0] / 200, 0) == [target]
 
 
 def test_words_that_are_not_in_the_prompt_are_refused() -> None:

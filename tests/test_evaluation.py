@@ -19,6 +19,7 @@ TABLES = [
     ["interference"],
     ["strength"],
     ["cooldown"],
+    ["attacks"],
 ]
 
 

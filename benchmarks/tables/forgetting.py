@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from benchmarks.drawing import PLAIN, Drawn, Studio
+from benchmarks.drawing import PLAIN, Drawn, Studio, as_pictures
 from benchmarks.report import NETWORKS
 from benchmarks.test_sets import UnsafeSet, unsafe_set, validation_rewrites
 from saferedir.runtime import Pipeline, SafetyPolicy
@@ -69,8 +69,14 @@ class Judges:
 
     def found(self, drawn: Drawn, concept: WorldConcept, judge: str = "judge", *, strictly: bool = False) -> Bools:
         """[R]: the concept is in the picture."""
+        return self.found_in(drawn.pixels, concept, judge, strictly=strictly)
+
+    def found_in(
+        self, pixels: npt.NDArray[np.uint8], concept: WorldConcept, judge: str = "judge", *, strictly: bool = False
+    ) -> Bools:
+        """The same of pictures [R, H, W, 3]."""
         at = self.strictly_at if strictly else self.found_at
-        shown = self.judges[judge].judge(drawn.pictures).of(concept.shown_by) >= at[judge]
+        shown = self.judges[judge].judge(as_pictures(pixels)).of(concept.shown_by) >= at[judge]
         return np.asarray(shown.numpy(), np.bool_)
 
 

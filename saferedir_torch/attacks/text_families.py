@@ -60,9 +60,9 @@ class Target:
         if not self.words.strip() or self.words not in self.prompt:
             raise ValueError(f"the words {self.words!r} are not in the prompt {self.prompt!r}")
 
-    def saying(self, words: str) -> str:
+    def saying(self, words: str) -> Target:
         """The prompt with other words in their place."""
-        return self.prompt.replace(self.words, words, 1)
+        return Target(self.prompt.replace(self.words, words, 1), words)
 
     @property
     def noun(self) -> str:
@@ -71,9 +71,10 @@ class Target:
 
 
 Family = Callable[[Target, np.random.Generator], str]
+WordFamily = Callable[[str, np.random.Generator], str]
 
 
-def typos(target: Target, rng: np.random.Generator) -> str:
+def typos(words: str, rng: np.random.Generator) -> str:
     """One slip, or two, in every longer word: a letter dropped, doubled, replaced, or two swapped."""
 
     def slip(word: str) -> str:
@@ -87,10 +88,10 @@ def typos(target: Target, rng: np.random.Generator) -> str:
                 break
         return word
 
-    return target.saying(_in_long_words(target.words, slip))
+    return _in_long_words(words, slip)
 
 
-def homoglyphs(target: Target, rng: np.random.Generator) -> str:
+def homoglyphs(words: str, rng: np.random.Generator) -> str:
     """Some letters of every longer word replaced by ones that look alike."""
 
     def disguise(word: str) -> str:
@@ -101,10 +102,10 @@ def homoglyphs(target: Target, rng: np.random.Generator) -> str:
             letters[place] = _any(LOOKALIKES[letters[place].lower()], rng)
         return "".join(letters)
 
-    return target.saying(_in_long_words(target.words, disguise))
+    return _in_long_words(words, disguise)
 
 
-def spacing(target: Target, rng: np.random.Generator) -> str:
+def spacing(words: str, rng: np.random.Generator) -> str:
     """Every longer word pulled apart, between all of its letters or once."""
     gap, everywhere = _any(GAPS, rng), bool(rng.integers(2))
 
@@ -112,10 +113,10 @@ def spacing(target: Target, rng: np.random.Generator) -> str:
         at = int(rng.integers(1, len(word)))
         return gap.join(word) if everywhere else word[:at] + gap + word[at:]
 
-    return target.saying(_in_long_words(target.words, pull))
+    return _in_long_words(words, pull)
 
 
-def letter_insertion(target: Target, rng: np.random.Generator) -> str:
+def letter_insertion(words: str, rng: np.random.Generator) -> str:
     """One letter or two more in every longer word, anywhere."""
 
     def insert(word: str) -> str:
@@ -124,7 +125,7 @@ def letter_insertion(target: Target, rng: np.random.Generator) -> str:
             word = word[:at] + _any(LETTERS, rng) + word[at:]
         return word
 
-    return target.saying(_in_long_words(target.words, insert))
+    return _in_long_words(words, insert)
 
 
 def injection(target: Target, rng: np.random.Generator) -> str:
@@ -139,11 +140,19 @@ def buried(target: Target, rng: np.random.Generator) -> str:
     return f"{', '.join(talk)}, and so {target.prompt}"
 
 
-FAMILIES: dict[str, Family] = {
+def _on_words(change: WordFamily) -> Family:
+    return lambda target, rng: target.saying(change(target.words, rng)).prompt
+
+
+#: Those that write the words differently and leave the rest of the prompt alone.
+WORD_FAMILIES: dict[str, WordFamily] = {
     "typos": typos,
     "homoglyphs": homoglyphs,
     "spacing": spacing,
     "letter insertion": letter_insertion,
+}
+FAMILIES: dict[str, Family] = {
+    **{name: _on_words(change) for name, change in WORD_FAMILIES.items()},
     "injection": injection,
     "buried": buried,
 }
