@@ -37,7 +37,7 @@ speed parity latent_use: $(DEV)/.installed
 EVALUATE := $(DEV)/bin/python -m benchmarks.evaluate
 evaluate: $(DEV)/.installed
 	for task in church ink weapons; do $(EVALUATE) forgetting --task $$task && $(EVALUATE) forgetting --task $$task --alone || exit 1; done
-	for task in church ink weapons; do $(EVALUATE) attacks --task $$task || exit 1; done
+	for task in church ink weapons; do $(EVALUATE) attacks --task $$task && $(EVALUATE) gradient-attacks --task $$task || exit 1; done
 	for table in benign unfamiliar interference strength cooldown added words report; do $(EVALUATE) $$table || exit 1; done
 
 # The runtime alone: no torch.

@@ -123,6 +123,24 @@ def attacks(
 
 
 @app.command()
+def gradient_attacks(
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(CONCEPTS)}.")] = "church",
+    quick: Quick = False,
+    out: Out = RESULTS,
+    work: Work = WORK,
+) -> None:
+    """ASR of words and embeddings that are searched by gradient, through the protected model and without. About an hour."""
+    from benchmarks.tables.gradient_attacks import QUICK, Size
+    from benchmarks.tables.gradient_attacks import gradient_attacks as measure
+
+    size, module = QUICK if quick else Size(), SafetyModule.load(SHIPPED_SAFETY)
+    figures = measure(
+        Studio(work), Pipeline.from_bundle(), DEPLOYED, load_pipeline(), module, CONCEPTS[task], load_split(), size
+    )
+    _store(f"gradient_attacks_{task}", figures, out)
+
+
+@app.command()
 def words(out: Out = RESULTS) -> None:
     """Scores over the steps and masks over the words of the demonstration's prompts. Seconds."""
     from benchmarks.tables.words import words as measure

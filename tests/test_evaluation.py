@@ -20,6 +20,7 @@ TABLES = [
     ["strength"],
     ["cooldown"],
     ["attacks"],
+    ["gradient-attacks"],
 ]
 
 

@@ -53,8 +53,8 @@ def attacks(
     for number, name in enumerate(names):
         outcome = attack(
             made(number, name),
-            _drawing(studio, plain, PLAIN, f"{concept.name}, {name}"),
-            _drawing(studio, protected, identity, f"{concept.name}, {name}"),
+            drawing(studio, plain, PLAIN, f"{concept.name}, {name}"),
+            drawing(studio, protected, identity, f"{concept.name}, {name}"),
             lambda pixels: judges.found_in(pixels, concept),
             at_least=size.at_least,
         )
@@ -71,7 +71,9 @@ def targets_of(concept: WorldConcept, split: Split, part: Part, count: int) -> l
     return once[:count]
 
 
-def _drawing(studio: Studio, pipeline: Pipeline, identity: str, title: str) -> Draw:
+def drawing(studio: Studio, pipeline: Pipeline, identity: str, title: str) -> Draw:
+    """Draws with `pipeline`, and keeps what it drew."""
+
     def draw(prompts: Any, seeds: Any, kind: str) -> Pixels:
         return studio.draw(pipeline, identity, prompts, seeds, f"{title}, {kind}").pixels
 
