@@ -1,0 +1,94 @@
+"""What all peers share: DDIM with guidance on a stock Stable Diffusion pipeline, in eager PyTorch.
+
+A peer changes the embeddings, the negative embedding, the guided prediction, the model, or the pictures; this one changes
+nothing, and is the model without safety.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+from PIL import Image
+from torch import Tensor
+
+from saferedir_torch.attacks.suite import Pixels
+from saferedir_torch.trajectories import decode, encode, initial_noise
+
+#: Pictures drawn at once.
+CHUNK = 16
+
+
+@dataclass
+class Batch:
+    """What is being drawn: B prompts, and whatever a peer keeps from step to step."""
+
+    #: [B, T, D].
+    embeds: Tensor
+    #: [B, T, D], of the negative prompt.
+    negative: Tensor
+    kept: dict[str, Any] = field(default_factory=dict)
+
+
+class Peer:
+    """The model without safety. Others override what they change."""
+
+    #: What the peer is called in tables.
+    name = "no safety"
+
+    def __init__(self, pipeline: Any, *, steps: int = 25, guidance_scale: float = 5.0) -> None:
+        """`pipeline` is a Stable Diffusion pipeline; it is not changed."""
+        self.pipeline = pipeline
+        self.unet = pipeline.unet
+        self.steps, self.guidance_scale = steps, guidance_scale
+
+    def begin(self, prompts: Sequence[str]) -> Batch:
+        """Embeddings of the prompts and of the empty negative prompt."""
+        return Batch(self.encode(prompts), self.encode([""]).expand(len(prompts), -1, -1))
+
+    def guided(self, batch: Batch, index: int, timestep: Tensor, latent: Tensor) -> Tensor:
+        """The noise to take away in step `index`, [B, C, h, w]."""
+        both = self.predict(latent, timestep, batch.negative, batch.embeds)
+        return both[0] + self.guidance_scale * (both[1] - both[0])
+
+    def finish(self, prompts: Sequence[str], pictures: Tensor) -> Tensor:
+        """The pictures [B, 3, H, W] in [-1, 1] that are handed out."""
+        return pictures
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], title: str = "") -> Pixels:
+        """One picture a prompt and seed, [R, H, W, 3]."""
+        return np.concatenate([
+            self._draw(prompts[start : start + CHUNK], seeds[start : start + CHUNK]) for start in range(0, len(prompts), CHUNK)
+        ])  # fmt: skip
+
+    def generate(self, prompts: Sequence[str], seed: int | None = None, **_: Any) -> list[Image.Image]:
+        """As the `eval-unlearn` package asks for it; the seeds count up from `seed`."""
+        pixels = self.draw(list(prompts), [(seed or 0) + row for row in range(len(prompts))])
+        return [Image.fromarray(picture) for picture in pixels]
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """[B, T, D] on the model's device."""
+        _, embeds = encode(self.pipeline, list(prompts))
+        return embeds.to(self.pipeline.device)
+
+    def predict(self, latent: Tensor, timestep: Tensor, *embeds: Tensor) -> tuple[Tensor, ...]:
+        """The UNet's prediction for each of `embeds` [B, T, D], in one call."""
+        latents, prompts = torch.cat([latent] * len(embeds)), torch.cat(embeds)
+        predicted: Tensor = self.unet(latents, timestep, prompts, return_dict=False)[0]
+        return predicted.chunk(len(embeds))
+
+    def _draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Pixels:
+        batch = self.begin(prompts)
+        scheduler: Any = DDIMScheduler.from_config(self.pipeline.scheduler.config)
+        scheduler.set_timesteps(self.steps)
+        latent = initial_noise(self.pipeline, list(seeds)).to(self.pipeline.device) * scheduler.init_noise_sigma
+        for index, timestep in enumerate(scheduler.timesteps):
+            latent = scheduler.step(self.guided(batch, index, timestep, latent), timestep, latent).prev_sample
+        pictures = self.finish(prompts, decode(self.pipeline, latent))
+        rounded = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return np.asarray(rounded.permute(0, 2, 3, 1).numpy(), np.uint8)
