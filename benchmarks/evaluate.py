@@ -151,12 +151,14 @@ def words(out: Out = RESULTS) -> None:
 @app.command()
 def added(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features: FeatureChoice = "auto") -> None:
     """A fourth concept added to the shipped module: its FSR, and that nothing changed for the others. About 10 minutes."""
+    from benchmarks.added_branch import load_with_branch
     from benchmarks.tables.added import FULL, QUICK
     from benchmarks.tables.added import added as measure
     from benchmarks.tables.forgetting import QUICK as QUICK_SIZE
     from benchmarks.tables.forgetting import Size
 
-    base, extended = SafetyModule.load(SHIPPED_SAFETY), SafetyModule.load(MODULES / "teddy")
+    base = SafetyModule.load(SHIPPED_SAFETY)
+    extended = load_with_branch(base, MODULES / "teddy")
     size = QUICK_SIZE if quick else Size(prompts=100, per_prompt=3)
     count = QUICK if quick else FULL
     _store("added", measure(Studio(work), base, extended, load_split(), _features(features), size, count, out), out)

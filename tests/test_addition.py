@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.added_branch import load_with_branch, save_branch
 from benchmarks.hybrid import hybrid_pipeline
 from saferedir.runtime import Pipeline, SafetyPolicy
+from saferedir_torch.config import SafetyConfigError
 from saferedir_torch.models import SHIPPED_SAFETY
-from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.train import extended_module
 from saferedir_torch.training_run import TrainingError
 
@@ -25,6 +29,24 @@ def base() -> SafetyModule:
 def extended(base: SafetyModule) -> SafetyModule:
     torch.manual_seed(0)
     return extended_module(base, {"teddy": "gift"}).eval()
+
+
+def test_an_added_branch_is_kept_without_the_module_under_it(
+    base: SafetyModule, extended: SafetyModule, tmp_path: Path
+) -> None:
+    extended.save(tmp_path / "whole")  # rounds, as training does
+    whole = SafetyModule.load(tmp_path / "whole")
+    save_branch(base, whole, tmp_path / "branch")
+    again = load_with_branch(base, tmp_path / "branch")
+    assert parameters_sha256(again) == parameters_sha256(whole)
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in again.state_dict().items())
+    kept = (tmp_path / "branch" / "model.safetensors").stat().st_size
+    assert kept < 0.5 * (tmp_path / "whole" / "model.safetensors").stat().st_size
+    with torch.no_grad():
+        whole.branches[0].detector.heads.bias += 1
+    with pytest.raises(SafetyConfigError, match="not the shipped one with a branch more"):
+        save_branch(base, whole, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_only_the_new_branch_learns(base: SafetyModule, extended: SafetyModule) -> None:
