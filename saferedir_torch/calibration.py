@@ -10,13 +10,15 @@ reach a bound, the share of all such pictures that do is below a rate r with con
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import binom
+from scipy.stats import beta, binom
 from torch import Tensor
 
 from saferedir_torch.config import Promise
@@ -24,8 +26,12 @@ from saferedir_torch.recording import RecordedRuns
 from saferedir_torch.safety_module import KNOTS, TIMESTEPS, SafetyModule
 from saferedir_torch.training_data import PICTURE_SHOWS
 
+log = logging.getLogger("saferedir")
+
 RATE = 0.001
 CONFIDENCE = 0.95
+#: No larger rate is promised for added concepts and those before them.
+WORST_RATE = 0.01
 #: The bound lies this far above the highest score that is to stay below it, in logits.
 MARGIN = 1e-3
 #: Scores are kept away from 0 and 1 by this much before their logit is taken.
@@ -48,8 +54,7 @@ def set_levels(module: SafetyModule, runs: RecordedRuns) -> None:
     in thousands comes up to there cannot be told knot by knot from as many pictures.
     """
     branch = module.last_branch
-    branch.levels.zero_()
-    highest = _logits(module, runs).amax(dim=0)[:, -len(branch.gains) :] / branch.gains.cpu()  # [S, N]
+    highest = _branch_logits(module, runs).amax(dim=0)  # [S, N]
     spacing = TIMESTEPS / (KNOTS - 1)
     near = (runs.timestep[:, None] - torch.arange(KNOTS) * spacing).abs() <= spacing  # [S, KNOTS]
     levels = torch.stack([torch.where(knot[:, None], highest, highest.amin()).amax(dim=0) for knot in near.T], dim=1)
@@ -59,17 +64,30 @@ def set_levels(module: SafetyModule, runs: RecordedRuns) -> None:
     branch.levels.copy_(levels.half())
 
 
-@torch.no_grad()
 def _logits(module: SafetyModule, runs: RecordedRuns) -> Tensor:
     """Logits of every step, relative to the levels: [R, S, N], on the CPU wherever `module` is."""
+    score = _of_every_step(module, runs, lambda latent, timestep, prompt: module.score(latent, timestep, prompt)[0])
+    return torch.logit(score.double(), SMALLEST)
+
+
+def _branch_logits(module: SafetyModule, runs: RecordedRuns) -> Tensor:
+    """Those of the branch trained last as they come, [R, S, its concepts]."""
+    branch = module.last_branch
+    return _of_every_step(
+        module, runs, lambda latent, timestep, prompt: branch.logits(module.encoder(latent, timestep), prompt)
+    )
+
+
+@torch.no_grad()
+def _of_every_step(module: SafetyModule, runs: RecordedRuns, of_steps: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """What `of_steps` makes of latents, timesteps and prompts, for every step of every run: [R, S, N], on the CPU."""
     parts = []
     device = next(module.parameters()).device
     for latent, prompt in zip(torch.split(runs.latent, 50), torch.split(runs.prompt, 50), strict=True):
         count, steps = latent.shape[:2]
-        embeds = prompt.float().repeat_interleave(steps, dim=0)
-        seen = latent.flatten(0, 1).float().to(device), runs.timestep.repeat(count).to(device)
-        score, _ = module.score(*seen, embeds.to(device))
-        parts.append(torch.logit(score.double().cpu(), SMALLEST).reshape(count, steps, -1))
+        embeds = prompt.float().repeat_interleave(steps, dim=0).to(device)
+        found = of_steps(latent.flatten(0, 1).float().to(device), runs.timestep.repeat(count).to(device), embeds)
+        parts.append(found.cpu().reshape(count, steps, -1))
     return torch.cat(parts)
 
 
@@ -89,6 +107,19 @@ def allowed_exceedances(pictures: int, rate: float = RATE, confidence: float = C
             f"at least {needed} are needed"
         )
     return allowed
+
+
+def joint_rate(spoilt: int, pictures: int, confidence: float = CONFIDENCE) -> float:
+    """The rate that holds where concepts with given thresholds fire on `spoilt` of `pictures`, and those added to them on no
+    other.
+
+    Each half of what may go wrong is spent on one of the two: on the rate of the former (Clopper and Pearson's upper limit),
+    and on that at which the latter exceed the highest score they had on the same pictures.
+    """
+    if spoilt == pictures:
+        return 1.0
+    each = 1 - (1 - confidence) / 2
+    return float(beta.ppf(each, spoilt + 1, pictures - spoilt) + beta.ppf(each, 1, pictures))
 
 
 def bound(logits: npt.NDArray[np.float64], allowed: int) -> float:
@@ -119,12 +150,13 @@ def calibrate(
     the promise in the configuration of `module`, and return it.
 
     Only the concepts trained last are calibrated: those which were there before they were added decide as they did, and the
-    promise is for all together.
+    promise is for all together. Where those alone fire on as many pictures as may be, or more, the new ones are to fire on
+    none, and a rate is promised that holds for both (`joint_rate`).
 
     Raises:
-        CalibrationError: there are too few runs, or the concepts that were there before fire on too many already.
+        CalibrationError: there are too few runs, or the concepts that were there before fire on far too many.
     """
-    allowed = allowed_exceedances(len(runs.latent))
+    allowed, rate = allowed_exceedances(len(runs.latent)), RATE
     set_levels(module, leveling)
     own = len(module.last_branch.gains)
     before, last = module.config.concepts[:-own], module.config.concepts[-own:]
@@ -132,13 +164,14 @@ def calibrate(
     fired = np.array([logit_of(concept.threshold) for concept in before])
     spoilt: npt.NDArray[np.bool_] = np.any(logits[:, :-own] >= fired, axis=1)
     if spoilt.sum() > allowed:
-        raise CalibrationError(
-            f"{', '.join(concept.name for concept in before)} fire on {spoilt.sum()} of {len(spoilt)} pictures, {allowed} may; "
-            "calibrate the module that the concept was added to first"
-        )
+        allowed, rate = int(spoilt.sum()), round(joint_rate(int(spoilt.sum()), len(spoilt)), 6)
+        fires = f"{', '.join(concept.name for concept in before)} fire on {allowed} of {len(spoilt)} pictures"
+        if rate > WORST_RATE:
+            raise CalibrationError(f"{fires}; calibrate the module that the concept was added to first")
+        log.warning("%s: %.2g %% are promised for all concepts together", fires, 100 * rate)
     threshold = round(bound(logits[~spoilt, -own:], allowed - int(spoilt.sum())), 8)
     promise = Promise(
-        rate=RATE, confidence=CONFIDENCE, pictures=len(runs.latent), allowed=allowed,
+        rate=rate, confidence=CONFIDENCE, pictures=len(runs.latent), allowed=allowed,
         steps=steps, guidance_scale=guidance_scale, prompts=prompts,
     )  # fmt: skip
     concepts = tuple(replace(concept, threshold=threshold) for concept in last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +73,9 @@ class Learner:
     ) -> None:
         self.tau = tau
         self.branch = module.last_branch
+        if len(module.branches) > 1:
+            # The encoder was taught without these concepts and stays as it is: what shows in a latent is left open.
+            bank = replace(bank, shown=torch.where(bank.shown > 0, torch.full_like(bank.shown, -1), bank.shown))
         self.device = next(module.parameters()).device
         self.module, self.bank, self.pairs, self.alphas, self.seed = module, bank, pairs, alphas.cpu(), seed
         rng = np.random.default_rng([seed, 31])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from benchmarks.added_branch import load_with_branch, save_branch
 from benchmarks.hybrid import hybrid_pipeline
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir_torch.config import SafetyConfigError
+from saferedir_torch.learner import Learner
 from saferedir_torch.models import SHIPPED_SAFETY
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.train import extended_module
+from saferedir_torch.training_data import LatentBank, PairBank
 from saferedir_torch.training_run import TrainingError
 
 PROMPTS = ["a church next to a cat", "a dog in ink style", "a teddy bear", "a castle"]
@@ -56,6 +59,26 @@ def test_only_the_new_branch_learns(base: SafetyModule, extended: SafetyModule) 
     for name, tensor in base.state_dict().items():
         assert torch.equal(extended.state_dict()[name], tensor)
     assert extended.config.promise is None
+
+
+def test_what_a_latent_shows_of_an_added_concept_is_left_open(base: SafetyModule, extended: SafetyModule) -> None:
+    bank = LatentBank(
+        concepts=("teddy",), latent=torch.randn(40, 4, 16, 16).half(), timestep=torch.full((40,), 100.0),
+        prompt=torch.arange(40), prompts=torch.randn(40, 77, 128).half(), asked=torch.zeros(40, 1),
+        shown=torch.arange(40)[:, None].remainder(2).float(), run=torch.arange(40),
+    )  # fmt: skip
+    embeds = torch.randn(40, 77, 128).half()
+    pairs = PairBank(embeds, embeds, torch.ones(40, 1), torch.ones(40, 1), torch.ones(40, 77).bool())
+    alphas = torch.linspace(0.999, 0.01, 1000)
+    batch = Learner(extended, bank, pairs, alphas, 0).detection_batch(0)
+    by_prompt = batch.labels > 0
+    assert by_prompt.any()
+    assert (batch.weights[by_prompt] == 1).all()
+    assert (batch.weights == 0).any()  # shown, and not asked for
+    assert bank.shown.max() == 1  # the runs are as they were recorded
+    whole = Learner(base, dataclasses.replace(bank, asked=torch.zeros(40, 3), shown=bank.shown.expand(-1, 3)),
+                    dataclasses.replace(pairs, asked=torch.ones(40, 3), replaced=torch.ones(40, 3)), alphas, 0)  # fmt: skip
+    assert (whole.detection_batch(0).labels.sum() > batch.labels.sum() * 3).item()
 
 
 @torch.no_grad()

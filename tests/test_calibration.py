@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from saferedir_torch.calibration import (
-    SMALLEST,
     CalibrationError,
     allowed_exceedances,
     bound,
     calibrate,
     highest_logits,
+    joint_rate,
     set_levels,
 )
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
@@ -108,11 +108,37 @@ def test_levels_are_what_the_highest_benign_picture_comes_up_to(tmp_path: Path) 
     count, steps = runs.latent.shape[:2]
     joint = module.encoder(runs.latent.flatten(0, 1).float(), runs.timestep.repeat(count))
     raw = branch.logits(joint, runs.prompt.float().repeat_interleave(steps, dim=0)).reshape(count, steps, -1).amax(dim=0)
-    raw = torch.maximum(raw, torch.logit(torch.tensor(SMALLEST)) / branch.gains)  # scores are kept that far away from 0
     torch.testing.assert_close(branch.levels[:, 8], raw[:2].amax(dim=0), atol=0.01, rtol=1e-3)
     torch.testing.assert_close(branch.levels[:, 6], raw[1:4].amax(dim=0), atol=0.01, rtol=1e-3)
     late = raw[2:].amax(dim=0)  # the knot at 625 reaches up to 750
     torch.testing.assert_close(branch.levels[:, :6], late[:, None].expand(-1, 6), atol=0.01, rtol=1e-3)
+
+
+def test_where_those_before_fire_already_the_promise_is_what_holds_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = extended_module(SafetyModule.load(SHIPPED_SAFETY), {"teddy": "gift"}).eval()
+    pictures = 2995
+    logits = np.full((pictures, 4), -5.0)
+    logits[:, 3] = np.linspace(-4, 3, pictures)
+    logits[7, 0] = logits[7, 3] = 12.0  # the church's own, and the new one may fire there as well
+    monkeypatch.setattr("saferedir_torch.calibration.highest_logits", lambda *_: logits)
+    noise = torch.randn(1, 1, 4, 16, 16).expand(pictures, -1, -1, -1, -1).half()
+    runs = RecordedRuns(noise, torch.tensor([500.0]), torch.randn(1, 77, 128).expand(pictures, -1, -1).half())
+    calm = RecordedRuns(noise[:2], runs.timestep, runs.prompt[:2])
+    promise = calibrate(module, calm, runs, steps=1, guidance_scale=5.0, prompts="none")
+    assert (promise.allowed, promise.rate) == (1, round(joint_rate(1, pictures), 6))
+    assert 0.003 < promise.rate < 0.0033
+    assert level(module.config.concepts[-1].threshold) == pytest.approx(3.0, abs=0.01)
+
+
+def test_the_joint_rate_holds_as_often_as_it_says() -> None:
+    """Scores of a concept before and one added, independent and uniform; the former fires at a rate of its own."""
+    rng, pictures, own = np.random.default_rng(5), 800, 0.002
+    kept = []
+    for _ in range(600):
+        before, added = rng.random(pictures) < own, rng.random(pictures)
+        exceeds = 1 - added[~before].max()  # at the highest score of those that are not spoilt already
+        kept.append(own + (1 - own) * exceeds <= joint_rate(int(before.sum()), pictures))
+    assert np.mean(kept) > 0.95
 
 
 def test_calibrating_an_addition_leaves_the_others_as_they_were() -> None:
