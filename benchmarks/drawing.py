@@ -18,6 +18,7 @@ from torch import Tensor
 
 from saferedir.runtime import Pipeline
 from saferedir.runtime.record import SafetyRecord
+from saferedir_torch.peers.peer import Peer
 
 CHUNK = 64
 #: Identities of pipelines: the bundle's own step graph, and no safety at all. Others state the module's hash.
@@ -64,18 +65,19 @@ class Studio:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def draw(self, pipeline: Pipeline, identity: str, prompts: Sequence[str], seeds: Sequence[int], title: str) -> Drawn:
-        """One picture a prompt and seed. `identity` names what the pipeline itself does not show: module, controller."""
+    def draw(self, pipeline: Pipeline | Peer, identity: str, prompts: Sequence[str], seeds: Sequence[int], title: str) -> Drawn:
+        """One picture a prompt and seed. `identity` names what the pipeline itself does not show: module, controller; of a
+        peer, which shows nothing, all that its pictures depend on."""
         parts = []
         for start in track(range(0, len(prompts), CHUNK), description=title):
             part = slice(start, start + CHUNK)
             parts.append(self._chunk(pipeline, identity, list(prompts[part]), [int(seed) for seed in seeds[part]]))
         return Drawn(*(np.concatenate([getattr(part, key) for part in parts]) for key in ("pixels", "score", "fired", "mask")))
 
-    def _chunk(self, pipeline: Pipeline, identity: str, prompts: list[str], seeds: list[int]) -> Drawn:
+    def _chunk(self, pipeline: Pipeline | Peer, identity: str, prompts: list[str], seeds: list[int]) -> Drawn:
         path = self.folder / f"{_key(pipeline, identity, prompts, seeds)}.npz"
         if not path.exists():
-            drawn = _collect(pipeline, prompts, seeds)
+            drawn = _collect(pipeline, prompts, seeds) if isinstance(pipeline, Pipeline) else _drawn(pipeline, prompts, seeds)
             partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")  # others may draw the same
             with partial.open("wb") as file:
                 np.savez_compressed(file, **vars(drawn))
@@ -98,11 +100,22 @@ def _collect(pipeline: Pipeline, prompts: list[str], seeds: list[int]) -> Drawn:
     )  # fmt: skip
 
 
+def _drawn(peer: Peer, prompts: list[str], seeds: list[int]) -> Drawn:
+    """A peer keeps no record: nothing is said to fire."""
+    count = len(prompts)
+    return Drawn(
+        peer.draw(prompts, seeds), np.zeros((count, 0, 0), np.float32), np.zeros((count, 0, 0), np.bool_),
+        np.zeros((count, 0, 0), np.float32),
+    )  # fmt: skip
+
+
 def _mask(record: SafetyRecord, concepts: list[str], tokens: int) -> npt.NDArray[np.float32]:
     return np.stack([np.array(record.token_mask.get(name, (0.0,) * tokens), np.float32) for name in concepts])
 
 
-def _key(pipeline: Pipeline, identity: str, prompts: list[str], seeds: list[int]) -> str:
+def _key(pipeline: Pipeline | Peer, identity: str, prompts: list[str], seeds: list[int]) -> str:
+    if isinstance(pipeline, Peer):
+        return hashlib.sha256(json.dumps([identity, prompts, seeds]).encode()).hexdigest()[:32]
     policy = pipeline.policy
     own = {name: file.sha256 for name, file in pipeline.manifest.files.items() if not name.startswith(("safety", "step"))}
     files = {name: file.sha256 for name, file in pipeline.manifest.files.items()} if identity == DEPLOYED else own

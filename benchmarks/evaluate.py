@@ -141,6 +141,25 @@ def gradient_attacks(
 
 
 @app.command()
+def peers(
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(CONCEPTS)}.")] = "church",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.")] = "auto",
+    quick: Quick = False,
+    out: Out = RESULTS,
+    work: Work = WORK,
+    features: FeatureChoice = "auto",
+) -> None:
+    """Other methods on the same model, each at its best setting on validation prompts. Hours on a CPU, minutes on a GPU."""
+    from benchmarks.tables.peers import QUICK, Size
+    from benchmarks.tables.peers import peers as measure
+
+    model, module = load_pipeline().to(device_called(device)), SafetyModule.load(SHIPPED_SAFETY)
+    size = QUICK if quick else Size()
+    figures = measure(Studio(work), model, module, CONCEPTS[task], load_split(), _features(features), NETWORKS, size)
+    _store(f"peers_{task}", figures, out)
+
+
+@app.command()
 def words(out: Out = RESULTS) -> None:
     """Scores over the steps and masks over the words of the demonstration's prompts. Seconds."""
     from benchmarks.tables.words import words as measure

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from benchmarks.markdown import drawn_on, hits_of, percent, read_result, share_of, worst_of
 from benchmarks.report import RESULTS
 from saferedir_torch.world.vocabulary import load_vocabulary
@@ -105,28 +107,34 @@ trained for each split, with {result["steps"]} steps and {result["runs"]} unsafe
 
 def several() -> str:
     result = read_result("interference")
+    asked = list(dict.fromkeys(row["asked"] for row in result["matrix"]))
+    cells = {(", ".join(row["enabled"]), row["asked"]): row for row in result["matrix"]}
     matrix = "\n".join(
-        f"| {', '.join(row['enabled'])} | {row['asked']} | {percent(row['fired']['share'])} "
-        f"| {percent(row['gone']['share']) if 'gone' in row else ''} |"
-        for row in result["matrix"]
+        f"| {enabled} | " + " | ".join(_fired_and_gone(cells[enabled, name]) for name in asked) + " |"
+        for enabled in dict.fromkeys(enabled for enabled, _ in cells)
     )
+    distance = next(key for key in result["joint"][0] if key.endswith("_to_rewrite"))
     joint = "\n".join(
-        f"| {', '.join(row['asked'])} | {row['directions']} | {share_of(row['all_gone'])} "
-        f"| {percent(row['fired_at_different_steps']['share'])} |"
+        f"| {', '.join(row['asked'])} | {row['directions']} | {share_of(row['all_gone'])} | {row[distance]['mean']:.3f} "
+        f"({row[distance]['low']:.3f} to {row[distance]['high']:.3f}) | {hits_of(row['fired_at_different_steps'])} |"
         for row in result["joint"]
     )
-    return f"""**Do concepts get in each other's way?** Enabled against asked for, seen names.
-(`python -m benchmarks.evaluate interference`)
+    return f"""**Do concepts get in each other's way?** Share of pictures in which something fired, and in which what was asked for is
+gone; seen names. (`python -m benchmarks.evaluate interference`)
 
-| enabled | asked for | fired | gone |
-| --- | --- | --- | --- |
+| enabled, asked for: | {" | ".join(asked)} |
+| --- | {" | ".join("---" for _ in asked)} |
 {matrix}
 
 Asked for at once; "joint" is the redirector that knows the active set, "summed" adds the directions of each concept alone:
 
-| asked for | directions | all gone | fired at different steps |
-| --- | --- | --- | --- |
+| asked for | directions | all gone | `{distance.removesuffix("_to_rewrite")}` to the rewrite | fired at different steps |
+| --- | --- | --- | --- | --- |
 {joint}"""
+
+
+def _fired_and_gone(cell: dict[str, Any]) -> str:
+    return percent(cell["fired"]["share"]) + (f", {percent(cell['gone']['share'])}" if "gone" in cell else "")
 
 
 def added() -> str:

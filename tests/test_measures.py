@@ -81,6 +81,11 @@ def test_frechet_distance(features: Features, scenes: list[Scene]) -> None:
     blank = features.frechet_distance(pictures, torch.zeros_like(pictures))
     assert abs(same) < 1e-3
     assert same < alike < one_style < blank
+    near, far = (
+        features.kernel_distance(pictures, others, subsets=10)["mean"]
+        for others in (pictures_of(many, 2), pictures_of([replace(scene, style="ink") for scene in many], 2))
+    )
+    assert abs(near) < far
 
 
 def test_the_second_judge_is_another_and_sees(features: Features) -> None:

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from saferedir_torch.models import load_pipeline
+from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.peers.guidance import MAX, NegativePrompt, SafeLatentDiffusion
 from saferedir_torch.peers.image_filter import ImageFilter
 from saferedir_torch.peers.model_editing import ErasedStableDiffusion, UnifiedConceptEditing, cross_attention_projections
 from saferedir_torch.peers.peer import Peer
+from saferedir_torch.peers.saferedir import SafeRedir
 from saferedir_torch.peers.safree import Safree
+from saferedir_torch.protect import protect
+from saferedir_torch.safety_module import SafetyModule
 
 PROMPTS, SEEDS = ["a church next to a cat", "a dog on blue"], [3, 4]
 STEPS = 4
@@ -120,6 +123,18 @@ def test_esd_learns_to_predict_away_and_trains_cross_attention_alone(model: Any)
         assert torch.equal(weight, untouched[name]) != (".attn2.to_" in name), name
         assert torch.equal(model.unet.state_dict()[name], untouched[name])
     assert all(weight.requires_grad is False for weight in peer.unet.parameters())
+
+
+def test_saferedir_draws_what_it_draws_on_a_stock_pipeline(model: Any, plain: Any) -> None:
+    module = SafetyModule.load(SHIPPED_SAFETY)
+    drawn = SafeRedir(model, module, steps=STEPS).draw(PROMPTS, SEEDS)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    with protect(model, module) as guard:
+        theirs = model(PROMPTS, generator=generators, num_inference_steps=STEPS, guidance_scale=5.0).images
+    assert guard.last.fired[:, 0].any()
+    assert np.abs(drawn.astype(int) - np.stack([np.asarray(picture) for picture in theirs]).astype(int)).max() <= 1
+    assert (drawn[0] != plain[0]).any()
+    assert (drawn[1] == plain[1]).all()
 
 
 def test_a_filter_hands_out_a_blank_for_what_it_finds(model: Any, plain: Any) -> None:

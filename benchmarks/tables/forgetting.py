@@ -57,9 +57,13 @@ class Judges:
     @classmethod
     def calibrated(cls, studio: Studio, plain: Pipeline, concept: WorldConcept, split: Split, rewrites: int) -> Judges:
         """The judges with their thresholds for `concept`, from validation rewrites."""
-        judges = {name: Judge.load(NETWORKS / name) for name in ("judge", "second_judge")}
         prompts, seeds = validation_rewrites(concept, split, rewrites)
-        drawn = studio.draw(plain, PLAIN, prompts, seeds, f"{concept.name}: validation rewrites")
+        return cls.from_rewrites(studio.draw(plain, PLAIN, prompts, seeds, f"{concept.name}: validation rewrites"), concept)
+
+    @classmethod
+    def from_rewrites(cls, drawn: Drawn, concept: WorldConcept) -> Judges:
+        """The same from validation rewrites that are drawn already."""
+        judges = {name: Judge.load(NETWORKS / name) for name in ("judge", "second_judge")}
         scores = {name: judge.judge(drawn.pictures).of(concept.shown_by).numpy() for name, judge in judges.items()}
         return cls(
             judges,

@@ -58,6 +58,18 @@ class Features:
                 metric.update(chunk / 2 + 0.5, real=is_real)
         return float(metric.compute())
 
+    def kernel_distance(self, real: Tensor, generated: Tensor, *, subsets: int = 50) -> dict[str, float]:
+        """Kernel distance of two sets of pictures, likewise: mean and deviation over subsets of at most 100."""
+        from torchmetrics.image.kid import KernelInceptionDistance
+
+        size = min(100, len(real), len(generated))
+        metric = KernelInceptionDistance(self.frechet, subsets=subsets, subset_size=size, normalize=True)
+        for pictures, is_real in ((real, True), (generated, False)):
+            for chunk in torch.split(pictures, 128):
+                metric.update(chunk / 2 + 0.5, real=is_real)
+        mean, deviation = metric.compute()
+        return {"mean": float(mean), "deviation": float(deviation)}
+
 
 def load_features(networks: Path, choice: Choice = "auto") -> Features:
     """The real networks where their weights are present (`auto`), always (`real`), or those in `networks` (`world`).

@@ -1,0 +1,46 @@
+"""SafeRedir in the peers' loop, so that it is compared on the same model, steps and seeds, and timed alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saferedir_torch.controller import Controller, State
+from saferedir_torch.peers.peer import Batch, Peer
+from saferedir_torch.protect import EagerPolicy, NonFiniteError, check_match
+from saferedir_torch.safety_module import SafetyModule
+
+
+class SafeRedir(Peer):
+    """The embedding redirected where the detector fires (arXiv 2601.08623), as `protect` does it."""
+
+    name = "SafeRedir"
+
+    def __init__(self, pipeline: Any, module: SafetyModule, policy: EagerPolicy | None = None, **drawing: Any) -> None:
+        """`module` must fit `pipeline`."""
+        super().__init__(pipeline, **drawing)
+        check_match(pipeline, module)
+        self.controller = Controller(module).to(pipeline.device).eval()
+        self.policy = policy or EagerPolicy()
+
+    def begin(self, prompts: Sequence[str]) -> Batch:
+        batch = super().begin(prompts)
+        module = self.controller.module
+        batch.kept["original"] = batch.embeds
+        batch.kept["state"] = State.initial(batch.embeds, len(module.config.concepts))
+        batch.kept["policy"] = self.policy.resolve(module, len(prompts), batch.embeds.device)
+        return batch
+
+    def guided(self, batch: Batch, index: int, timestep: Tensor, latent: Tensor) -> Tensor:
+        time = timestep.to(latent).expand(len(latent))
+        state, _ = self.controller(latent, time, batch.kept["original"], batch.kept["state"], batch.kept["policy"])
+        if not bool(state.ok.all()):
+            raise NonFiniteError(f"latent, score or embedding is not finite at timestep {float(timestep):g}; nothing is drawn")
+        batch.kept["state"], batch.embeds = state, state.prompt
+        guided = super().guided(batch, index, timestep, latent)
+        if not bool(torch.isfinite(guided).all()):
+            raise NonFiniteError(f"the prediction is not finite at timestep {float(timestep):g}; nothing is drawn")
+        return guided
