@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.drawing import Drawn, Studio
@@ -146,7 +147,7 @@ def methods(model: Any, module: SafetyModule, concept: WorldConcept, material: M
         ),
         Method(
             "image filter",
-            {f"at {level:g}": partial(ImageFilter, model, _clip_finds(material, concept, level)) for level in (0.5, 0.8)},
+            {f"at {level:g}": partial(ImageFilter, model, _clip_finds(material, concept, level)) for level in (0.9, 0.97, 1.0)},
             True, "one threshold each",
         ),
         Method(
@@ -157,17 +158,16 @@ def methods(model: Any, module: SafetyModule, concept: WorldConcept, material: M
 
 
 def _clip_finds(material: Material, concept: WorldConcept, level: float) -> Callable[[Tensor], Tensor]:
-    """A picture is refused where one of the concept's names fits it better than `level` of a sample of other names does."""
+    """A picture is refused where one of the concept's names fits it better than a share `level` of all other names do."""
     vocabulary = load_vocabulary()
     others = [item.names[0] for key, item in vocabulary.objects.items() if key not in concept.named_by]
     if concept.style:
         others = [names[0] for key, names in vocabulary.styles.items() if key != concept.style]
+    own, rest = (F.normalize(material.clip.read(list(names)), dim=1) for names in (material.names, others))
 
     def found(pictures: Tensor) -> Tensor:
-        def best(names: Sequence[str]) -> Tensor:
-            return torch.stack([material.clip.score(pictures.cpu(), [name] * len(pictures)) for name in names], dim=1)
-
-        return best(material.names).amax(dim=1) > torch.quantile(best(others), level, dim=1)
+        seen = F.normalize(material.clip.look(pictures.cpu()), dim=1)
+        return (seen @ own.T).amax(dim=1) > torch.quantile(seen @ rest.T, level, dim=1)
 
     return found
 

@@ -31,10 +31,18 @@ class ClipWorld(nn.Module):
     @torch.no_grad()
     def score(self, pictures: Tensor, prompts: list[str]) -> Tensor:
         """Pictures [B, 3, 64, 64] in [-1, 1] and B prompts -> scores [B] in [0, 100]."""
+        return (100 * F.cosine_similarity(self.read(prompts), self.look(pictures))).clamp(min=0)
+
+    @torch.no_grad()
+    def read(self, prompts: list[str]) -> Tensor:
+        """Embeddings of prompts, [P, width]."""
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
-        text = torch.cat([self.text(chunk).text_embeds for chunk in torch.split(tokens, 256)])
-        image = torch.cat([self.image(chunk) for chunk in torch.split(pictures, 256)])
-        return (100 * F.cosine_similarity(text, image)).clamp(min=0)
+        return torch.cat([self.text(chunk).text_embeds for chunk in torch.split(tokens, 256)])
+
+    @torch.no_grad()
+    def look(self, pictures: Tensor) -> Tensor:
+        """Embeddings of pictures [B, 3, 64, 64] in [-1, 1], [B, width]."""
+        return torch.cat([self.image(chunk) for chunk in torch.split(pictures, 256)])
 
     def save(self, folder: Path) -> None:
         self.text.half().save_pretrained(folder / TEXT_FOLDER)
