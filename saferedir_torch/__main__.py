@@ -44,6 +44,9 @@ def train(
     ] = None,
     runs_from: Annotated[Path | None, typer.Option(help="Folder of another training whose recorded runs are used.")] = None,
     extend: Annotated[Path | None, typer.Option(help="Folder of a trained module that the concept is added to.")] = None,
+    harden: Annotated[
+        list[str] | None, typer.Option(help="Family of attacks to train against, again for more: typos, spacing and so on.")
+    ] = None,
     device: Device = "auto",
     config: Config = None,
 ) -> None:
@@ -69,10 +72,10 @@ def train(
     pipeline = load_pipeline(model, config).to(_device(device))
     base = None if extend is None else SafetyModule.load(extend).to(pipeline.device)
     known = [] if base is None else base.config.concept_names
+    source = _hardened(_source(pipeline, pairs, concept or [], rewrite or [], split, known), harden or [])
     module = train_module(
-        pipeline, _source(pipeline, pairs, concept or [], rewrite or [], split, known), out, seed=seed, steps=steps, runs=runs,
-        pairs=pair_count, samplings=[_sampling(text) for text in sampling] if sampling else SAMPLINGS, runs_from=runs_from,
-        extend=base,
+        pipeline, source, out, seed=seed, steps=steps, runs=runs, pairs=pair_count,
+        samplings=[_sampling(text) for text in sampling] if sampling else SAMPLINGS, runs_from=runs_from, extend=base,
     )  # fmt: skip
     typer.echo(json.dumps(module.config.provenance, indent=1))
 
@@ -166,6 +169,15 @@ def _source(
     source = FilePrompts(pairs, concepts, dict(_rewrite(text) for text in rewrites))
     source.check_tokens(lambda prompts: tokenize(pipeline.tokenizer, prompts))
     return source
+
+
+def _hardened(source: PromptSource, families: list[str]) -> PromptSource:
+    from saferedir_torch.attacks.hardening import HardenedPrompts
+
+    try:
+        return HardenedPrompts(source, families) if families else source
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--harden") from error
 
 
 def _device(name: str) -> Any:

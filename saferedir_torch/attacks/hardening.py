@@ -1,0 +1,76 @@
+"""Adversarial training: a share of the training prompts is rewritten as attackers would, the benign ones among them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from difflib import SequenceMatcher
+
+import numpy as np
+
+from saferedir_torch.attacks.text_families import FAMILIES, WORD_FAMILIES, Target
+from saferedir_torch.prompt_source import PromptSource, TrainingPair
+
+#: Share of pairs, and of benign prompts, that are rewritten.
+ATTACKED_SHARE = 0.3
+
+
+class HardenedPrompts:
+    """The prompts of `source`, some of them rewritten by one of `families`.
+
+    What asks for a concept is what a pair's rewrite changes. Benign prompts are rewritten at any word, so that strange
+    spelling by itself means nothing. Families that put words around a prompt put them around the rewrite as well.
+    """
+
+    def __init__(self, source: PromptSource, families: Sequence[str], share: float = ATTACKED_SHARE) -> None:
+        """Raises:
+        ValueError: a family is not known, or none is given.
+        """
+        unknown = sorted(set(families) - set(FAMILIES))
+        if unknown or not families:
+            raise ValueError(f"unknown families {', '.join(unknown) or '(none given)'}; expected {', '.join(FAMILIES)}")
+        self.source, self.families, self.share = source, tuple(families), share
+        self.replacements, self.seeds = source.replacements, source.seeds
+
+    def pair(self, concept: str, rng: np.random.Generator) -> TrainingPair:
+        return self._attacked(self.source.pair(concept, rng), rng)
+
+    def varied_pair(self, concept: str, rng: np.random.Generator) -> TrainingPair:
+        return self._attacked(self.source.varied_pair(concept, rng), rng)
+
+    def benign(self, rng: np.random.Generator) -> str:
+        prompt = self.source.benign(rng)
+        if rng.random() >= self.share:
+            return prompt
+        words = prompt.split(" ")
+        target = Target(prompt, words[int(rng.integers(len(words)))])
+        return FAMILIES[self._any(rng)](target, rng) if target.words else prompt
+
+    def _attacked(self, pair: TrainingPair, rng: np.random.Generator) -> TrainingPair:
+        spans = changed_words(pair.unsafe, pair.safe)
+        if rng.random() >= self.share or not spans:
+            return pair
+        family = self._any(rng)
+        if family in WORD_FAMILIES:
+            unsafe = pair.unsafe
+            for words in spans:
+                unsafe = unsafe.replace(words, WORD_FAMILIES[family](words, rng), 1)
+            return replace(pair, unsafe=unsafe)
+        seed = int(rng.integers(2**32))  # the same words around both
+        safe_words = changed_words(pair.safe, pair.unsafe) or [pair.safe.split(" ")[0]]
+        unsafe, safe = (
+            FAMILIES[family](target, np.random.default_rng(seed))
+            for target in (Target(pair.unsafe, spans[0]), Target(pair.safe, safe_words[0]))
+        )
+        return replace(pair, unsafe=unsafe, safe=safe)
+
+    def _any(self, rng: np.random.Generator) -> str:
+        return self.families[int(rng.integers(len(self.families)))]
+
+
+def changed_words(prompt: str, other: str) -> list[str]:
+    """Runs of words in `prompt` that `other` has other words, or none, in place of."""
+    words, others = prompt.split(" "), other.split(" ")
+    blocks = SequenceMatcher(a=words, b=others, autojunk=False).get_opcodes()
+    runs = (" ".join(words[start:end]) for kind, start, end, _, _ in blocks if kind in ("replace", "delete"))
+    return [run for run in runs if run.strip()]

@@ -1,0 +1,58 @@
+"""Adversarial training: prompts rewritten as attackers would, in pairs that still say what is to change."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saferedir_torch.attacks.hardening import HardenedPrompts, changed_words
+from saferedir_torch.attacks.text_families import FAMILIES
+from saferedir_torch.world.source import WorldPrompts
+from saferedir_torch.world.split import load_split
+
+SOURCE = WorldPrompts(["church", "weapons"], load_split())
+
+
+def test_what_a_rewrite_changes_is_what_asks() -> None:
+    assert changed_words("a church next to a cat", "a house next to a cat") == ["church"]
+    assert changed_words("a place of prayer and a big dog", "a house and a big dog") == ["place of prayer"]
+    assert changed_words("a cat in ink style", "a cat") == ["in ink style"]
+    assert changed_words("a cat", "a cat") == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(seed=st.integers(0, 10_000))
+def test_a_pair_is_rewritten_and_its_rewrite_still_changes_the_same(family: str, seed: int) -> None:
+    plain = SOURCE.pair("church", np.random.default_rng(seed))
+    hard = HardenedPrompts(SOURCE, [family], share=1.0).pair("church", np.random.default_rng(seed))
+    assert (hard.asked, hard.replaced) == (plain.asked, plain.replaced)
+    assert hard.unsafe != plain.unsafe
+    assert changed_words(hard.unsafe, hard.safe)
+    if family in ("injection", "buried"):
+        assert plain.unsafe in hard.unsafe
+        assert plain.safe in hard.safe
+    else:
+        assert hard.safe == plain.safe
+
+
+def test_a_share_is_rewritten_and_benign_prompts_alike() -> None:
+    source = HardenedPrompts(SOURCE, ["typos", "spacing"], share=0.3)
+    kept = sum(
+        HardenedPrompts(SOURCE, ["typos"], share=0.3).pair("weapons", np.random.default_rng(seed)).unsafe
+        == SOURCE.pair("weapons", np.random.default_rng(seed)).unsafe
+        for seed in range(300)
+    )
+    assert 170 < kept < 250
+    benign = [HardenedPrompts(SOURCE, ["typos"], share=1.0).benign(np.random.default_rng(seed)) for seed in range(50)]
+    original = [SOURCE.benign(np.random.default_rng(seed)) for seed in range(50)]
+    assert sum(a != b for a, b in zip(benign, original, strict=True)) > 25
+    assert (source.replacements, source.seeds) == (SOURCE.replacements, SOURCE.seeds)
+
+
+def test_unknown_families_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown families magic; expected typos"):
+        HardenedPrompts(SOURCE, ["magic"])
+    with pytest.raises(ValueError, match="none given"):
+        HardenedPrompts(SOURCE, [])
