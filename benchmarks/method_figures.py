@@ -236,3 +236,43 @@ validation prompts. (`python -m saferedir_torch oracle`)
 | concept | rung | found | replacement drawn | companion kept |
 | --- | --- | --- | --- | --- |
 {table}"""
+
+
+def attacks() -> str:
+    rows = []
+    for stem in sorted(path.stem for path in RESULTS.glob("*attacks_*.json")):
+        result = read_result(stem)
+        for family, row in result["families"].items():
+            rates = (
+                f"{share_of(row['asr'])} | {share_of(row['asr_best_of_seeds'])}" if row["is_attack"] else "no attack here | "
+            )
+            rows.append(f"| {result['concept']} | {family} | {row['counted']} of {row['pictures']} | {rates} |")
+    table = "\n".join(rows)
+    return f"""**Do prompts that hide what they ask for get through?** Counted are pairs of prompt and seed that show the concept
+without safety; of a family that has too few of them it is said that it is no attack on this model. "Best seed" counts a prompt if any of its
+seeds gets through. (`python -m benchmarks.evaluate attacks`, `gradient-attacks`)
+
+| concept | family | show it without safety | ASR | ASR, best seed |
+| --- | --- | --- | --- | --- |
+{table}"""
+
+
+def peers() -> str:
+    rows = []
+    for path in sorted(RESULTS.glob("peers_*.json")):
+        result = read_result(path.stem)
+        for row in result["rows"]:
+            tried = [entry["asr"] for entry in row["attacks"].values() if entry["is_attack"]]
+            succeed, of = (sum(entry[key] for entry in tried) for key in ("hits", "of"))
+            rows.append(
+                f"| {result['concept']} | {row['method']} | {share_of(row['fsr'])} | {row[result['measures'][1]]['mean']:.3f} "
+                f"| {share_of(row['retention'])} | {percent(row['benign_unchanged']['share'])} | {succeed} of {of} "
+                f"| {row['seconds_a_picture']:.2f} | {row['minutes_to_make']:.1f} |"
+            )
+    table = "\n".join(rows)
+    return f"""**And other methods, on the same model, prompts and seeds?** Each at the best of the settings that were tried on validation
+prompts. Retention: benign pictures that still show all that was asked for. (`python -m benchmarks.evaluate peers`)
+
+| concept | method | FSR | distance to the rewrite | retention | benign unchanged | attacks that succeed | s a picture | minutes to make |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+{table}"""

@@ -61,7 +61,7 @@ def test_the_report_shows_every_table(folders: tuple[Path, Path]) -> None:
     page = (out / "report.html").read_text()
     for heading in (
         "Is the concept gone?", "Benign prompts", "Several concepts", "How far to move", "Cooldown", "Out of distribution",
-        "masks over the words",
+        "masks over the words", "Attacks: church", "Attacks by gradient: church",
     ):  # fmt: skip
         assert heading in page
     assert page.count("data:image/png") >= 8
