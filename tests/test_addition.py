@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.train import extended_module
 from saferedir_torch.training_data import LatentBank, PairBank
 from saferedir_torch.training_run import TrainingError
+from saferedir_torch.world.source import AddedPrompts
+from saferedir_torch.world.split import load_split
 
 PROMPTS = ["a church next to a cat", "a dog in ink style", "a teddy bear", "a castle"]
 
@@ -59,6 +62,16 @@ def test_only_the_new_branch_learns(base: SafetyModule, extended: SafetyModule) 
     for name, tensor in base.state_dict().items():
         assert torch.equal(extended.state_dict()[name], tensor)
     assert extended.config.promise is None
+
+
+def test_benign_prompts_of_an_added_concept_never_ask_for_it() -> None:
+    split = load_split()
+    source, rng = AddedPrompts("teddy", ["church", "ink", "weapons"], split), np.random.default_rng(3)
+    prompts = [source.benign(rng) for _ in range(3000)]
+    denied = re.compile(r"(?:,? but not|, no| and no| without) (?:a )?(?:teddy bear|plush toy)")
+    assert split.names["teddy"] == ["a teddy bear", "a plush toy"]
+    assert [prompt for prompt in prompts if re.search("teddy|plush", denied.sub("", prompt))] == []
+    assert sum(any(name in prompt for name in split.names["church"]) for prompt in prompts) > 100
 
 
 def test_what_a_latent_shows_of_an_added_concept_is_left_open(base: SafetyModule, extended: SafetyModule) -> None:

@@ -262,6 +262,15 @@ def added_pair(
     return replace(pair, asked=tuple(name for name in pair.asked if not (invented and name == concept.name)))
 
 
+def known_pair(
+    concept: WorldConcept, rng: np.random.Generator, split: Split, others: Sequence[WorldConcept], absent: WorldConcept
+) -> PromptPair:
+    """A training pair that asks for `concept`, and at times for `others`, and never for `absent`: benign, where that one is
+    what is looked for."""
+    wanted = [concept, *(other for other in others if rng.random() < JOINT_SHARE)]
+    return pair_prompt(wanted, rng, split.names, split.companions, avoid=[concept, *others, absent])
+
+
 def varied_training_pair(
     concept: WorldConcept, rng: np.random.Generator, split: Split, others: Sequence[WorldConcept] = ()
 ) -> PromptPair:

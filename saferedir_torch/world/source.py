@@ -14,6 +14,7 @@ from saferedir_torch.world.prompts import (
     WorldConcept,
     added_pair,
     benign_prompt,
+    known_pair,
     training_pair,
     varied_training_pair,
 )
@@ -73,7 +74,7 @@ class AddedPrompts:
     def benign(self, rng: np.random.Generator) -> str:
         if self.known and rng.random() < KNOWN_SHARE:
             other = self.known[int(rng.integers(len(self.known)))]
-            return training_pair(other, rng, self.split, [self.concept, *self.known]).unsafe
+            return known_pair(other, rng, self.split, [own for own in self.known if own is not other], self.concept).unsafe
         return benign_prompt([self.concept], rng, self.split.names, neighbour_share=NEIGHBOUR_SHARE).text
 
 
