@@ -197,7 +197,7 @@ def strength() -> str:
     ]
     return f"""**How far to move?** Fixed strengths s against the adaptive one, held-out names. Better than it in both
 FSR and {perceptual} (paired bootstrap, 95 %): {"; ".join(better) or "none"}. The step length of each token answers to the
-prompt under all of them; "adaptive" moves further where a concept fires again, which no picture here needed. (`python -m benchmarks.evaluate strength`)
+prompt under all of them; "adaptive" moves further where a concept fires again. (`python -m benchmarks.evaluate strength`)
 
 | concept | strength | FSR | {perceptual} to the rewrite | {frechet} to the rewrite, times 10,000 | companion |
 | --- | --- | --- | --- | --- | --- |
