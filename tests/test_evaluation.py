@@ -19,6 +19,7 @@ TABLES = [
     ["interference"],
     ["strength"],
     ["cooldown"],
+    ["added"],
     ["attacks"],
     ["gradient-attacks"],
 ]
@@ -61,7 +62,7 @@ def test_the_report_shows_every_table(folders: tuple[Path, Path]) -> None:
     page = (out / "report.html").read_text()
     for heading in (
         "Is the concept gone?", "Benign prompts", "Several concepts", "How far to move", "Cooldown", "Out of distribution",
-        "masks over the words", "Attacks: church", "Attacks by gradient: church",
+        "masks over the words", "A concept added: teddy", "Attacks: church", "Attacks by gradient: church",
     ):  # fmt: skip
         assert heading in page
     assert page.count("data:image/png") >= 8
