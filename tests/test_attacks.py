@@ -18,7 +18,7 @@ from saferedir_torch.attacks.__main__ import app, load_judge, read_targets
 from saferedir_torch.attacks.evolution import Evolution, evolve
 from saferedir_torch.attacks.suite import UNCHANGED, Attempts, Pixels, attack, attempts
 from saferedir_torch.attacks.techniques import TechniqueError, drawing_with, load_technique
-from saferedir_torch.attacks.text_families import FAMILIES, LOOKALIKES, Target
+from saferedir_torch.attacks.text_families import FAMILIES, LOOKALIKES, WORD_FAMILIES, Target
 from saferedir_torch.models import SHIPPED_MODEL
 
 TARGET = Target("a cat next to a parish church on blue", "a parish church")
@@ -45,6 +45,10 @@ def test_words_of_any_length_are_taken(family: str, words: str, seed: int) -> No
     text = written(family, seed, Target(f"draw {words} on blue", words))
     assert text.startswith("draw ")
     assert text.endswith(" on blue")
+
+
+def test_a_typo_is_never_the_word_itself() -> None:
+    assert all(WORD_FAMILIES["typos"]("a toot", np.random.default_rng(seed)) != "a toot" for seed in range(2000))
 
 
 def test_families_do_what_they_say() -> None:

@@ -18,7 +18,7 @@ from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.world.prompts import CONCEPTS, LATER_CONCEPTS, benign_set
 from saferedir_torch.world.split import Split
 
-FULL, QUICK = 150, 4
+FULL, QUICK = 150, 2
 
 
 def added(

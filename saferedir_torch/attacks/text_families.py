@@ -78,17 +78,24 @@ def typos(words: str, rng: np.random.Generator) -> str:
     """One slip, or two, in every longer word: a letter dropped, doubled, replaced, or two swapped."""
 
     def slip(word: str) -> str:
-        for _ in range(int(rng.integers(1, 3))):
-            at = int(rng.integers(1, len(word) - 1))
-            kind = int(rng.integers(4))
-            swapped = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
-            replaced = word[:at] + _any(LETTERS, rng) + word[at + 1 :]
-            word = (word[:at] + word[at + 1 :], word[:at] + word[at] + word[at:], swapped, replaced)[kind]
-            if len(word) < 4:
-                break
-        return word
+        slipped = _slips(word, int(rng.integers(1, 3)), rng)
+        while slipped == word:  # two of the same letter swapped, or a slip taken back
+            slipped = _slips(word, 1, rng)
+        return slipped
 
     return _in_long_words(words, slip)
+
+
+def _slips(word: str, count: int, rng: np.random.Generator) -> str:
+    for _ in range(count):
+        at = int(rng.integers(1, len(word) - 1))
+        kind = int(rng.integers(4))
+        swapped = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
+        replaced = word[:at] + _any(LETTERS, rng) + word[at + 1 :]
+        word = (word[:at] + word[at + 1 :], word[:at] + word[at] + word[at:], swapped, replaced)[kind]
+        if len(word) < 4:
+            break
+    return word
 
 
 def homoglyphs(words: str, rng: np.random.Generator) -> str:
