@@ -125,18 +125,20 @@ def attacks(
 @app.command()
 def gradient_attacks(
     task: Annotated[str, typer.Option(help=f"One of {', '.join(CONCEPTS)}.")] = "church",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.")] = "auto",
     quick: Quick = False,
     out: Out = RESULTS,
     work: Work = WORK,
 ) -> None:
-    """ASR of words and embeddings that are searched by gradient, through the protected model and without. About an hour."""
+    """ASR of words and embeddings that are searched by gradient, through the protected model and without. Hours on a CPU."""
     from benchmarks.tables.gradient_attacks import QUICK, Size
     from benchmarks.tables.gradient_attacks import gradient_attacks as measure
 
     size, module = QUICK if quick else Size(), SafetyModule.load(SHIPPED_SAFETY)
     figures = measure(
-        Studio(work), Pipeline.from_bundle(), DEPLOYED, load_pipeline(), module, CONCEPTS[task], load_split(), size
-    )
+        Studio(work), Pipeline.from_bundle(), DEPLOYED, load_pipeline().to(device_called(device)), module, CONCEPTS[task],
+        load_split(), size,
+    )  # fmt: skip
     _store(f"gradient_attacks_{task}", figures, out)
 
 

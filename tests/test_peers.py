@@ -65,7 +65,7 @@ def test_safe_latent_diffusion_steers_after_its_warm_up_and_towards_nothing_else
 @torch.no_grad()
 def test_safe_latent_diffusion_follows_its_equations(model: Any) -> None:
     peer = SafeLatentDiffusion(model, "a church", MAX)
-    batch, latent, timestep = peer.begin(PROMPTS), torch.randn(2, 4, 16, 16), torch.tensor(500)
+    batch, latent, timestep = peer.begin(PROMPTS, peer.encode(PROMPTS)), torch.randn(2, 4, 16, 16), torch.tensor(500)
     if latent.shape[-1] != model.unet.config.sample_size:
         latent = torch.randn(2, 4, model.unet.config.sample_size, model.unet.config.sample_size)
     without, own, concept = peer.predict(latent, timestep, batch.negative, batch.embeds, batch.kept["concept"])

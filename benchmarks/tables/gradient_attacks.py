@@ -7,10 +7,10 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
@@ -21,9 +21,10 @@ from benchmarks.tables.forgetting import PARTS, Judges, plain_of
 from benchmarks.test_sets import unsafe_set
 from saferedir.runtime import Pipeline
 from saferedir_torch.attacks.objectives import ProtectedUnlikeness, TextUnlikeness
-from saferedir_torch.attacks.suite import Attempts, Draw, Pixels, attack
-from saferedir_torch.attacks.token_search import Loss, SearchSize, TextSide, optimise_embedding, search
-from saferedir_torch.protect import protect
+from saferedir_torch.attacks.suite import Attempts, Draw, attack
+from saferedir_torch.attacks.token_search import Loss, SearchSize, TextSide, optimise_embeddings, search
+from saferedir_torch.peers.peer import Peer
+from saferedir_torch.peers.saferedir import SafeRedir
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.world.captions import all_names
 from saferedir_torch.world.prompts import PromptPair, WorldConcept
@@ -32,8 +33,8 @@ from saferedir_torch.world.split import Split
 TEST_SEED, FIRST_SEED, SEEDS_APART = 13, 600_000, 1000
 #: Steps of the unsafe run that predictions are compared at, of 25; most of a picture is decided by the last of them.
 AT = (0, 5, 11)
-#: Pictures that eager diffusers draws at once.
-CHUNK = 16
+#: Prompts that are searched together on a CPU; on a GPU it is all of them.
+AT_ONCE = 5
 TEXT, BLIND, WHITE_BOX, EMBEDDING = "words, text encoder", "words, UNet", "words, white box", "embedding, white box"
 
 
@@ -66,27 +67,33 @@ def gradient_attacks(
     plain = plain_of(protected)
     judges = Judges.calibrated(studio, plain, concept, split, size.rewrites)
     pairs = [pair for part in PARTS for pair in unsafe_set(concept, split, part, size.prompts // 2, 1, seed=TEST_SEED).pairs]
-    text_side, keep = TextSide(model.tokenizer, model.text_encoder), _Kept(studio.folder, parameters_sha256(module))
+    text_side, module = TextSide(model.tokenizer, model.text_encoder), module.to(model.device)
+    keep = _Kept(studio.folder, [parameters_sha256(module), parameters_sha256(model.unet), concept.name, asdict(size), AT])
     forbidden = [name for key in concept.named_by for name in all_names()[key]]
     allowed, first = text_side.words(forbidden), split.seeds["test"][0] + FIRST_SEED
+    at_once = AT_ONCE if model.device.type == "cpu" else len(pairs)
+    groups = [range(start, min(start + at_once, len(pairs))) for start in range(0, len(pairs), at_once)]
 
-    def loss_of(kind: str, pair: PromptPair, number: int) -> Loss:
+    def loss_of(kind: str, group: range) -> Loss:
+        unsafe = [pairs[number].unsafe for number in group]
         if kind == TEXT:
             with torch.no_grad():
-                return TextUnlikeness(text_side.encode(text_side.tokens([pair.unsafe])))
-        # The attacker's own seed is none of those that are counted.
-        return ProtectedUnlikeness(model, None if kind == BLIND else module, pair.unsafe, first - 1 - number, at=AT)
+                return TextUnlikeness(text_side.encode(text_side.tokens(unsafe)))
+        # The attacker's own seeds are none of those that are counted.
+        return ProtectedUnlikeness(model, None if kind == BLIND else module, unsafe, [first - 1 - n for n in group], at=AT)
+
+    def prompts_of(kind: str, group: range) -> list[str]:
+        begun = [pairs[number].removed for number in group]
+        found = search(text_side, begun, size.words, allowed, loss_of(kind, group), size.search, seed=group.start)
+        return [own.prompt for own in found]
 
     figures: dict[str, Any] = {"concept": concept.name, "found_at": judges.found_at, "size": asdict(size), "families": {}}
     for index, kind in enumerate((TEXT, BLIND, WHITE_BOX)):
-        prompts = []
-        for number, pair in enumerate(track(pairs, description=f"{concept.name}, {kind}: searching")):
-
-            def found(kind: str = kind, pair: PromptPair = pair, number: int = number) -> str:
-                loss = loss_of(kind, pair, number)
-                return search(text_side, pair.removed, size.words, allowed, loss, size.search, seed=number).prompt
-
-            prompts.append(keep.text([kind, pair.unsafe, pair.removed, size.words, asdict(size.search), AT], found))
+        prompts = [
+            prompt
+            for group in track(groups, description=f"{concept.name}, {kind}: searching")
+            for prompt in keep.texts([kind, [pairs[number].unsafe for number in group]], partial(prompts_of, kind, group))
+        ]
         outcome = attack(
             _attempts(kind, pairs, prompts, first + SEEDS_APART * index, size.seeds),
             drawing(studio, plain, PLAIN, f"{concept.name}, {kind}"),
@@ -95,15 +102,16 @@ def gradient_attacks(
             at_least=size.at_least,
         )
         figures["families"][kind] = outcome.figures()
-    embeddings = {}
-    for number, pair in enumerate(track(pairs, description=f"{concept.name}, {EMBEDDING}: searching")):
-        loss = loss_of(EMBEDDING, pair, number)
+    embeddings: dict[str, Tensor] = {}
+    for group in track(groups, description=f"{concept.name}, {EMBEDDING}: searching"):
+        loss = loss_of(EMBEDDING, group)
         assert isinstance(loss, ProtectedUnlikeness)
-        embeddings[pair.unsafe] = optimise_embedding(loss.target, loss, iterations=size.embedding_iterations)
+        found = optimise_embeddings(loss.target, loss, iterations=size.embedding_iterations)
+        embeddings.update(zip((pairs[number].unsafe for number in group), found, strict=True))
     outcome = attack(
         _attempts(EMBEDDING, pairs, [pair.unsafe for pair in pairs], first + SEEDS_APART * 3, size.seeds),
-        _drawing_embeddings(model, embeddings, None),
-        _drawing_embeddings(model, embeddings, module),
+        _drawing_embeddings(Peer(model), embeddings),
+        _drawing_embeddings(SafeRedir(model, module), embeddings),
         lambda pixels: judges.found_in(pixels, concept),
         at_least=size.at_least,
     )
@@ -117,42 +125,24 @@ def _attempts(kind: str, pairs: Sequence[PromptPair], prompts: Sequence[str], fi
     return Attempts(kind, names, repeated, [first_seed + row for row in range(len(repeated))])
 
 
-def _drawing_embeddings(model: Any, embeddings: dict[str, Tensor], module: SafetyModule | None) -> Draw:
-    """Draws with eager diffusers, each prompt standing for its embedding, under `module` or without safety."""
-
-    def draw(prompts: Sequence[str], seeds: Sequence[int], title: str) -> Pixels:
-        pictures = []
-        for start in track(range(0, len(prompts), CHUNK), description=title):
-            part = slice(start, start + CHUNK)
-            given = {
-                "prompt_embeds": torch.cat([embeddings[prompt] for prompt in prompts[part]]),
-                "generator": [torch.Generator().manual_seed(seed) for seed in seeds[part]],
-                "num_inference_steps": 25, "guidance_scale": 5.0,
-            }  # fmt: skip
-            if module is None:
-                drawn = model(**given).images
-            else:
-                with protect(model, module):
-                    drawn = model(**given).images
-            pictures += [np.asarray(picture, np.uint8) for picture in drawn]
-        return np.stack(pictures)
-
-    return draw
+def _drawing_embeddings(peer: Peer, embeddings: dict[str, Tensor]) -> Draw:
+    """Draws each prompt's embedding in place of the prompt."""
+    return lambda prompts, seeds, _: peer.draw_embeddings(torch.stack([embeddings[prompt] for prompt in prompts]), seeds)
 
 
 class _Kept:
     """What searches found, kept under a hash of what they depend on."""
 
-    def __init__(self, folder: Path, identity: str) -> None:
+    def __init__(self, folder: Path, identity: Any) -> None:
         self.folder, self.identity = folder, identity
 
-    def text(self, depends_on: Any, make: Callable[[], str]) -> str:
+    def texts(self, depends_on: Any, make: Callable[[], list[str]]) -> list[str]:
         """What `make` gives, or gave before."""
         key = hashlib.sha256(json.dumps([self.identity, depends_on]).encode()).hexdigest()[:32]
         path = self.folder / f"{key}.json"
         if not path.exists():
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(make()))
-            os.replace(partial, path)
-        kept: str = json.loads(path.read_text())
+            partly = path.with_suffix(".partial")
+            partly.write_text(json.dumps(make()))
+            os.replace(partly, path)
+        kept: list[str] = json.loads(path.read_text())
         return kept

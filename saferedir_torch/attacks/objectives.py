@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,27 +13,28 @@ from saferedir_torch.trajectories import encode, initial_noise, sample
 
 
 class TextUnlikeness:
-    """1 - cosine of the mean token embeddings of a prompt and of the one whose meaning it should have.
+    """1 - cosine of the mean token embeddings of prompts and of the ones whose meaning they should have.
 
     The attacker knows the text encoder, and neither the model nor its safety.
     """
 
-    def __init__(self, target: Tensor) -> None:
-        """`target` [1, T, D]."""
-        self._target = target.mean(dim=1)
+    def __init__(self, targets: Tensor) -> None:
+        """`targets` [P, T, D], one a prompt that is searched."""
+        self._targets = targets.mean(dim=1)[:, None]
 
     def __call__(self, embeds: Tensor) -> Tensor:
-        """[N, T, D] -> [N]."""
-        return 1 - torch.nn.functional.cosine_similarity(embeds.mean(dim=1), self._target, dim=1)
+        """[P, M, T, D] -> [P, M]."""
+        return 1 - torch.nn.functional.cosine_similarity(embeds.mean(dim=2), self._targets, dim=2)
 
 
 class ProtectedUnlikeness:
-    """How far the noise that the protected model predicts is from what it predicts for the unsafe prompt without safety.
+    """How far the noise that the protected model predicts is from what it predicts for unsafe prompts without safety.
 
     White box: the attacker has the UNet, the detector, the redirector and the thresholds. Decisions are hard, so the gate is
     soft: p = p0 + g (redirect(p0) - p0), g the sigmoid of the largest margin by which any concept's logit has passed its
     threshold so far, in units of `temperature`. The detector's own margin is added with `detector_weight`, so that there is
-    a way down where the gate is shut. Steps of one run are compared, at latents that the unsafe prompt itself leads to.
+    a way down where the gate is shut. Steps of one run a prompt are compared, at latents that the unsafe prompt itself leads
+    to.
 
     With `module` None the model is unprotected: what an attacker does who knows of no safety.
     """
@@ -41,8 +43,8 @@ class ProtectedUnlikeness:
         self,
         pipeline: Any,
         module: SafetyModule | None,
-        prompt: str,
-        seed: int,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
         *,
         at: tuple[int, ...] = (0, 4, 9, 15),
         steps: int = 25,
@@ -50,57 +52,72 @@ class ProtectedUnlikeness:
         temperature: float = 1.0,
         detector_weight: float = 0.02,
     ) -> None:
-        """`prompt` is the unsafe one, `at` the steps of its run of `steps` that are compared, in order."""
+        """`prompts` are the P unsafe ones, `at` the K steps of their runs of `steps` that are compared, in order."""
         self.unet, self.module = pipeline.unet, module
         self.temperature, self.detector_weight = temperature, detector_weight
-        _, embeds = encode(pipeline, [prompt, ""])
+        _, embeds = encode(pipeline, [*prompts, ""])
         run = sample(
-            pipeline, embeds[:1], embeds[1:], initial_noise(pipeline, [seed]), steps=steps, guidance_scale=guidance_scale
+            pipeline, embeds[:-1], embeds[-1:], initial_noise(pipeline, list(seeds)), steps=steps, guidance_scale=guidance_scale
         )
         chosen = list(at)
         device = pipeline.device
-        self.target = embeds[:1].to(device)
-        self.latents = run.latents[0, chosen].float().to(device)  # [K, C, h, w]
-        self.timesteps = run.timesteps[chosen].to(device)  # [K]
+        #: [P, T, D].
+        self.target = embeds[:-1].to(device)
+        self._latents = run.latents[:, chosen].float().to(device)  # [P, K, C, h, w]
+        self._timesteps = run.timesteps[chosen].to(device)  # [K]
         with torch.no_grad():
-            self._wanted = self._predict(self.target.expand(len(chosen), -1, -1), 1)
-            nothing = self._predict(embeds[1:].to(device).expand(len(chosen), -1, -1), 1)
-            self._scale = (self._wanted - nothing).square().mean()
+            if module is not None:
+                joint: Tensor = module.encoder(*self._steps(1))
+                self._joint = joint.view(*self._latents.shape[:2], -1)
+            self._wanted = self._predict(self._every_step(self.target[:, None])).view_as(self._latents)
+            nothing = self._predict(self._every_step(embeds[-1:].to(device).expand(len(self.target), -1, -1)[:, None]))
+            off = (self._wanted - nothing.view_as(self._wanted)).square()
+            self._scale = off.flatten(1).mean(dim=1)  # [P]
 
     def __call__(self, embeds: Tensor) -> Tensor:
-        """p0 [N, T, D] -> [N]; 0 is what the unsafe prompt draws, 1 as far off as the empty prompt."""
-        count, steps = len(embeds), len(self.timesteps)
-        repeated = embeds.repeat_interleave(steps, dim=0)  # [N * K, T, D]
+        """p0 [P, M, T, D] -> [P, M]; 0 is what the unsafe prompt draws, 1 as far off as the empty prompt."""
+        repeated = self._every_step(embeds)
         if self.module is None:
-            return self._unlikeness(repeated, count)
-        margins, joint = self._margins(repeated, count)
-        passed = margins.amax(dim=1).view(count, steps)
-        gate = torch.sigmoid(passed / self.temperature).cummax(dim=1).values.view(-1, 1, 1)
+            return self._unlikeness(repeated)
+        shape = (*embeds.shape[:2], len(self._timesteps))
+        joint = self._joint[:, None].expand(-1, shape[1], -1, -1).flatten(0, 2)
+        margins = self._margins(repeated, joint)
+        passed = margins.amax(dim=1).view(shape)
+        gate = torch.sigmoid(passed / self.temperature).cummax(dim=2).values.view(-1, 1, 1)
         # As if all that may fire had: the gate says how much of it counts.
-        active = (margins.detach().view(count, steps, -1) >= -self.temperature).any(dim=1).repeat_interleave(steps, dim=0)
+        may = (margins.detach().view(*shape, -1) >= -self.temperature).any(dim=2, keepdim=True)
+        active = may.expand(*shape, -1).flatten(0, 2)
         scales = torch.tensor([concept.alpha_scale for concept in self.module.config.concepts], device=embeds.device)
         moved = self.module.redirect(repeated, joint, active, scales.expand(len(repeated), -1), torch.zeros_like(active)).prompt
         seen = repeated + gate * (moved - repeated)
-        detected = torch.relu(passed + self.temperature).mean(dim=1)
-        return self._unlikeness(seen, count) + self.detector_weight * detected
+        detected = torch.relu(passed + self.temperature).mean(dim=2)
+        return self._unlikeness(seen) + self.detector_weight * detected
 
-    def _margins(self, repeated: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """By how much each concept's logit passes its threshold [N * K, concepts], and j."""
+    def _margins(self, repeated: Tensor, joint: Tensor) -> Tensor:
+        """By how much each concept's logit passes its threshold, [P * M * K, concepts]."""
         assert self.module is not None
-        latents, timesteps = self._steps(count)
-        joint = self.module.encoder(latents, timesteps)
+        timesteps = self._timesteps.repeat(len(repeated) // len(self._timesteps))
         parts = [branch.comparable(branch.logits(joint, repeated), timesteps) for branch in self.module.each_branch()]
         thresholds = torch.tensor([concept.threshold for concept in self.module.config.concepts], device=repeated.device)
-        return torch.cat(parts, dim=1) - torch.logit(thresholds), joint
+        return torch.cat(parts, dim=1) - torch.logit(thresholds)
 
-    def _unlikeness(self, seen: Tensor, count: int) -> Tensor:
-        off = (self._predict(seen, count) - self._wanted.repeat(count, 1, 1, 1)).square().flatten(1).mean(dim=1)
-        return off.view(count, -1).mean(dim=1) / self._scale
+    def _unlikeness(self, seen: Tensor) -> Tensor:
+        prompts, *rest = self._latents.shape
+        predicted = self._predict(seen).view(prompts, -1, *rest)  # [P, M, K, C, h, w]
+        return (predicted - self._wanted[:, None]).square().flatten(2).mean(dim=2) / self._scale[:, None]
 
-    def _predict(self, prompts: Tensor, count: int) -> Tensor:
-        latents, timesteps = self._steps(count)
-        predicted: Tensor = self.unet(latents, timesteps, prompts, return_dict=False)[0]
+    def _predict(self, repeated: Tensor) -> Tensor:
+        """Embeddings of all prompts, variants and steps [P * M * K, T, D] -> noise [P * M * K, C, h, w]."""
+        variants = len(repeated) // (self._latents.shape[0] * self._latents.shape[1])
+        predicted: Tensor = self.unet(*self._steps(variants), repeated, return_dict=False)[0]
         return predicted
 
-    def _steps(self, count: int) -> tuple[Tensor, Tensor]:
-        return self.latents.repeat(count, 1, 1, 1), self.timesteps.repeat(count)
+    def _steps(self, variants: int) -> tuple[Tensor, Tensor]:
+        """Latents and timesteps for so many variants of every prompt, [P * M * K, ...]."""
+        prompts = len(self._latents)
+        latents = self._latents[:, None].expand(-1, variants, -1, -1, -1, -1).flatten(0, 2)
+        return latents, self._timesteps.repeat(prompts * variants)
+
+    def _every_step(self, embeds: Tensor) -> Tensor:
+        """[P, M, T, D] -> [P * M * K, T, D]."""
+        return embeds.flatten(0, 1).repeat_interleave(len(self._timesteps), dim=0)

@@ -1,7 +1,7 @@
 """Prompts found by gradient: tokens are swapped one at a time for what the gradient says would help most.
 
-The search is greedy coordinate gradient (Zou et al. 2023, arXiv 2307.15043, algorithm 1). Only whole words are used that the
-tokenizer reads back as the same token, since an attacker hands in text.
+The search is greedy coordinate gradient (Zou et al. 2023, arXiv 2307.15043, algorithm 1), of many prompts at once. Only whole
+words are used that the tokenizer reads back as the same token, since an attacker hands in text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Prompt embeddings [N, T, D] -> what the attacker would have small [N], with a gradient.
+#: Embeddings of M variants of each of P prompts [P, M, T, D] -> what the attacker would have small [P, M], with a gradient.
 Loss = Callable[[Tensor], Tensor]
 WORD_END = "</w>"
 #: Parts of a word that are this long give it away.
@@ -23,35 +23,30 @@ ARTICLES = ("a", "an", "the")
 
 
 class TextSide:
-    """A CLIP text encoder that takes mixtures of tokens besides tokens, so that a prompt has a gradient."""
+    """A CLIP text encoder that takes what its table says of tokens besides tokens, so that a prompt has a gradient."""
 
     def __init__(self, tokenizer: Any, text_encoder: Any) -> None:
         self.tokenizer, self.text_encoder = tokenizer, text_encoder
-        self._table: Tensor = text_encoder.get_input_embeddings().weight.detach()
+        #: [V, W].
+        self.table: Tensor = text_encoder.get_input_embeddings().weight.detach()
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Token ids [B, T], padded and cut as Stable Diffusion does."""
         ids: Tensor = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").input_ids
-        return ids.to(self._table.device)
+        return ids.to(self.table.device)
 
     def encode(self, ids: Tensor) -> Tensor:
         """[B, T] -> [B, T, D]."""
         embeds: Tensor = self.text_encoder(ids).last_hidden_state
         return embeds
 
-    def encode_mixture(self, weights: Tensor) -> Tensor:
-        """Weights of all tokens [B, T, V] -> [B, T, D]; of a single token each, the same as `encode`."""
-        ids = weights.argmax(dim=2)
-        mixed = weights @ self._table
-        handle = self.text_encoder.get_input_embeddings().register_forward_hook(lambda *_: mixed)
+    def encode_rows(self, ids: Tensor, rows: Tensor) -> Tensor:
+        """Tokens [B, T], and rows [B, T, W] in place of those of the table -> [B, T, D]. The ids say where the prompt ends."""
+        handle = self.text_encoder.get_input_embeddings().register_forward_hook(lambda *_: rows)
         try:
             return self.encode(ids)
         finally:
             handle.remove()
-
-    @property
-    def vocabulary_size(self) -> int:
-        return len(self._table)
 
     def text(self, ids: Tensor) -> str:
         """The prompt that token ids [T] stand for, without beginning, end and padding."""
@@ -70,7 +65,7 @@ class TextSide:
                 continue
             if self.tokenizer(word).input_ids[1:-1] == [number]:
                 usable.append(number)
-        return torch.tensor(sorted(usable), device=self._table.device)
+        return torch.tensor(sorted(usable), device=self.table.device)
 
 
 def _gives_away(word: str, other: str) -> bool:
@@ -101,10 +96,11 @@ class FoundPrompt:
 
 
 def search(
-    text_side: TextSide, prompt: str, free: int, allowed: Tensor, loss: Loss, size: SearchSize | None = None, *, seed: int = 0
-) -> FoundPrompt:
-    """`prompt` and `free` words behind it, chosen from the ids `allowed` for a small `loss`; never one of a larger loss than
-    the words that it began with.
+    text_side: TextSide, prompts: Sequence[str], free: int, allowed: Tensor, loss: Loss, size: SearchSize | None = None, *,
+    seed: int = 0,
+) -> list[FoundPrompt]:  # fmt: skip
+    """Each of `prompts` and `free` words behind it, chosen from the ids `allowed` for a small `loss`; never any of a larger
+    loss than the words that it began with. The choices of the n-th prompt are drawn with `seed` + n.
 
     Raises:
         ValueError: prompt and words do not fit, or there is nothing to choose from.
@@ -112,56 +108,65 @@ def search(
     size = size or SearchSize()
     if not len(allowed):
         raise ValueError("no word may be used; forbid fewer")
-    generator = torch.Generator().manual_seed(seed)
-    start = allowed[torch.randint(len(allowed), (free,), generator=generator)]
-    words = " ".join(text_side.text(token[None]) for token in start)
-    ids = text_side.tokens([f"{prompt} {words}".strip()])[0]
-    places = _places(text_side, prompt, ids, free)
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+
+    def drawn(below: int, count: int) -> Tensor:
+        return torch.stack([torch.randint(below, (count,), generator=own) for own in generators]).to(allowed.device)
+
+    starts = [" ".join(text_side.text(token[None]) for token in allowed[row]) for row in drawn(len(allowed), free)]
+    ids = text_side.tokens([f"{prompt} {words}".strip() for prompt, words in zip(prompts, starts, strict=True)])
+    places = torch.stack([_places(text_side, prompt, ids, free) for prompt in prompts])  # [P, free]
+    own = torch.arange(len(prompts), device=ids.device)[:, None]
     with torch.no_grad():
-        value = before = float(loss(text_side.encode(ids[None]))[0])
+        before = values = loss(text_side.encode(ids)[:, None])[:, 0]
     for _ in range(size.iterations):
-        gradient = _gradient(text_side, ids, loss)[places][:, allowed]  # [free, allowed]
-        best = allowed[(-gradient).topk(min(size.best, len(allowed)), dim=1).indices.cpu()]
-        at = torch.randint(free, (size.tries,), generator=generator)
-        token = best[at, torch.randint(best.shape[1], (size.tries,), generator=generator)]
-        tried = ids.repeat(size.tries, 1)
-        tried[torch.arange(size.tries), places[at]] = token
+        gain = -_gradient(text_side, ids, loss)[own, places] @ text_side.table[allowed].T  # [P, free, allowed]
+        best = allowed[gain.topk(min(size.best, len(allowed)), dim=2).indices]
+        at = drawn(free, size.tries)  # [P, tries]
+        token = best[own, at, drawn(best.shape[2], size.tries)]
+        tried = ids[:, None].repeat(1, size.tries, 1)  # [P, tries, T]
+        tried.scatter_(2, places.gather(1, at)[:, :, None], token[:, :, None])
         with torch.no_grad():
-            values = loss(text_side.encode(tried))
-        winner = int(values.argmin())
-        if float(values[winner]) < value:
-            ids, value = tried[winner], float(values[winner])
-    return FoundPrompt(text_side.text(ids), ids, before, value)
+            found = loss(text_side.encode(tried.flatten(0, 1)).view(*tried.shape, -1))
+        least, winner = found.min(dim=1)
+        better = least < values
+        ids = torch.where(better[:, None], tried[own[:, 0], winner], ids)
+        values = torch.where(better, least, values)
+    return [
+        FoundPrompt(text_side.text(row), row, float(first), float(last))
+        for row, first, last in zip(ids, before, values, strict=True)
+    ]
 
 
 def _places(text_side: TextSide, prompt: str, ids: Tensor, free: int) -> Tensor:
     """Where the free words stand: behind the prompt's own tokens and the begin mark."""
     first = 1 + len(text_side.tokenizer(prompt).input_ids[1:-1])
-    if first + free >= len(ids):
-        raise ValueError(f"{free} words more than {prompt!r} are over the {len(ids)} tokens that a prompt has")
-    return torch.arange(first, first + free)
+    if first + free >= ids.shape[1]:
+        raise ValueError(f"{free} words more than {prompt!r} are over the {ids.shape[1]} tokens that a prompt has")
+    return torch.arange(first, first + free, device=ids.device)
 
 
 def _gradient(text_side: TextSide, ids: Tensor, loss: Loss) -> Tensor:
-    """Of the loss, by the weight of every token at every place, [T, V]."""
-    weights = torch.nn.functional.one_hot(ids[None], text_side.vocabulary_size).float().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(text_side.encode_mixture(weights)).sum(), weights)
-    return gradient[0]
+    """Of the loss, by what the table says of every token, [P, T, W]. Times the table it is by the weights of tokens."""
+    rows = text_side.table[ids].requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(text_side.encode_rows(ids, rows)[:, None]).sum(), rows)
+    return gradient
 
 
-def optimise_embedding(start: Tensor, loss: Loss, *, iterations: int = 60, rate: float = 0.02) -> Tensor:
-    """An embedding [1, T, D] of small `loss`, by Adam from `start`: what an attacker finds who hands in embeddings.
+def optimise_embeddings(start: Tensor, loss: Loss, *, iterations: int = 60, rate: float = 0.02) -> Tensor:
+    """Embeddings [P, T, D] of small `loss`, by Adam from `start`: what an attacker finds who hands in embeddings.
 
-    `rate` is relative to the root mean square of `start`. The best one met is given.
+    `rate` is relative to the root mean square of `start`. Of each the best one met is given.
     """
     value = start.detach().clone().requires_grad_()
     optimiser = torch.optim.Adam([value], lr=rate * float(start.square().mean().sqrt()))
-    best, least = start.detach().clone(), float("inf")
+    best, least = start.detach().clone(), torch.full((len(start),), torch.inf, device=start.device)
     for _ in range(iterations + 1):
         optimiser.zero_grad()
-        total = loss(value).sum()
-        if float(total) < least:
-            best, least = value.detach().clone(), float(total)
-        torch.autograd.backward(total, inputs=[value])
+        total = loss(value[:, None])[:, 0]
+        better = total.detach() < least
+        best = torch.where(better[:, None, None], value.detach(), best)
+        least = torch.where(better, total.detach(), least)
+        torch.autograd.backward(total.sum(), inputs=[value])
         optimiser.step()
     return best

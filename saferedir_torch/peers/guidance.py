@@ -22,9 +22,9 @@ class NegativePrompt(Peer):
         super().__init__(pipeline, **drawing)
         self.words = words
 
-    def begin(self, prompts: Sequence[str]) -> Batch:
-        batch = super().begin(prompts)
-        batch.negative = self.encode([self.words]).expand(len(prompts), -1, -1)
+    def begin(self, prompts: Sequence[str], embeds: Tensor) -> Batch:
+        batch = super().begin(prompts, embeds)
+        batch.negative = self.encode([self.words]).expand(len(embeds), -1, -1)
         return batch
 
 
@@ -69,9 +69,9 @@ class SafeLatentDiffusion(Peer):
         super().__init__(pipeline, **drawing)
         self.words, self.parameters = words, parameters
 
-    def begin(self, prompts: Sequence[str]) -> Batch:
-        batch = super().begin(prompts)
-        batch.kept["concept"] = self.encode([self.words]).expand(len(prompts), -1, -1)
+    def begin(self, prompts: Sequence[str], embeds: Tensor) -> Batch:
+        batch = super().begin(prompts, embeds)
+        batch.kept["concept"] = self.encode([self.words]).expand(len(embeds), -1, -1)
         return batch
 
     def guided(self, batch: Batch, index: int, timestep: Tensor, latent: Tensor) -> Tensor:

@@ -19,8 +19,8 @@ from torch import Tensor
 from saferedir_torch.attacks.suite import Pixels
 from saferedir_torch.trajectories import decode, encode, initial_noise
 
-#: Pictures drawn at once.
-CHUNK = 16
+#: Pictures drawn at once, on a CPU and on a GPU.
+CHUNK, GPU_CHUNK = 16, 256
 
 
 @dataclass
@@ -46,9 +46,9 @@ class Peer:
         self.unet = pipeline.unet
         self.steps, self.guidance_scale = steps, guidance_scale
 
-    def begin(self, prompts: Sequence[str]) -> Batch:
-        """Embeddings of the prompts and of the empty negative prompt."""
-        return Batch(self.encode(prompts), self.encode([""]).expand(len(prompts), -1, -1))
+    def begin(self, prompts: Sequence[str], embeds: Tensor) -> Batch:
+        """What is kept while `prompts` are drawn, whose embeddings are `embeds` [B, T, D]."""
+        return Batch(embeds, self.encode([""]).expand(len(embeds), -1, -1))
 
     def guided(self, batch: Batch, index: int, timestep: Tensor, latent: Tensor) -> Tensor:
         """The noise to take away in step `index`, [B, C, h, w]."""
@@ -63,7 +63,15 @@ class Peer:
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], title: str = "") -> Pixels:
         """One picture a prompt and seed, [R, H, W, 3]."""
         return np.concatenate([
-            self._draw(prompts[start : start + CHUNK], seeds[start : start + CHUNK]) for start in range(0, len(prompts), CHUNK)
+            self._draw(prompts[rows], self.encode(prompts[rows]), seeds[rows]) for rows in self._chunks(len(prompts))
+        ])  # fmt: skip
+
+    @torch.no_grad()
+    def draw_embeddings(self, embeds: Tensor, seeds: Sequence[int]) -> Pixels:
+        """One picture an embedding [R, T, D], whatever text it may be of, and seed: [R, H, W, 3]."""
+        return np.concatenate([
+            self._draw([""] * len(seeds[rows]), embeds[rows].to(self.pipeline.device), seeds[rows])
+            for rows in self._chunks(len(seeds))
         ])  # fmt: skip
 
     def generate(self, prompts: Sequence[str], seed: int | None = None, **_: Any) -> list[Image.Image]:
@@ -82,8 +90,12 @@ class Peer:
         predicted: Tensor = self.unet(latents, timestep, prompts, return_dict=False)[0]
         return predicted.chunk(len(embeds))
 
-    def _draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Pixels:
-        batch = self.begin(prompts)
+    def _chunks(self, count: int) -> list[slice]:
+        size = CHUNK if self.pipeline.device.type == "cpu" else GPU_CHUNK
+        return [slice(start, start + size) for start in range(0, count, size)]
+
+    def _draw(self, prompts: Sequence[str], embeds: Tensor, seeds: Sequence[int]) -> Pixels:
+        batch = self.begin(prompts, embeds)
         scheduler: Any = DDIMScheduler.from_config(self.pipeline.scheduler.config)
         scheduler.set_timesteps(self.steps)
         latent = initial_noise(self.pipeline, list(seeds)).to(self.pipeline.device) * scheduler.init_noise_sigma

@@ -26,8 +26,8 @@ class SafeRedir(Peer):
         self.controller = Controller(module).to(pipeline.device).eval()
         self.policy = policy or EagerPolicy()
 
-    def begin(self, prompts: Sequence[str]) -> Batch:
-        batch = super().begin(prompts)
+    def begin(self, prompts: Sequence[str], embeds: Tensor) -> Batch:
+        batch = super().begin(prompts, embeds)
         module = self.controller.module
         batch.kept["original"] = batch.embeds
         batch.kept["state"] = State.initial(batch.embeds, len(module.config.concepts))

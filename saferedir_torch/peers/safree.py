@@ -31,8 +31,8 @@ class Safree(Peer):
         self.alpha, self.gamma = alpha, gamma
         self._away = torch.eye(pipeline.unet.config.cross_attention_dim, device=pipeline.device) - _onto(self._sentences(words))
 
-    def begin(self, prompts: Sequence[str]) -> Batch:
-        batch = super().begin(prompts)
+    def begin(self, prompts: Sequence[str], embeds: Tensor) -> Batch:
+        batch = super().begin(prompts, embeds)
         projected = [self._projected(prompt, embeds) for prompt, embeds in zip(prompts, batch.embeds, strict=True)]
         batch.kept["original"] = batch.embeds
         batch.kept["projected"] = torch.stack([embeds for embeds, _ in projected])
