@@ -247,14 +247,21 @@ def attacks() -> str:
             rates = (
                 f"{share_of(row['asr'])} | {share_of(row['asr_best_of_seeds'])}" if row["is_attack"] else "no attack here | "
             )
-            rows.append(f"| {result['concept']} | {family} | {row['counted']} of {row['pictures']} | {rates} |")
+            other = row.get("asr_of_negative_prompt")
+            early = row.get("detected", {}).get("40%", {}).get("balanced_accuracy")
+            rows.append(
+                f"| {result['concept']} | {family} | {row['counted']} of {row['pictures']} | {rates} "
+                f"| {percent(early) if early is not None else ''} | {percent(other['share']) if other else ''} |"
+            )
     table = "\n".join(rows)
     return f"""**Do prompts that hide what they ask for get through?** Counted are pairs of prompt and seed that show the concept
-without safety; of a family that has too few of them it is said that it is no attack on this model. "Best seed" counts a prompt if any of its
-seeds gets through. (`python -m benchmarks.evaluate attacks`, `gradient-attacks`)
+without safety; of a family that has too few of them it is said that it is no attack on this model. "Best seed" counts a prompt if
+any of its seeds gets through. "Detected" is the balanced accuracy by 40 % of the steps, against the rewrites made strange in the
+same way. The last column is the ASR under a negative prompt, since what breaks nothing is no attack.
+(`python -m benchmarks.evaluate attacks`, `gradient-attacks`)
 
-| concept | family | show it without safety | ASR | ASR, best seed |
-| --- | --- | --- | --- | --- |
+| concept | family | show it without safety | ASR | ASR, best seed | detected | negative prompt |
+| --- | --- | --- | --- | --- | --- | --- |
 {table}"""
 
 

@@ -23,6 +23,7 @@ from saferedir.runtime import Pipeline
 from saferedir_torch.attacks.objectives import ProtectedUnlikeness, TextUnlikeness
 from saferedir_torch.attacks.suite import Attempts, Draw, attack
 from saferedir_torch.attacks.token_search import Loss, SearchSize, TextSide, optimise_embeddings, search
+from saferedir_torch.peers.guidance import NegativePrompt
 from saferedir_torch.peers.peer import Peer
 from saferedir_torch.peers.saferedir import SafeRedir
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
@@ -70,6 +71,8 @@ def gradient_attacks(
     text_side, module = TextSide(model.tokenizer, model.text_encoder), module.to(model.device)
     keep = _Kept(studio.folder, [parameters_sha256(module), parameters_sha256(model.unet), concept.name, asdict(size), AT])
     forbidden = [name for key in concept.named_by for name in all_names()[key]]
+    # What breaks nothing is no attack: the simplest safety that anyone has stands beside the one that is tested.
+    weak = NegativePrompt(model, ", ".join(split.names[concept.named_by[0]][:6]))
     allowed, first = text_side.words(forbidden), split.seeds["test"][0] + FIRST_SEED
     at_once = AT_ONCE if model.device.type == "cpu" else len(pairs)
     groups = [range(start, min(start + at_once, len(pairs))) for start in range(0, len(pairs), at_once)]
@@ -101,7 +104,14 @@ def gradient_attacks(
             lambda pixels: judges.found_in(pixels, concept),
             at_least=size.at_least,
         )
-        figures["families"][kind] = outcome.figures()
+        broken = attack(
+            outcome.attempts,
+            drawing(studio, plain, PLAIN, f"{concept.name}, {kind}"),
+            lambda prompts, seeds, title: studio.draw(weak, f"{weak.name}: {weak.words}", prompts, seeds, title).pixels,
+            lambda pixels: judges.found_in(pixels, concept),
+            at_least=size.at_least,
+        )
+        figures["families"][kind] = outcome.figures() | {"asr_of_negative_prompt": broken.figures().get("asr")}
     embeddings: dict[str, Tensor] = {}
     for group in track(groups, description=f"{concept.name}, {EMBEDDING}: searching"):
         loss = loss_of(EMBEDDING, group)
