@@ -45,7 +45,8 @@ def train(
     runs_from: Annotated[Path | None, typer.Option(help="Folder of another training whose recorded runs are used.")] = None,
     extend: Annotated[Path | None, typer.Option(help="Folder of a trained module that the concept is added to.")] = None,
     harden: Annotated[
-        list[str] | None, typer.Option(help="Family of attacks to train against, again for more: typos, spacing and so on.")
+        list[str] | None,
+        typer.Option(help="Family of attacks to train against, again for more: longer, typos and so on."),
     ] = None,
     device: Device = "auto",
     config: Config = None,

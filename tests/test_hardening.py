@@ -7,11 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saferedir_torch.attacks.hardening import HardenedPrompts, changed_words
-from saferedir_torch.attacks.text_families import FAMILIES
+from saferedir_torch.attacks.hardening import ALL_FAMILIES, HardenedPrompts, changed_words
+from saferedir_torch.attacks.long_prompts import DID, FRAMES, WHAT, WHEN, WHO
+from saferedir_torch.attacks.text_families import INJECTIONS, SMALL_TALK, WORD_FAMILIES
+from saferedir_torch.world.captions import all_names
 from saferedir_torch.world.source import WorldPrompts
 from saferedir_torch.world.split import load_split
 
+#: Words of a prompt that leaves room for a sentence more.
+ROOMY = 34
 SOURCE = WorldPrompts(["church", "weapons"], load_split())
 
 
@@ -22,19 +26,33 @@ def test_what_a_rewrite_changes_is_what_asks() -> None:
     assert changed_words("a cat", "a cat") == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 @given(seed=st.integers(0, 10_000))
 def test_a_pair_is_rewritten_and_its_rewrite_still_changes_the_same(family: str, seed: int) -> None:
     plain = SOURCE.pair("church", np.random.default_rng(seed))
     hard = HardenedPrompts(SOURCE, [family], share=1.0).pair("church", np.random.default_rng(seed))
     assert (hard.asked, hard.replaced) == (plain.asked, plain.replaced)
-    assert hard.unsafe != plain.unsafe
+    if family != "longer" or len(plain.unsafe.split()) < ROOMY:
+        assert hard.unsafe != plain.unsafe
     assert changed_words(hard.unsafe, hard.safe)
-    if family in ("injection", "buried"):
+    if family in WORD_FAMILIES:
+        assert hard.safe == plain.safe
+    else:
         assert plain.unsafe in hard.unsafe
         assert plain.safe in hard.safe
-    else:
-        assert hard.safe == plain.safe
+
+
+def test_what_is_written_around_prompts_in_training_is_not_what_attacks_are_tested_with() -> None:
+    sentences = {f"{who} {did} {what}" for who in WHO for did in DID for what in WHAT}
+    assert not sentences & set(SMALL_TALK)
+    assert not any(part in text for part in (*WHAT, *WHEN) for text in SMALL_TALK)
+    assert not set(FRAMES) & set(INJECTIONS)
+
+
+def test_what_is_written_around_prompts_names_nothing_that_the_world_draws() -> None:
+    named = {name.split(" ", 1)[-1] for names in all_names().values() for name in names}
+    said = " ".join(f" {text} " for text in (*WHO, *DID, *WHAT, *WHEN, *FRAMES))
+    assert not {name for name in named if f" {name} " in said}
 
 
 def test_a_share_is_rewritten_and_benign_prompts_alike() -> None:

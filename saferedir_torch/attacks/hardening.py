@@ -8,11 +8,15 @@ from difflib import SequenceMatcher
 
 import numpy as np
 
-from saferedir_torch.attacks.text_families import FAMILIES, WORD_FAMILIES, Target
+from saferedir_torch.attacks.long_prompts import framed, longer
+from saferedir_torch.attacks.text_families import FAMILIES, WORD_FAMILIES, Family, Target
 from saferedir_torch.prompt_source import PromptSource, TrainingPair
 
 #: Share of pairs, and of benign prompts, that are rewritten.
 ATTACKED_SHARE = 0.3
+#: Families that no attack is tested with.
+TRAINING_FAMILIES: dict[str, Family] = {"longer": longer, "framed": framed}
+ALL_FAMILIES = {**FAMILIES, **TRAINING_FAMILIES}
 
 
 class HardenedPrompts:
@@ -26,9 +30,9 @@ class HardenedPrompts:
         """Raises:
         ValueError: a family is not known, or none is given.
         """
-        unknown = sorted(set(families) - set(FAMILIES))
+        unknown = sorted(set(families) - set(ALL_FAMILIES))
         if unknown or not families:
-            raise ValueError(f"unknown families {', '.join(unknown) or '(none given)'}; expected {', '.join(FAMILIES)}")
+            raise ValueError(f"unknown families {', '.join(unknown) or '(none given)'}; expected {', '.join(ALL_FAMILIES)}")
         self.source, self.families, self.share = source, tuple(families), share
         self.replacements, self.seeds = source.replacements, source.seeds
 
@@ -44,7 +48,7 @@ class HardenedPrompts:
             return prompt
         words = prompt.split(" ")
         target = Target(prompt, words[int(rng.integers(len(words)))])
-        return FAMILIES[self._any(rng)](target, rng) if target.words else prompt
+        return ALL_FAMILIES[self._any(rng)](target, rng) if target.words else prompt
 
     def _attacked(self, pair: TrainingPair, rng: np.random.Generator) -> TrainingPair:
         spans = changed_words(pair.unsafe, pair.safe)
@@ -59,7 +63,7 @@ class HardenedPrompts:
         seed = int(rng.integers(2**32))  # the same words around both
         safe_words = changed_words(pair.safe, pair.unsafe) or [pair.safe.split(" ")[0]]
         unsafe, safe = (
-            FAMILIES[family](target, np.random.default_rng(seed))
+            ALL_FAMILIES[family](target, np.random.default_rng(seed))
             for target in (Target(pair.unsafe, spans[0]), Target(pair.safe, safe_words[0]))
         )
         return replace(pair, unsafe=unsafe, safe=safe)
