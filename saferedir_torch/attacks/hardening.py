@@ -9,14 +9,18 @@ from difflib import SequenceMatcher
 import numpy as np
 
 from saferedir_torch.attacks.long_prompts import framed, longer
-from saferedir_torch.attacks.text_families import FAMILIES, WORD_FAMILIES, Family, Target
+from saferedir_torch.attacks.respelling import RESPELLINGS
+from saferedir_torch.attacks.text_families import FAMILIES, WORD_FAMILIES, Family, Target, on_words
 from saferedir_torch.prompt_source import PromptSource, TrainingPair
 
 #: Share of pairs, and of benign prompts, that are rewritten.
 ATTACKED_SHARE = 0.3
 #: Families that no attack is tested with.
-TRAINING_FAMILIES: dict[str, Family] = {"longer": longer, "framed": framed}
+TRAINING_FAMILIES: dict[str, Family] = {
+    "longer": longer, "framed": framed, **{name: on_words(change) for name, change in RESPELLINGS.items()},
+}  # fmt: skip
 ALL_FAMILIES = {**FAMILIES, **TRAINING_FAMILIES}
+ALL_WORD_FAMILIES = {**WORD_FAMILIES, **RESPELLINGS}
 
 
 class HardenedPrompts:
@@ -55,10 +59,10 @@ class HardenedPrompts:
         if rng.random() >= self.share or not spans:
             return pair
         family = self._any(rng)
-        if family in WORD_FAMILIES:
+        if family in ALL_WORD_FAMILIES:
             unsafe = pair.unsafe
             for words in spans:
-                unsafe = unsafe.replace(words, WORD_FAMILIES[family](words, rng), 1)
+                unsafe = unsafe.replace(words, ALL_WORD_FAMILIES[family](words, rng), 1)
             return replace(pair, unsafe=unsafe)
         seed = int(rng.integers(2**32))  # the same words around both
         safe_words = changed_words(pair.safe, pair.unsafe) or [pair.safe.split(" ")[0]]

@@ -83,7 +83,7 @@ def typos(words: str, rng: np.random.Generator) -> str:
             slipped = _slips(word, 1, rng)
         return slipped
 
-    return _in_long_words(words, slip)
+    return in_long_words(words, slip)
 
 
 def _slips(word: str, count: int, rng: np.random.Generator) -> str:
@@ -109,7 +109,7 @@ def homoglyphs(words: str, rng: np.random.Generator) -> str:
             letters[place] = _any(LOOKALIKES[letters[place].lower()], rng)
         return "".join(letters)
 
-    return _in_long_words(words, disguise)
+    return in_long_words(words, disguise)
 
 
 def spacing(words: str, rng: np.random.Generator) -> str:
@@ -120,7 +120,7 @@ def spacing(words: str, rng: np.random.Generator) -> str:
         at = int(rng.integers(1, len(word)))
         return gap.join(word) if everywhere else word[:at] + gap + word[at:]
 
-    return _in_long_words(words, pull)
+    return in_long_words(words, pull)
 
 
 def letter_insertion(words: str, rng: np.random.Generator) -> str:
@@ -132,7 +132,7 @@ def letter_insertion(words: str, rng: np.random.Generator) -> str:
             word = word[:at] + _any(LETTERS, rng) + word[at:]
         return word
 
-    return _in_long_words(words, insert)
+    return in_long_words(words, insert)
 
 
 def injection(target: Target, rng: np.random.Generator) -> str:
@@ -147,7 +147,8 @@ def buried(target: Target, rng: np.random.Generator) -> str:
     return f"{', '.join(talk)}, and so {target.prompt}"
 
 
-def _on_words(change: WordFamily) -> Family:
+def on_words(change: WordFamily) -> Family:
+    """Of the words that ask for the concept alone."""
     return lambda target, rng: target.saying(change(target.words, rng)).prompt
 
 
@@ -159,13 +160,13 @@ WORD_FAMILIES: dict[str, WordFamily] = {
     "letter insertion": letter_insertion,
 }
 FAMILIES: dict[str, Family] = {
-    **{name: _on_words(change) for name, change in WORD_FAMILIES.items()},
+    **{name: on_words(change) for name, change in WORD_FAMILIES.items()},
     "injection": injection,
     "buried": buried,
 }
 
 
-def _in_long_words(words: str, change: Callable[[str], str]) -> str:
+def in_long_words(words: str, change: Callable[[str], str]) -> str:
     """`words` with `change` applied to those of four letters or more, or else to the longest."""
     parts = words.split(" ")
     longest = max(len(part) for part in parts)
