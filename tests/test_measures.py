@@ -126,6 +126,16 @@ def test_few_failures_give_the_exact_interval_over_prompts() -> None:
     assert (result["low"], result["high"]) == (1 - share(1, 10)["high"], 1 - share(1, 10)["low"])
 
 
+@pytest.mark.parametrize("failures", range(10))
+def test_an_interval_holds_its_share_however_failures_lie(failures: int) -> None:
+    outcomes = np.ones(400, bool)
+    outcomes[: 8 * failures : 8] = False  # one picture of eight, each of another prompt
+    prompts = [f"prompt {row // 8}" for row in range(400)]
+    for values in (outcomes, ~outcomes):
+        result = clustered_share(values, ["name"] * 400, prompts)
+        assert result["low"] <= result["share"] <= result["high"]
+
+
 def test_one_bad_name_widens_the_interval() -> None:
     names = [f"name {row // 100}" for row in range(1000)]
     prompts = [f"{name}, {row}" for row, name in enumerate(names)]

@@ -280,13 +280,15 @@ class _Bench:
         size, first = self.size, self.split.seeds["test"][0] + FIRST_SEED + SEEDS_APART * number
         targets = targets_of(self.concept, self.split, "seen", size.family_prompts)
         made: Attempts = attempts(targets, family, first, seeds_a_prompt=size.family_seeds, seed=TEST_SEED)
-        return attack(
+        figures = attack(
             made,
             lambda prompts, seeds, _: self.draw(self.plain, "", prompts, seeds).pixels,
             lambda prompts, seeds, _: self.draw(peer, setting, prompts, seeds).pixels,
             lambda pixels: self.judges.found_in(pixels, self.concept),
             at_least=size.at_least,
         ).figures()
+        figures.pop("successes", None)  # of all methods that would be a long list
+        return figures
 
 
 def _right(judge: Judge, drawn: Drawn, asked: Sequence[BenignPrompt]) -> np.ndarray[Any, np.dtype[np.bool_]]:

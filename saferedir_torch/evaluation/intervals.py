@@ -30,7 +30,8 @@ def clustered_share(outcomes: Bools, names: Sequence[str], prompts: Sequence[str
     """The share of true outcomes with a 95 % bootstrap interval over names, and over prompts within a name.
 
     With fewer than ten outcomes of either kind the exact interval over prompts stands in its place (a prompt counts as
-    the rarer outcome if any of its pictures does); it is wider than one over pictures, and lies about the prompts' share.
+    the rarer outcome if any of its pictures does); it is wider than one over pictures. It lies about the prompts' share,
+    which is no smaller than that of the pictures, and is drawn out to where the exact one over pictures begins.
     """
     hits, of = int(outcomes.sum()), len(outcomes)
     result = {"share": hits / of if of else float("nan"), "hits": hits, "of": of, "prompts": len(set(prompts))}
@@ -38,6 +39,7 @@ def clustered_share(outcomes: Bools, names: Sequence[str], prompts: Sequence[str
         rarer = outcomes if hits <= of - hits else ~outcomes
         failed = {prompt for prompt, bad in zip(prompts, rarer, strict=True) if bad}
         exact = share(len(failed), len(set(prompts)))
+        exact["low"] = min(exact["low"], share(int(rarer.sum()), of)["low"])
         low, high = (exact["low"], exact["high"]) if hits <= of - hits else (1 - exact["high"], 1 - exact["low"])
         return {**result, "low": low, "high": high}
     shares = bootstrap(outcomes.astype(float), names, prompts, lambda values: float(values.mean()), seed=seed)
