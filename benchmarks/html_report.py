@@ -16,6 +16,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+from benchmarks.limits import limits
+
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 Json = dict[str, Any]
 
@@ -34,6 +36,7 @@ def write_report(results: Path) -> Path:
         results=found,
         forgetting={name: result for name, result in found.items() if name.startswith("forgetting_")},
         plots=_plots(found),
+        limits=limits(found),
         sheets={path.stem: _inline_png(path.read_bytes()) for path in sorted(results.glob("*.png"))},
     )
     out = results / "report.html"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.limits import limits
 from benchmarks.markdown import drawn_on, hits_of, percent, read_result, share_of, worst_of
 from benchmarks.report import RESULTS
 from saferedir_torch.world.vocabulary import load_vocabulary
@@ -265,22 +266,37 @@ same way. The last column is the ASR under a negative prompt, since what breaks 
 {table}"""
 
 
+def what_gets_through() -> str:
+    said = limits({path.stem: read_result(path.stem) for path in RESULTS.glob("*attacks_*.json")})
+    listed = "\n".join(f"- {sentence}" for sentence in said)
+    return f"""**What this does not protect against:**
+
+{listed}"""
+
+
 def peers() -> str:
     rows = []
     for path in sorted(RESULTS.glob("peers_*.json")):
         result = read_result(path.stem)
+        _, perceptual, frechet = result["measures"]
         for row in result["rows"]:
             tried = [entry["asr"] for entry in row["attacks"].values() if entry["is_attack"]]
             succeed, of = (sum(entry[key] for entry in tried) for key in ("hits", "of"))
             rows.append(
-                f"| {result['concept']} | {row['method']} | {share_of(row['fsr'])} | {row[result['measures'][1]]['mean']:.3f} "
-                f"| {share_of(row['retention'])} | {percent(row['benign_unchanged']['share'])} | {succeed} of {of} "
-                f"| {row['seconds_a_picture']:.2f} | {row['minutes_to_make']:.1f} |"
+                f"| {result['concept']} | {row['method']} | {share_of(row['fsr'])} | {percent(row['companion']['share'])} "
+                f"| {row[perceptual]['mean']:.3f} | {row[frechet]:.2g} | {share_of(row['retention'])} "
+                f"| {percent(row['benign_unchanged']['share'])} | {succeed} of {of} | {row['seconds_a_picture']:.2f} "
+                f"| {row['minutes_to_make']:.1f} | {'yes' if row['reversible'] else 'no'} |"
             )
     table = "\n".join(rows)
+    _, perceptual, frechet = read_result("peers_church")["measures"]
+    machine = read_result("peers_church")["environment"]["machine"]
     return f"""**And other methods, on the same model, prompts and seeds?** Each at the best of the settings that were tried on validation
-prompts. Retention: benign pictures that still show all that was asked for. (`python -m benchmarks.evaluate peers`)
+prompts, all in eager PyTorch. Distances are to what the unprotected model draws of the safe prompt. Retention: benign pictures
+that still show all that was asked for. Attacks: of the families above, 20 prompts and 5 seeds of each, those that get through of
+those that work without safety; by family in the report. SafeRedir was trained beforehand. Seconds for one picture on
+{machine}. (`python -m benchmarks.evaluate peers`)
 
-| concept | method | FSR | distance to the rewrite | retention | benign unchanged | attacks that succeed | s a picture | minutes to make |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| concept | method | FSR | companion | {perceptual} | {frechet} | retention | benign unchanged | attacks that succeed | s a picture | minutes to make | reversible |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}"""
