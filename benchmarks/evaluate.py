@@ -144,6 +144,7 @@ def gradient_attacks(
 
 @app.command()
 def peers(
+    runs: Annotated[Path, typer.Option(help="Folder of the training whose recorded runs the published network learns from.")],
     task: Annotated[str, typer.Option(help=f"One of {', '.join(CONCEPTS)}.")] = "church",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.")] = "auto",
     quick: Quick = False,
@@ -152,12 +153,15 @@ def peers(
     features: FeatureChoice = "auto",
 ) -> None:
     """Other methods on the same model, each at its best setting on validation prompts. Hours on a CPU, minutes on a GPU."""
+    from benchmarks.tables.ablation import STEPS, Lessons, train_published
     from benchmarks.tables.peers import QUICK, Size
     from benchmarks.tables.peers import peers as measure
 
-    model, module = load_pipeline().to(device_called(device)), SafetyModule.load(SHIPPED_SAFETY)
-    size = QUICK if quick else Size()
-    figures = measure(Studio(work), model, module, CONCEPTS[task], load_split(), _features(features), NETWORKS, size)
+    model, module, split = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY), load_split()
+    size, steps = (QUICK, 2) if quick else (Size(), STEPS)
+    published = train_published(Lessons.untaught(model, task, split, runs, work / f"published_{task}", steps))
+    model = model.to(device_called(device))
+    figures = measure(Studio(work), model, module, published, CONCEPTS[task], split, _features(features), NETWORKS, size)
     _store(f"peers_{task}", figures, out)
 
 

@@ -294,7 +294,8 @@ def peers() -> str:
     return f"""**And other methods, on the same model, prompts and seeds?** Each at the best of the settings that were tried on validation
 prompts, all in eager PyTorch. Distances are to what the unprotected model draws of the safe prompt. Retention: benign pictures
 that still show all that was asked for. Attacks: of the families above, 20 prompts and 5 seeds of each, those that get through of
-those that work without safety; by family in the report. SafeRedir was trained beforehand. Seconds for one picture on
+those that work without safety; by family in the report. SafeRedir was trained beforehand; the
+published network and controller stand in the ablation. Seconds for one picture on
 {machine}. (`python -m benchmarks.evaluate peers`)
 
 | concept | method | FSR | companion | {perceptual} | {frechet} | retention | benign unchanged | attacks that succeed | s a picture | minutes to make | reversible |

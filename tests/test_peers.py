@@ -15,9 +15,11 @@ from saferedir_torch.peers.guidance import MAX, NegativePrompt, SafeLatentDiffus
 from saferedir_torch.peers.image_filter import ImageFilter
 from saferedir_torch.peers.model_editing import ErasedStableDiffusion, UnifiedConceptEditing, cross_attention_projections
 from saferedir_torch.peers.peer import Peer
+from saferedir_torch.peers.published import PublishedSafeRedir
 from saferedir_torch.peers.saferedir import SafeRedir
 from saferedir_torch.peers.safree import Safree
 from saferedir_torch.protect import protect
+from saferedir_torch.published import PublishedNetwork, PublishedOutput
 from saferedir_torch.safety_module import SafetyModule
 
 PROMPTS, SEEDS = ["a church next to a cat", "a dog on blue"], [3, 4]
@@ -141,3 +143,23 @@ def test_a_filter_hands_out_a_blank_for_what_it_finds(model: Any, plain: Any) ->
     drawn = ImageFilter(model, lambda pictures: torch.tensor([True, False]), steps=STEPS).draw(PROMPTS, SEEDS)
     assert len(np.unique(drawn[0])) == 1
     assert (drawn[1] == plain[1]).all()
+
+
+class _Suspicious(PublishedNetwork):
+    """Finds the first prompt of a batch unsafe in every step, and moves all of its tokens one way."""
+
+    def forward(self, latent: torch.Tensor, prompt: torch.Tensor, timestep: torch.Tensor) -> PublishedOutput:
+        output = super().forward(latent, prompt, timestep)
+        logits = torch.zeros_like(output.logits)
+        logits[0, 1] = 1.0
+        return output._replace(logits=logits, delta=torch.ones_like(prompt), mask=torch.ones_like(output.mask))
+
+
+def test_the_published_method_leaves_the_first_step_and_what_it_finds_safe(model: Any, plain: Any) -> None:
+    torch.manual_seed(0)
+    network = _Suspicious(tokens=77, width=model.unet.config.cross_attention_dim, channels=4)
+    drawn = PublishedSafeRedir(model, network, steps=STEPS).draw(PROMPTS, SEEDS)
+    assert (drawn[0] != plain[0]).any()
+    assert (drawn[1] == plain[1]).all()
+    alone = Peer(model, steps=1).draw(PROMPTS, SEEDS)
+    assert (PublishedSafeRedir(model, network, steps=1).draw(PROMPTS, SEEDS) == alone).all()

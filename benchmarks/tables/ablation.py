@@ -101,17 +101,25 @@ class Lessons:
     @classmethod
     def prepare(cls, pipeline: StableDiffusionPipeline, split: Split, runs: Path, folder: Path, steps: int) -> Lessons:
         """Load runs, draw pairs, and train the detector, calibrated as training calibrates."""
-        source = WorldPrompts([CONCEPT], split)
         torch.manual_seed(0)
-        module = new_module(pipeline, source.replacements)
-        bank, pairs = load_runs(runs / RUNS_FILE).of([CONCEPT]), make_pairs(pipeline, source, count=5000, seed=0)
-        lessons = cls(pipeline, bank, pairs, module, folder, steps)
+        lessons = cls.untaught(pipeline, CONCEPT, split, runs, folder, steps)
+        module = lessons.detecting
         module.last_branch.redirector.requires_grad_(False)
         learner = lessons.learner(module)
         optimise(module, learner.detection_of_step, folder, steps=steps, name="detector")
         teach_words(module, learner, folder, steps=steps)
         make_comparable(module, learner)
         return lessons
+
+    @classmethod
+    def untaught(
+        cls, pipeline: StableDiffusionPipeline, concept: str, split: Split, runs: Path, folder: Path, steps: int
+    ) -> Lessons:
+        """The same of any concept, with a detector that has not learnt anything."""
+        source = WorldPrompts([concept], split)
+        module = new_module(pipeline, source.replacements)
+        bank, pairs = load_runs(runs / RUNS_FILE).of([concept]), make_pairs(pipeline, source, count=5000, seed=0)
+        return cls(pipeline, bank, pairs, module, folder, steps)
 
     def learner(self, module: SafetyModule, tau: float = TAU) -> Learner:
         return Learner(module, self.bank, self.pairs, self.pipeline.scheduler.alphas_cumprod, 0, tau=tau)

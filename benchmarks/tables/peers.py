@@ -28,9 +28,11 @@ from saferedir_torch.peers.guidance import MAX, MEDIUM, STRONG, WEAK, NegativePr
 from saferedir_torch.peers.image_filter import ImageFilter
 from saferedir_torch.peers.model_editing import ErasedStableDiffusion, UnifiedConceptEditing
 from saferedir_torch.peers.peer import Peer
+from saferedir_torch.peers.published import PublishedSafeRedir
 from saferedir_torch.peers.saferedir import SafeRedir
 from saferedir_torch.peers.safree import Safree
 from saferedir_torch.protect import EagerPolicy
+from saferedir_torch.published import PublishedNetwork
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.world.clip_world import ClipWorld
 from saferedir_torch.world.judge import Judge
@@ -98,7 +100,9 @@ class Method:
     several_concepts: str
 
 
-def methods(model: Any, module: SafetyModule, concept: WorldConcept, material: Material, size: Size) -> list[Method]:
+def methods(
+    model: Any, module: SafetyModule, published: PublishedNetwork, concept: WorldConcept, material: Material, size: Size
+) -> list[Method]:
     """All of them, with the settings that are tried."""
     few, many = material.names[0], ", ".join(material.names[:6])
     rewrites = [(pair.unsafe, pair.safe) for pair in material.pairs]
@@ -151,6 +155,14 @@ def methods(model: Any, module: SafetyModule, concept: WorldConcept, material: M
             True, "one threshold each",
         ),
         Method(
+            "published SafeRedir",
+            {
+                f"alpha {scale:g}": partial(PublishedSafeRedir, model, published, alpha_scale=scale)
+                for scale in (1.0, 1.25, 1.5)
+            },
+            True, "one each",
+        ),
+        Method(
             "SafeRedir", {"as shipped": partial(SafeRedir, model, module, EagerPolicy(enabled=(concept.name,)))}, True,
             "jointly trained",
         ),
@@ -173,8 +185,8 @@ def _clip_finds(material: Material, concept: WorldConcept, level: float) -> Call
 
 
 def peers(
-    studio: Studio, model: Any, module: SafetyModule, concept: WorldConcept, split: Split, features: Features, networks: Any,
-    size: Size,
+    studio: Studio, model: Any, module: SafetyModule, published: PublishedNetwork, concept: WorldConcept, split: Split,
+    features: Features, networks: Any, size: Size,
 ) -> dict[str, Any]:  # fmt: skip
     """A row a method: FSR, companion, distances to the rewrite, retention, ASR of each family, seconds and minutes."""
     bench = _Bench(studio, model, concept, split, features, networks, size)
@@ -182,7 +194,7 @@ def peers(
     return {
         "concept": concept.name,
         "measures": features.names,
-        "rows": [bench.row(method) for method in methods(model, module, concept, material, size)],
+        "rows": [bench.row(method) for method in methods(model, module, published, concept, material, size)],
     }
 
 
