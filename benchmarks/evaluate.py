@@ -166,6 +166,28 @@ def peers(
 
 
 @app.command()
+def transfer(
+    model: Annotated[list[str], typer.Option(help="TITLE=FOLDER of a model to try the safety on, again for more.")],
+    quick: Quick = False,
+    out: Out = RESULTS,
+    work: Work = WORK,
+    features: FeatureChoice = "auto",
+) -> None:
+    """The shipped module, unchanged, on other models, such as `saferedir_torch.world fine-tune` makes. Half an hour each."""
+    from benchmarks.tables.transfer import QUICK, Size
+    from benchmarks.tables.transfer import transfer as measure
+
+    named = [entry.partition("=") for entry in model]
+    if wrong := [
+        entry for entry, (_, equals, folder) in zip(model, named, strict=True) if not equals or not Path(folder).is_dir()
+    ]:
+        raise typer.BadParameter(f"{wrong[0]!r} is not TITLE=FOLDER with a folder that exists", param_hint="--model")
+    models = {title: Path(folder) for title, _, folder in named}
+    module, size = SafetyModule.load(SHIPPED_SAFETY), QUICK if quick else Size()
+    _store("transfer", measure(Studio(work), models, module, load_split(), _features(features), size), out)
+
+
+@app.command()
 def words(out: Out = RESULTS) -> None:
     """Scores over the steps and masks over the words of the demonstration's prompts. Seconds."""
     from benchmarks.tables.words import words as measure

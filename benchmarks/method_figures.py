@@ -266,6 +266,24 @@ same way. The last column is the ASR under a negative prompt, since what breaks 
 {table}"""
 
 
+def transfer() -> str:
+    result = read_result("transfer")
+    perceptual = result["measures"][1]
+    table = "\n".join(
+        f"| {row['model']} | {row['steps']} | {row['concept']} | {part.replace('_', '-')} | {percent(row[part]['shown']['share'])} "
+        f"| {share_of(row[part]['fsr'])} | {percent(row[part]['companion']['share'])} | {row[part][perceptual]['mean']:.3f} |"
+        for row in result["rows"]
+        for part in ("seen", "held_out")
+    )
+    return f"""**And on a model that it was not trained for?** The shipped module, unchanged, on models fine-tuned from the embedded one with
+other pictures, or distilled to few steps; the text encoder is the same. Shown: unprotected pictures in which the concept is found.
+(`python -m saferedir_torch.world fine-tune`, `python -m benchmarks.evaluate transfer`)
+
+| model | steps | concept | names | shown | FSR | companion | `{perceptual}` to the rewrite |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+{table}"""
+
+
 def what_gets_through() -> str:
     said = limits({path.stem: read_result(path.stem) for path in RESULTS.glob("*attacks_*.json")})
     listed = "\n".join(f"- {sentence}" for sentence in said)

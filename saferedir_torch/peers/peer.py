@@ -1,4 +1,4 @@
-"""What all peers share: DDIM with guidance on a stock Stable Diffusion pipeline, in eager PyTorch.
+"""What all peers share: DDIM with guidance on a stock Stable Diffusion pipeline, in eager PyTorch; LCM on a distilled one.
 
 A peer changes the embeddings, the negative embedding, the guided prediction, the model, or the pictures; this one changes
 nothing, and is the model without safety.
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, LCMScheduler
 from PIL import Image
 from torch import Tensor
 
@@ -96,11 +96,15 @@ class Peer:
 
     def _draw(self, prompts: Sequence[str], embeds: Tensor, seeds: Sequence[int]) -> Pixels:
         batch = self.begin(prompts, embeds)
-        scheduler: Any = DDIMScheduler.from_config(self.pipeline.scheduler.config)
+        few_steps = isinstance(self.pipeline.scheduler, LCMScheduler)
+        scheduler: Any = (LCMScheduler if few_steps else DDIMScheduler).from_config(self.pipeline.scheduler.config)
         scheduler.set_timesteps(self.steps)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # of noise that a scheduler adds in a step
         latent = initial_noise(self.pipeline, list(seeds)).to(self.pipeline.device) * scheduler.init_noise_sigma
         for index, timestep in enumerate(scheduler.timesteps):
-            latent = scheduler.step(self.guided(batch, index, timestep, latent), timestep, latent).prev_sample
+            latent = scheduler.step(
+                self.guided(batch, index, timestep, latent), timestep, latent, generator=generators
+            ).prev_sample
         pictures = self.finish(prompts, decode(self.pipeline, latent))
         rounded = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
         return np.asarray(rounded.permute(0, 2, 3, 1).numpy(), np.uint8)

@@ -101,8 +101,6 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 6000) -> Path:
     unet.set_attn_processor(AttnProcessor())
     scheduler = new_scheduler()
     bank: npt.NDArray[np.float16] = np.load(encode_bank(folder, seed=seed), mmap_mode="r")
-    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
-    weight_of = snr.clamp(max=MIN_SNR) / snr
     averages = {"unet": ExponentialAverage(unet)}
     optimizer = torch.optim.AdamW(
         [
@@ -119,16 +117,10 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 6000) -> Path:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = rng.integers(len(bank), size=BATCH)
         prompts = ["" if rng.random() < EMPTY_PROMPT_SHARE else caption(bank_scene(seed, int(row)), rng) for row in rows]
-        latents = torch.from_numpy(bank[rows]).float()
-        noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(0, 1000, (BATCH,), generator=generator)
         tokens = tokenize(tokenizer, prompts)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             embeds = text_encoder(tokens).last_hidden_state
-            noisy = scheduler.add_noise(latents, noise, timesteps)
-            predicted = unet(noisy, timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
-        errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
-        return (weight_of[timesteps] * errors).mean(), {"mse": float(errors.detach().mean())}
+            return denoising_loss(unet, scheduler, torch.from_numpy(bank[rows]).float(), embeds, generator)
 
     def sample(step: int) -> None:
         pipeline = assemble(folder, averages["unet"], text_encoder, tokenizer)
@@ -150,6 +142,19 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 6000) -> Path:
     out = folder / "emoji-diffusion"
     assemble(folder, averages["unet"], text_encoder, tokenizer).to(torch.float16).save_pretrained(out)
     return out
+
+
+def denoising_loss(
+    unet: UNet2DConditionModel, scheduler: DDIMScheduler, latents: Tensor, embeds: Tensor, generator: torch.Generator
+) -> tuple[Tensor, dict[str, float]]:
+    """Noise prediction at random timesteps with min-SNR weights, of latents [B, C, h, w] and embeddings [B, T, D]."""
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = torch.randint(0, len(scheduler.alphas_cumprod), (len(latents),), generator=generator)
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    predicted = unet(noisy, timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
+    errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
+    snr = (scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod))[timesteps]
+    return (snr.clamp(max=MIN_SNR) / snr * errors).mean(), {"mse": float(errors.detach().mean())}
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:

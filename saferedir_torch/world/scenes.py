@@ -63,6 +63,28 @@ def draw(scene: Scene, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     return canvas.round().astype(np.uint8)
 
 
+def scattered(scene: Scene, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """The scene in other pictures than the world's own, [64, 64, 3] uint8: its objects one above the other or anywhere, over a
+    striped gradient from the background's colour to another one, under light of another colour."""
+    vocabulary = load_vocabulary()
+    first = np.asarray(vocabulary.backgrounds[scene.background], np.float32)
+    second = np.asarray(
+        vocabulary.backgrounds[vocabulary.background_keys[rng.integers(len(vocabulary.backgrounds))]], np.float32
+    )
+    fade = np.linspace(0, 0.6, PICTURE_SIZE, dtype=np.float32)[:, None, None]
+    stripes = 12 * np.sign(np.sin(np.arange(PICTURE_SIZE, dtype=np.float32) * rng.uniform(0.4, 1.2)))[None, :, None]
+    canvas = np.broadcast_to(first + fade * (second - first) + stripes, (PICTURE_SIZE, PICTURE_SIZE, 3)).copy()
+    for place, key in enumerate(scene.objects):
+        size = int(rng.integers(26, 31) if len(scene.objects) > 1 else rng.integers(34, 49))
+        top = place * PICTURE_SIZE // 2 if len(scene.objects) > 1 else int(rng.integers(0, PICTURE_SIZE - size + 1))
+        left = int(rng.integers(0, PICTURE_SIZE - size + 1))
+        colours, alpha = _scaled_sprite(key, scene.style, size)
+        patch = canvas[top : top + size, left : left + size]
+        patch += alpha * (colours - patch)
+    light = rng.uniform(0.75, 1.1, size=3).astype(np.float32)
+    return (canvas * light).clip(0, 255).round().astype(np.uint8)
+
+
 @cache
 def _scaled_sprite(key: str, style: str, size: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     sprite = load_sprites()[key, style].resize((size, size), Image.Resampling.LANCZOS)
