@@ -45,20 +45,24 @@ def added(
         "others": {},
     }
     sets = {
-        other: (tested.prompts, tested.seeds)
+        other: (tested.prompts, tested.seeds, [pair.scene for pair in tested.pairs])
         for other, tested in ((key, unsafe_set(CONCEPTS[key], split, "seen", count, 1, seed=5)) for key in CONCEPTS)
     }
+    # Benign to the concepts that were there: some ask for the new one.
     benign, seeds = benign_set(split, "test", count, seed=5)
-    for kind, (prompts, numbers) in (sets | {"benign": ([prompt.text for prompt in benign], seeds)}).items():
+    sets["benign"] = [prompt.text for prompt in benign], seeds, [prompt.scene for prompt in benign]
+    for kind, (prompts, numbers, scenes) in sets.items():
         was = studio.draw(before, parameters_sha256(base), prompts, numbers, f"{kind}: before")
         now = studio.draw(only_old, identity, prompts, numbers, f"{kind}: after, the new one off")
         both = studio.draw(drawer, identity, prompts, numbers, f"{kind}: after, the new one on")
+        asked = np.array([bool({*concept.members} & {*scene.objects}) for scene in scenes])
         quiet = ~both.fired[:, :, old:].any(axis=(1, 2))
         figures["others"][kind] = {
             "scores_equal": share(int((was.score == now.score[:, :, :old]).sum()), was.score.size),
             "decisions_equal": share(int((was.fired == now.fired[:, :, :old]).sum()), was.fired.size),
             "pictures_equal": share(int((was.pixels == now.pixels).all(axis=(1, 2, 3)).sum()), count),
-            "new_one_fired": share(int((~quiet).sum()), count),
+            "new_one_fired": share(int((~quiet & ~asked).sum()), int((~asked).sum())),
+            "new_one_asked_and_fired": share(int((~quiet & asked).sum()), int(asked.sum())),
             "pictures_equal_with_it_on": share(
                 int((was.pixels == both.pixels).all(axis=(1, 2, 3))[quiet].sum()), int(np.count_nonzero(quiet))
             ),
