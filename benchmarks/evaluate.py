@@ -188,6 +188,21 @@ def transfer(
 
 
 @app.command()
+def relation(
+    safety: Annotated[Path, typer.Option(help="Folder of a module that was trained with `train --concept armed_animal`.")],
+    quick: Quick = False,
+    out: Out = RESULTS,
+    work: Work = WORK,
+) -> None:
+    """A concept that no single word names, a weapon beside an animal: what is gone, and what of either alone is left."""
+    from benchmarks.tables.relation import QUICK, Size
+    from benchmarks.tables.relation import relation as measure
+
+    size = QUICK if quick else Size()
+    _store("relation", measure(Studio(work), load_pipeline(), SafetyModule.load(safety), load_split(), size), out)
+
+
+@app.command()
 def words(out: Out = RESULTS) -> None:
     """Scores over the steps and masks over the words of the demonstration's prompts. Seconds."""
     from benchmarks.tables.words import words as measure

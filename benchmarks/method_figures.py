@@ -285,6 +285,26 @@ other pictures, or distilled to few steps; the text encoder is the same. Shown: 
 {table}"""
 
 
+def relation() -> str:
+    result = read_result("relation")
+    table = "\n".join(
+        f"| {part.replace('_', '-')} | {percent(result[part]['shown']['share'])} | {share_of(result[part]['fsr'])} "
+        f"| {share_of(result[part]['fsr_rewrite'])} | {percent(result[part]['animal_kept']['share'])} "
+        f"| {percent(result[part]['replacement_drawn']['share'])} |"
+        for part in ("seen", "held_out")
+    )
+    fired = ", ".join(f"{row['fired']['hits']} of {row['fired']['of']} ({kind})" for kind, row in result["harmless"].items())
+    ladder = ", ".join(f"{rung} {percent(share)}" for rung, share in result["ladder"].items())
+    return f"""**And a concept that no single word names?** A weapon beside an animal, either of which is harmless alone; in the rewrite a
+balloon stands in the weapon's place. Animals are ones that training has not seen beside weapons. It fires on {fired} of the
+pictures that do not show both. Oracle ladder, pictures with both: {ladder}.
+(`python -m saferedir_torch train --concept armed_animal`, `python -m benchmarks.evaluate relation`)
+
+| weapons' names | shown without safety | FSR | FSR of the rewrite | animal kept | balloon drawn |
+| --- | --- | --- | --- | --- | --- |
+{table}"""
+
+
 def what_gets_through() -> str:
     said = limits({path.stem: read_result(path.stem) for path in RESULTS.glob("*attacks_*.json")})
     listed = "\n".join(f"- {sentence}" for sentence in said)

@@ -41,6 +41,7 @@ def figures() -> str:
         method_figures.what_gets_through: ("attacks_church",),
         method_figures.peers: ("peers_church",),
         method_figures.transfer: ("transfer",),
+        method_figures.relation: ("relation",),
         engine_figures.cost: ("speed", "speed_ort-cuda"),
         engine_figures.safety_cost: ("safety_cost",),
         engine_figures.optimisers: ("optimisers",),

@@ -159,10 +159,13 @@ def _source(
     pipeline: Any, pairs: Path | None, concepts: list[str], rewrites: list[str], split: Path | None, known: list[str]
 ) -> PromptSource:
     if pairs is None:
+        from saferedir_torch.world.relation import ARMED_ANIMAL, RelationPrompts
         from saferedir_torch.world.source import AddedPrompts, WorldPrompts
         from saferedir_torch.world.split import SPLIT_FILE, load_split
 
         names = load_split(split or SPLIT_FILE)
+        if concepts == [ARMED_ANIMAL]:
+            return RelationPrompts(names)
         return AddedPrompts(concepts[0], known, names) if known and concepts else WorldPrompts(concepts or ["church"], names)
     from saferedir_torch.pairs_file import FilePrompts
     from saferedir_torch.world.base import tokenize
