@@ -203,6 +203,22 @@ def relation(
 
 
 @app.command()
+def generalisation(
+    runs: Annotated[Path, typer.Option(help="Folder of the training whose recorded runs the modules learn from.")],
+    quick: Quick = False,
+    out: Out = RESULTS,
+    work: Work = WORK,
+) -> None:
+    """Adversarial training with one family of attacks left out, each in turn: eight modules of one concept. About 5 hours."""
+    from benchmarks.tables.generalisation import QUICK, Size
+    from benchmarks.tables.generalisation import generalisation as measure
+
+    size = QUICK if quick else Size()
+    figures = measure(Studio(work), load_pipeline(), load_split(), runs, work / "generalisation", size)
+    _store("generalisation", figures, out)
+
+
+@app.command()
 def words(out: Out = RESULTS) -> None:
     """Scores over the steps and masks over the words of the demonstration's prompts. Seconds."""
     from benchmarks.tables.words import words as measure

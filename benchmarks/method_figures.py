@@ -267,6 +267,25 @@ same way. The last column is the ASR under a negative prompt, since what breaks 
 {table}"""
 
 
+def generalisation() -> str:
+    result = read_result("generalisation")
+    kinds = ("no family", "all others", "all families")
+    table = "\n".join(
+        f"| {family} | {rows['no family']['counted']} of {rows['no family']['pictures']} | "
+        + " | ".join(share_of(rows[kind]["asr"]) if rows[kind]["is_attack"] else "no attack here" for kind in kinds)
+        + " |"
+        for family, rows in result["families"].items()
+    )
+    fired = ", ".join(f"{row['hits']} of {row['of']} ({title})" for title, row in result["benign_fired"].items())
+    return f"""**Does training against some attacks help against others?** Modules of {result["concept"]} alone, {result["steps"]} steps each, not calibrated,
+trained against no family of attacks, against all others than the one that is tried, and against all. They fire on {fired} of benign
+pictures. (`python -m benchmarks.evaluate generalisation`)
+
+| tried | show it without safety | ASR, trained against none | against all others | against all |
+| --- | --- | --- | --- | --- |
+{table}"""
+
+
 def transfer() -> str:
     result = read_result("transfer")
     perceptual = result["measures"][1]

@@ -38,6 +38,7 @@ def figures() -> str:
         method_figures.strength: ("strength",),
         method_figures.cooldown: ("cooldown",),
         method_figures.attacks: ("attacks_church",),
+        method_figures.generalisation: ("generalisation",),
         method_figures.what_gets_through: ("attacks_church",),
         method_figures.peers: ("peers_church",),
         method_figures.transfer: ("transfer",),

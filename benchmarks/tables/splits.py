@@ -16,9 +16,10 @@ from benchmarks.tables.forgetting import PARTS, Judges, plain_of
 from benchmarks.test_sets import unsafe_set
 from saferedir_torch.evaluation.intervals import clustered_share
 from saferedir_torch.learner import Learner
+from saferedir_torch.prompt_source import PromptSource
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.train import RUNS_FILE, make_comparable, new_module, optimise, teach_redirector, teach_words
-from saferedir_torch.training_data import cached_runs, load_runs, make_pairs, record_runs
+from saferedir_torch.training_data import LatentBank, cached_runs, load_runs, make_pairs, record_runs
 from saferedir_torch.world.prompts import CONCEPTS
 from saferedir_torch.world.source import WorldPrompts
 from saferedir_torch.world.split import Split
@@ -54,6 +55,13 @@ def train_on_split(
     source = WorldPrompts([CONCEPT], split)
     own = cached_runs(folder / RUNS_FILE, lambda: record_runs(pipeline, source, count=count, seed=0))
     bank = own.joined(load_runs(runs / RUNS_FILE).without(CONCEPT).of([CONCEPT]))
+    return train_briefly(pipeline, source, bank, folder, steps=steps, pairs=pairs)
+
+
+def train_briefly(
+    pipeline: StableDiffusionPipeline, source: PromptSource, bank: LatentBank, folder: Path, *, steps: int, pairs: int
+) -> SafetyModule:
+    """A module as training makes them, in fewer steps, from the runs in `bank` and prompts of `source`."""
     torch.manual_seed(0)
     module = new_module(pipeline, source.replacements)
     pair_bank = make_pairs(pipeline, source, count=pairs, seed=0)
