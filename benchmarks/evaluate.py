@@ -173,7 +173,7 @@ def transfer(
     work: Work = WORK,
     features: FeatureChoice = "auto",
 ) -> None:
-    """The shipped module, unchanged, on other models, such as `saferedir_torch.world fine-tune` makes. Half an hour each."""
+    """The shipped module, unchanged, on other models, such as `python -m saferedir_torch.world fine-tune` makes."""
     from benchmarks.tables.transfer import QUICK, Size
     from benchmarks.tables.transfer import transfer as measure
 
@@ -209,7 +209,7 @@ def generalisation(
     out: Out = RESULTS,
     work: Work = WORK,
 ) -> None:
-    """Adversarial training with one family of attacks left out, each in turn: eight modules of one concept. About 5 hours."""
+    """Adversarial training with one family of attacks left out, each in turn: eight modules of one concept are trained."""
     from benchmarks.tables.generalisation import QUICK, Size
     from benchmarks.tables.generalisation import generalisation as measure
 

@@ -354,7 +354,7 @@ prompts, all in eager PyTorch. Distances are to what the unprotected model draws
 that still show all that was asked for. Attacks: of the families above, 20 prompts and 5 seeds of each, those that get through of
 those that work without safety; by family in the report. SafeRedir was trained beforehand; the
 published network and controller stand in the ablation. Seconds for one picture on
-{machine}. (`python -m benchmarks.evaluate peers`)
+{machine}. (`python -m benchmarks.evaluate peers --runs FOLDER`)
 
 | concept | method | FSR | companion | {perceptual} | {frechet} | retention | benign unchanged | attacks that succeed | s a picture | minutes to make | reversible |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -107,10 +107,11 @@ class _Bench:
             at_least=self.size.at_least,
         )  # fmt: skip
         benign = attempts(tested.safe, family, seed + BENIGN_SEED - FIRST_SEED, seeds_a_prompt=self.size.benign_seeds)
-        return outcome.figures() | ({"detected": self._detected(outcome, benign)} if outcome.is_attack else {})
+        matched = outcome.is_attack and bool(tested.safe)
+        return outcome.figures() | ({"detected": self._detected(outcome, benign)} if matched else {})
 
     def evolved(self, tested: _Tested) -> _Tested:
-        """Descendants of the unsafe prompts, for which the second judge looks at what was drawn."""
+        """Descendants of the unsafe prompts, for which the second judge looks at what was drawn. No rewrite matches them."""
         looks = self.judges.judges["second_judge"]
 
         def score(pixels: Pixels) -> npt.NDArray[np.float64]:
@@ -118,7 +119,7 @@ class _Bench:
 
         seed = self.first + EVOLUTION_SEED
         found = evolve(tested.unsafe, self.unprotected, self.under_safety, score, seed, self.size.evolution, seed=TEST_SEED)
-        return _Tested(found, tested.safe)
+        return _Tested(found, [])
 
     def unprotected(self, prompts: Sequence[str], seeds: Sequence[int], title: str) -> Pixels:
         return self.studio.draw(self.plain, PLAIN, prompts, seeds, f"{self.concept.name}, {title}").pixels

@@ -73,6 +73,7 @@ def gradient_attacks(
     forbidden = [name for key in concept.named_by for name in all_names()[key]]
     # What breaks nothing is no attack: the simplest safety that anyone has stands beside the one that is tested.
     weak = NegativePrompt(model, ", ".join(split.names[concept.named_by[0]][:6]))
+    weakly = f"{parameters_sha256(model.unet)} {weak.name}: {weak.words}"
     allowed, first = text_side.words(forbidden), split.seeds["test"][0] + FIRST_SEED
     at_once = AT_ONCE if model.device.type == "cpu" else len(pairs)
     groups = [range(start, min(start + at_once, len(pairs))) for start in range(0, len(pairs), at_once)]
@@ -107,7 +108,7 @@ def gradient_attacks(
         broken = attack(
             outcome.attempts,
             drawing(studio, plain, PLAIN, f"{concept.name}, {kind}"),
-            lambda prompts, seeds, title: studio.draw(weak, f"{weak.name}: {weak.words}", prompts, seeds, title).pixels,
+            lambda prompts, seeds, title: studio.draw(weak, weakly, prompts, seeds, title).pixels,
             lambda pixels: judges.found_in(pixels, concept),
             at_least=size.at_least,
         )

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.drawing import PLAIN, Drawn, Studio
+from benchmarks.drawing import PLAIN, Drawn, Studio, as_pictures
 from benchmarks.hybrid import hybrid_pipeline
 from benchmarks.report import NETWORKS
 from benchmarks.tables.forgetting import PARTS, plain_of
@@ -88,8 +88,7 @@ def _ladder(model: Any, judge: Judge, pairs: list[RelationPair], first: int) -> 
     rungs = {"unprotected": unsafe, "rewrite": safe, "formula": exact_redirection(unsafe, target, TAU, STRENGTH)}
     found = {}
     for rung, embeds in rungs.items():
-        pixels = peer.draw_embeddings(embeds, seeds)
-        pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pictures = as_pictures(peer.draw_embeddings(embeds, seeds))
         found[rung] = float(_shows_both(judge.judge(pictures).objects, pairs).mean())
     return found
 

@@ -142,7 +142,7 @@ def fine_tune(
     seed: Seed = 0,
     steps: Steps = None,
 ) -> None:
-    """Make another model of the shipped one, to try its safety on unchanged. About half an hour on one core."""
+    """Make another model of the shipped one, to try its safety on unchanged."""
     from saferedir_torch.world import fine_tuning
 
     if kind == "few-step":
