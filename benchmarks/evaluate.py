@@ -168,23 +168,37 @@ def peers(
 @app.command()
 def transfer(
     model: Annotated[list[str], typer.Option(help="TITLE=FOLDER of a model to try the safety on, again for more.")],
+    refitted: Annotated[list[str] | None, typer.Option(help="TITLE=FOLDER of a module that was re-fitted to it.")] = None,
     quick: Quick = False,
     out: Out = RESULTS,
     work: Work = WORK,
     features: FeatureChoice = "auto",
 ) -> None:
-    """The shipped module, unchanged, on other models, such as `python -m saferedir_torch.world fine-tune` makes."""
-    from benchmarks.tables.transfer import QUICK, Size
+    """The shipped module on other models, such as `python -m saferedir_torch.world fine-tune` and `architecture` make:
+    unchanged, and as `python -m saferedir_torch train --start-from` re-fits it."""
+    from benchmarks.tables.transfer import QUICK, Size, Subject
     from benchmarks.tables.transfer import transfer as measure
 
-    named = [entry.partition("=") for entry in model]
-    if wrong := [
-        entry for entry, (_, equals, folder) in zip(model, named, strict=True) if not equals or not Path(folder).is_dir()
-    ]:
-        raise typer.BadParameter(f"{wrong[0]!r} is not TITLE=FOLDER with a folder that exists", param_hint="--model")
-    models = {title: Path(folder) for title, _, folder in named}
+    models, modules = _folders(model, "--model"), _folders(refitted or [], "--refitted")
+    if stray := sorted(set(modules) - set(models)):
+        raise typer.BadParameter(f"{stray[0]!r} is no --model; expected one of {', '.join(models)}", param_hint="--refitted")
+    subjects = [
+        Subject(title, folder, SafetyModule.load(modules[title]) if title in modules else None)
+        for title, folder in models.items()
+    ]
     module, size = SafetyModule.load(SHIPPED_SAFETY), QUICK if quick else Size()
-    _store("transfer", measure(Studio(work), models, module, load_split(), _features(features), size), out)
+    _store("transfer", measure(Studio(work), subjects, module, load_split(), _features(features), size), out)
+
+
+def _folders(entries: list[str], option: str) -> dict[str, Path]:
+    """Folders by the title that TITLE=FOLDER gives them."""
+    named = {}
+    for entry in entries:
+        title, equals, folder = entry.partition("=")
+        if not equals or not Path(folder).is_dir():
+            raise typer.BadParameter(f"{entry!r} is not TITLE=FOLDER with a folder that exists", param_hint=option)
+        named[title] = Path(folder)
+    return named
 
 
 @app.command()

@@ -289,18 +289,33 @@ pictures. (`python -m benchmarks.evaluate generalisation`)
 def transfer() -> str:
     result = read_result("transfer")
     perceptual = result["measures"][1]
+    drawn = [entry for entry in result["entries"] if "refused" not in entry]
     table = "\n".join(
-        f"| {row['model']} | {row['steps']} | {row['concept']} | {part.replace('_', '-')} | {percent(row[part]['shown']['share'])} "
-        f"| {share_of(row[part]['fsr'])} | {percent(row[part]['companion']['share'])} | {row[part][perceptual]['mean']:.3f} |"
-        for row in result["rows"]
-        for part in ("seen", "held_out")
+        f"| {entry['model']} | {entry['module']} | {entry['steps']} | {concept} | {part.replace('_', '-')} "
+        f"| {percent(row['shown']['share'])} | {share_of(row['fsr'])} | {percent(row['companion']['share'])} "
+        f"| {row[perceptual]['mean']:.3f} |"
+        for entry in drawn
+        for concept, parts in entry["concepts"].items()
+        for part, row in parts.items()
     )
-    return f"""**And on a model that it was not trained for?** The shipped module, unchanged, on models fine-tuned from the embedded one with
-other pictures, or distilled to few steps; the text encoder is the same. Shown: unprotected pictures in which the concept is found.
-(`python -m saferedir_torch.world fine-tune`, `python -m benchmarks.evaluate transfer`)
+    benign = "; ".join(
+        f"{entry['model']}, {entry['module']}: {entry['benign_unchanged']['hits']} of {entry['benign_unchanged']['of']}"
+        for entry in drawn
+    )
+    minutes = ", ".join(f"{entry['model']} {entry['minutes']:g}" for entry in drawn if entry["minutes"] is not None)
+    refused = "".join(
+        f" On {entry['model']} it is refused ({entry['refused']})." for entry in result["entries"] if "refused" in entry
+    )
+    return f"""**And on a model that it was not trained for?** The shipped module on models made of the embedded one: fine-tuned with
+other pictures, distilled to few steps, or with another part in place of one of theirs.{refused} Shown: unprotected pictures in
+which the concept is found. Benign pictures that are the same to the last bit as without safety: {benign}.{
+        f" Minutes of re-fitting, recording included: {minutes}." if minutes else ""
+    }
+(`python -m saferedir_torch.world fine-tune` and `architecture`, `python -m saferedir_torch train --start-from`,
+`python -m benchmarks.evaluate transfer`)
 
-| model | steps | concept | names | shown | FSR | companion | `{perceptual}` to the rewrite |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| model | module | steps | concept | names | shown | FSR | companion | `{perceptual}` to the rewrite |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}"""
 
 

@@ -44,6 +44,9 @@ def train(
     ] = None,
     runs_from: Annotated[Path | None, typer.Option(help="Folder of another training whose recorded runs are used.")] = None,
     extend: Annotated[Path | None, typer.Option(help="Folder of a trained module that the concept is added to.")] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="Folder of a module of these concepts for another model, to begin with its weights.")
+    ] = None,
     harden: Annotated[
         list[str] | None,
         typer.Option(help="Family of attacks to train against, again for more: longer, typos and so on."),
@@ -64,19 +67,27 @@ def train(
     A concept added to a trained module, whose own concepts are left as they are:
 
       python -m saferedir_torch train --model ... --extend saferedir_torch/shipped/safety --concept teddy --out runs/teddy
+
+    A module re-fitted to another model, shorter than a training from nothing:
+
+      python -m saferedir_torch train --model ... --start-from castle/safety --pairs pairs.json --steps 800 --out castle2
     """
     from saferedir_torch.models import load_pipeline
     from saferedir_torch.safety_module import SafetyModule
     from saferedir_torch.train import train as train_module
     from saferedir_torch.training_data import SAMPLINGS
 
+    if extend is not None and start_from is not None:
+        raise typer.BadParameter("a module is extended or started from, not both", param_hint="--start-from")
     pipeline = load_pipeline(model, config).to(_device(device))
     base = None if extend is None else SafetyModule.load(extend).to(pipeline.device)
+    start = None if start_from is None else SafetyModule.load(start_from).to(pipeline.device)
     known = [] if base is None else base.config.concept_names
     source = _hardened(_source(pipeline, pairs, concept or [], rewrite or [], split, known), harden or [])
     module = train_module(
         pipeline, source, out, seed=seed, steps=steps, runs=runs, pairs=pair_count,
         samplings=[_sampling(text) for text in sampling] if sampling else SAMPLINGS, runs_from=runs_from, extend=base,
+        start=start,
     )  # fmt: skip
     typer.echo(json.dumps(module.config.provenance, indent=1))
 

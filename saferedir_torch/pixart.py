@@ -13,6 +13,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from tokenizers import normalizers
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 #: Pipelines of diffusers, and how many tokens each gives its prompts.
 PROMPT_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
@@ -76,14 +77,23 @@ class PixArt:
 
     @classmethod
     def of(cls, pipeline: Any) -> PixArt:
-        """The parts of diffusers' `pipeline`, whose tokenizer cleans prompts from now on as the pipeline does."""
+        """The parts of diffusers' `pipeline`, whose tokenizer cleans prompts from now on as the pipeline does.
+
+        With CLIP's text encoder in T5's place, prompts are read as Stable Diffusion reads them.
+        """
         tokenizer = pipeline.tokenizer
+        unet = Denoiser(pipeline.transformer).eval()
+        if isinstance(pipeline.text_encoder, CLIPTextModel):
+            return cls(
+                unet=unet, text_encoder=pipeline.text_encoder, vae=pipeline.vae, tokenizer=tokenizer,
+                scheduler=pipeline.scheduler,
+            )  # fmt: skip
         tokenizer.model_max_length = PROMPT_TOKENS[type(pipeline).__name__]
         backend = tokenizer.backend_tokenizer
         steps = [normalizers.Lowercase(), normalizers.Strip()]
         backend.normalizer = normalizers.Sequence([*steps, backend.normalizer] if backend.normalizer else steps)
         return cls(
-            unet=Denoiser(pipeline.transformer).eval(),
+            unet=unet,
             text_encoder=PromptEncoder(pipeline.text_encoder.encoder, tokenizer.pad_token_id).eval(),
             vae=pipeline.vae, tokenizer=tokenizer, scheduler=pipeline.scheduler,
         )  # fmt: skip

@@ -28,6 +28,7 @@ from saferedir_torch.protect import check_match
 from saferedir_torch.safety_module import REACH, SafetyModule, parameters_sha256
 from saferedir_torch.training_data import SAMPLINGS, cached_runs, load_runs, make_pairs, record_runs
 from saferedir_torch.training_run import Schedule, TrainingError, run_training
+from saferedir_torch.warm_start import start_from
 
 PEAK_RATE = 1e-3
 #: Single words and the redirector, which are taught alone, bear a higher rate.
@@ -91,6 +92,7 @@ def train(
     samplings: Sequence[tuple[int, float]] = SAMPLINGS,
     runs_from: Path | None = None,
     extend: SafetyModule | None = None,
+    start: SafetyModule | None = None,
 ) -> SafetyModule:
     """Train on `runs` recorded runs and `pairs` prompt pairs a concept; save the module to `folder/safety`.
 
@@ -98,6 +100,7 @@ def train(
     the redirector on its own, for twice as many steps and on as many other pairs, since it is far from finished when the
     detector is. Checkpoints, loss logs and the recorded runs are kept in `folder`, and an interrupted training goes on there.
     With `extend` the concepts are added to that module, whose own weights and thresholds stay as they are.
+    With `start`, a module of these concepts for another model, its weights are where training begins, as far as they fit.
     `runs_from` is the folder of another training, of these concepts and perhaps more, whose runs are used as they are.
 
     Raises:
@@ -117,6 +120,9 @@ def train(
     pair_bank = make_pairs(pipeline, source, count=pairs, seed=seed)
     torch.manual_seed(seed)
     module = new_module(pipeline, source.replacements) if extend is None else extended_module(extend, source.replacements)
+    if start is not None:
+        anew = start_from(module, start.state_dict())
+        print(json.dumps({"tensors": len(module.state_dict()), "taught_anew": anew}), flush=True)
     check_match(pipeline, module)
     learner = Learner(module, bank, pair_bank, pipeline.scheduler.alphas_cumprod, seed)
     best = folder / "best.safetensors.ckpt"
@@ -145,6 +151,7 @@ def train(
         provenance={
             "seed": seed, "steps": steps, "runs": runs, "pairs": pairs, "best_step": kept["step"],
             "validation": learner.validate(), "added_to": None if extend is None else extend.config.provenance,
+            "started_from": None if start is None else parameters_sha256(start),
             "minutes": round((time.monotonic() - started) / 60, 1), "versions": {name: version(name) for name in MAKERS},
         },
     )  # fmt: skip

@@ -15,7 +15,8 @@ from benchmarks.html_report import write_report
 from saferedir_torch.models import load_pipeline
 from saferedir_torch.safety_module import parameters_sha256
 from saferedir_torch.world.__main__ import app
-from saferedir_torch.world.fine_tuning import Bank, distil, fine_tune
+from saferedir_torch.world.denoiser_training import Bank
+from saferedir_torch.world.fine_tuning import distil, fine_tune
 from saferedir_torch.world.scenes import Scene, draw, scattered
 
 
@@ -41,11 +42,9 @@ def test_the_shipped_safety_is_tried_on_them(made: dict[str, Path], tmp_path: Pa
     options = ["--quick", "--out", str(tmp_path), "--work", str(tmp_path / "work")]
     result = CliRunner().invoke(evaluate, ["transfer", "--model", f"few={made['few-step']}", *options], catch_exceptions=False)
     assert result.exit_code == 0
-    rows = json.loads((tmp_path / "transfer.json").read_text())["rows"]
-    assert [(row["model"], row["concept"], row["steps"]) for row in rows] == [
-        ("few", "church", 4), ("few", "ink", 4), ("few", "weapons", 4),
-    ]  # fmt: skip
-    assert CliRunner().invoke(evaluate, ["transfer", "--model", "few", *options]).exit_code == 2
+    (entry,) = json.loads((tmp_path / "transfer.json").read_text())["entries"]
+    assert (entry["model"], entry["module"], entry["steps"]) == ("few", "unchanged", 4)
+    assert entry["benign_unchanged"]["of"] == 2
     assert "On other models" in write_report(tmp_path).read_text()
 
 

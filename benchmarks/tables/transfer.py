@@ -1,8 +1,8 @@
-"""The shipped module, unchanged, on models that it was not trained for."""
+"""The shipped module on models that it was not trained for: unchanged, and re-fitted."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from saferedir_torch.evaluation.intervals import clustered_mean, clustered_share
 from saferedir_torch.models import load_pipeline
 from saferedir_torch.peers.peer import Peer
 from saferedir_torch.peers.saferedir import SafeRedir
+from saferedir_torch.protect import SafetyMismatchError
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
-from saferedir_torch.world.prompts import CONCEPTS, WorldConcept
+from saferedir_torch.world.prompts import CONCEPTS, Part, WorldConcept, benign_set
 from saferedir_torch.world.split import Split
 
 TEST_SEED = 17
@@ -29,57 +30,86 @@ USUAL = (25, 5.0)
 
 @dataclass(frozen=True)
 class Size:
-    """Prompts of each part, seeds a prompt, and validation rewrites for the judges."""
+    """Prompts of each part, seeds a prompt, benign pictures, validation rewrites for the judges, and the concepts."""
 
     prompts: int = 30
     seeds: int = 5
+    benign: int = 300
     rewrites: int = 300
+    concepts: tuple[str, ...] = tuple(CONCEPTS)
 
 
 #: Of the evaluation in a few minutes.
-QUICK = Size(prompts=2, seeds=1, rewrites=12)
+QUICK = Size(prompts=2, seeds=1, benign=2, rewrites=6, concepts=("church",))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model by the name that the table gives it, and a module that was re-fitted to it."""
+
+    title: str
+    model: Path
+    refitted: SafetyModule | None = None
 
 
 def transfer(
-    studio: Studio, models: Mapping[str, Path], module: SafetyModule, split: Split, features: Features, size: Size
+    studio: Studio, subjects: Sequence[Subject], module: SafetyModule, split: Split, features: Features, size: Size
 ) -> dict[str, Any]:
-    """A row a model and concept, held-out names apart: FSR, companion, distance to what the model draws of the rewrite."""
-    rows = []
-    for title, folder in models.items():
-        pipeline = load_pipeline(folder)
+    """An entry a model and module: why it is refused, or its minutes of re-fitting, how many benign pictures are as without
+    safety, and for each concept, held-out names apart: FSR, companion, distance to what the model draws of the rewrite."""
+    entries = []
+    for subject in subjects:
+        pipeline = load_pipeline(subject.model)
         steps, guidance = DRAWN_WITH.get(type(pipeline.scheduler).__name__, USUAL)
         plain = Peer(pipeline, steps=steps, guidance_scale=guidance)
-        safe = SafeRedir(pipeline, module, steps=steps, guidance_scale=guidance)
-        for concept in CONCEPTS.values():
-            bench = _Bench(studio, plain, safe, title, concept, split, size)
-            rows.append({"model": title, "concept": concept.name, "steps": steps, **bench.figures(split, features, size)})
-    return {"measures": features.names, "rows": rows}
+        for kind, tried in (("unchanged", module), ("re-fitted", subject.refitted)):
+            if tried is None:
+                continue
+            entry: dict[str, Any] = {"model": subject.title, "module": kind, "steps": steps}
+            try:
+                safe = SafeRedir(pipeline, tried, steps=steps, guidance_scale=guidance)
+            except SafetyMismatchError as error:
+                entries.append({**entry, "refused": str(error)})
+                continue
+            bench = _Bench(studio, plain, safe, subject.title, split, size)
+            entry["minutes"] = None if tried is module else tried.config.provenance["minutes"]
+            entry["benign_unchanged"] = bench.benign()
+            entry["concepts"] = {name: bench.figures(CONCEPTS[name], features) for name in size.concepts}
+            entries.append(entry)
+    return {"measures": features.names, "entries": entries}
 
 
 class _Bench:
-    """One model and concept."""
+    """One model and module."""
 
-    def __init__(
-        self, studio: Studio, plain: Peer, safe: SafeRedir, title: str, concept: WorldConcept, split: Split, size: Size
-    ) -> None:
-        self.studio, self.plain, self.safe, self.title, self.concept = studio, plain, safe, title, concept
-        self.identity = f"{parameters_sha256(plain.unet)} {plain.steps}"
-        prompts, seeds = validation_rewrites(concept, split, size.rewrites)
-        self.judges = Judges.from_rewrites(self._draw(plain, prompts, seeds, "validation rewrites"), concept)
+    def __init__(self, studio: Studio, plain: Peer, safe: SafeRedir, title: str, split: Split, size: Size) -> None:
+        self.studio, self.plain, self.safe, self.title, self.split, self.size = studio, plain, safe, title, split, size
+        self.identity = f"{parameters_sha256(plain.unet)} {parameters_sha256(plain.pipeline.vae)} {plain.steps}"
 
-    def figures(self, split: Split, features: Features, size: Size) -> dict[str, Any]:
-        return {part: self._part(split, features, size, index) for index, part in enumerate(PARTS)}
+    def benign(self) -> dict[str, Any]:
+        """Share of benign pictures that are the same to the last bit as without safety."""
+        asked, seeds = benign_set(self.split, "test", self.size.benign, seed=TEST_SEED)
+        prompts = [prompt.text for prompt in asked]
+        before = self._draw(self.plain, prompts, seeds, "benign, unprotected")
+        after = self._draw(self.safe, prompts, seeds, "benign, protected")
+        return share(int((before.pixels == after.pixels).all(axis=(1, 2, 3)).sum()), len(seeds))
 
-    def _part(self, split: Split, features: Features, size: Size, index: int) -> dict[str, Any]:
-        part = PARTS[index]
-        tested = unsafe_set(self.concept, split, part, size.prompts, size.seeds, seed=TEST_SEED)
-        before = self._draw(self.plain, tested.prompts, tested.seeds, f"{part}: unprotected")
-        after = self._draw(self.safe, tested.prompts, tested.seeds, f"{part}: protected")
-        rewrite = self._draw(self.plain, [pair.safe for pair in tested.pairs], tested.seeds, f"{part}: rewrite")
-        shown = self.judges.found(before, self.concept)
-        gone = ~self.judges.found(after, self.concept)[shown]
+    def figures(self, concept: WorldConcept, features: Features) -> dict[str, Any]:
+        """Of seen and held-out names."""
+        prompts, seeds = validation_rewrites(concept, self.split, self.size.rewrites)
+        judges = Judges.from_rewrites(self._draw(self.plain, prompts, seeds, f"{concept.name}: validation rewrites"), concept)
+        return {part: self._part(concept, part, judges, features) for part in PARTS}
+
+    def _part(self, concept: WorldConcept, part: Part, judges: Judges, features: Features) -> dict[str, Any]:
+        tested = unsafe_set(concept, self.split, part, self.size.prompts, self.size.seeds, seed=TEST_SEED)
+        title = f"{concept.name}, {part}"
+        before = self._draw(self.plain, tested.prompts, tested.seeds, f"{title}: unprotected")
+        after = self._draw(self.safe, tested.prompts, tested.seeds, f"{title}: protected")
+        rewrite = self._draw(self.plain, [pair.safe for pair in tested.pairs], tested.seeds, f"{title}: rewrite")
+        shown = judges.found(before, concept)
+        gone = ~judges.found(after, concept)[shown]
         names, prompts = np.array(tested.names), np.array(tested.prompts)
-        opinion = self.judges.judges["judge"].judge(after.pictures)
+        opinion = judges.judges["judge"].judge(after.pictures)
         companions = [row for row, pair in enumerate(tested.pairs) if has_companion(pair)]
         distance = features.perceptual.distance(after.pictures, rewrite.pictures).double().numpy()
         return {
@@ -92,4 +122,4 @@ class _Bench:
     def _draw(self, peer: Peer, prompts: list[str], seeds: list[int], title: str) -> Drawn:
         module = self.safe.controller.module
         key = f"{self.identity} {parameters_sha256(module) if isinstance(peer, SafeRedir) else 'plain'}"
-        return self.studio.draw(peer, key, prompts, seeds, f"{self.title}, {self.concept.name}: {title}")
+        return self.studio.draw(peer, key, prompts, seeds, f"{self.title}, {title}")

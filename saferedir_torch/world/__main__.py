@@ -16,6 +16,7 @@ app = typer.Typer(
 Folder = Annotated[Path, typer.Option(help="Where checkpoints, logs, samples and results go.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random in this stage.")]
 Steps = Annotated[int | None, typer.Option(help="Optimisation steps; the default is what the shipped weights took.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.")]
 DEFAULT_FOLDER = Path("runs/world")
 
 
@@ -45,11 +46,11 @@ def tokenizer(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0) -> None:
 
 
 @app.command()
-def vae(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -> None:
+def vae(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None, device: Device = "auto") -> None:
     """Train the autoencoder. About 13 minutes on two cores."""
-    from saferedir_torch.world.vae import train_vae
+    from saferedir_torch.world.vae import VAE_STEPS, train_vae
 
-    typer.echo(train_vae(folder, seed=seed, **_given(steps)))
+    typer.echo(train_vae(folder, seed=seed, steps=steps or VAE_STEPS, device=_device(device)))
 
 
 @app.command()
@@ -141,16 +142,43 @@ def fine_tune(
     folder: Folder,
     seed: Seed = 0,
     steps: Steps = None,
+    device: Device = "auto",
 ) -> None:
     """Make another model of the shipped one, to try its safety on unchanged."""
     from saferedir_torch.world import fine_tuning
 
+    where = _device(device)
     if kind == "few-step":
-        typer.echo(fine_tuning.distil(folder, seed=seed, steps=steps or fine_tuning.DISTIL_STEPS))
+        typer.echo(fine_tuning.distil(folder, seed=seed, steps=steps or fine_tuning.DISTIL_STEPS, device=where))
     elif kind in fine_tuning.KINDS:
-        typer.echo(fine_tuning.fine_tune(kind, folder, seed=seed, steps=steps or fine_tuning.TUNE_STEPS))
+        typer.echo(fine_tuning.fine_tune(kind, folder, seed=seed, steps=steps or fine_tuning.TUNE_STEPS, device=where))
     else:
         raise typer.BadParameter(f"{kind!r} is none of {', '.join((*fine_tuning.KINDS, 'few-step'))}", param_hint="--kind")
+
+
+@app.command()
+def architecture(
+    kind: Annotated[str, typer.Option(help="other-vae, wider-text (which predicts velocity) or transformer.")],
+    folder: Folder,
+    seed: Seed = 0,
+    steps: Steps = None,
+    device: Device = "auto",
+) -> None:
+    """Make a model of the same world with another autoencoder, text encoder or backbone, to re-fit the safety to."""
+    from saferedir_torch.world.architectures import ARCHITECTURES, make
+
+    if kind not in ARCHITECTURES:
+        raise typer.BadParameter(f"{kind!r} is none of {', '.join(ARCHITECTURES)}", param_hint="--kind")
+    typer.echo(make(kind, folder, seed=seed, steps=steps, device=_device(device)))
+
+
+def _device(name: str) -> str:
+    from saferedir_torch.models import device_called
+
+    try:
+        return str(device_called(name))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from None
 
 
 def _given(steps: int | None) -> dict[str, int]:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from saferedir_torch.training_run import ExponentialAverage, Schedule, run_training
@@ -145,16 +145,25 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 6000) -> Path:
 
 
 def denoising_loss(
-    unet: UNet2DConditionModel, scheduler: DDIMScheduler, latents: Tensor, embeds: Tensor, generator: torch.Generator
+    unet: nn.Module, scheduler: DDIMScheduler, latents: Tensor, embeds: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, float]]:
-    """Noise prediction at random timesteps with min-SNR weights, of latents [B, C, h, w] and embeddings [B, T, D]."""
-    noise = torch.randn(latents.shape, generator=generator)
-    timesteps = torch.randint(0, len(scheduler.alphas_cumprod), (len(latents),), generator=generator)
+    """What the scheduler has `unet` predict, at random timesteps with min-SNR weights, of latents [B, C, h, w] and
+    embeddings [B, T, D].
+
+    A squared error of noise weighs min(SNR, 5) / SNR, one of velocity min(SNR, 5) / (SNR + 1).
+    """
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    timesteps = torch.randint(0, len(scheduler.alphas_cumprod), (len(latents),), generator=generator).to(latents.device)
     noisy = scheduler.add_noise(latents, noise, timesteps)
-    predicted = unet(noisy, timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
-    errors = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
-    snr = (scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod))[timesteps]
-    return (snr.clamp(max=MIN_SNR) / snr * errors).mean(), {"mse": float(errors.detach().mean())}
+    predicted = unet(noisy, timesteps, embeds, return_dict=False)[0]
+    alphas = scheduler.alphas_cumprod.to(latents.device)[timesteps]
+    snr = alphas / (1 - alphas)
+    if scheduler.config.prediction_type == "v_prediction":
+        wanted, weights = scheduler.get_velocity(latents, noise, timesteps), snr.clamp(max=MIN_SNR) / (snr + 1)
+    else:
+        wanted, weights = noise, snr.clamp(max=MIN_SNR) / snr
+    errors = (predicted.float() - wanted).square().mean(dim=(1, 2, 3))
+    return (weights * errors).mean(), {"mse": float(errors.detach().mean())}
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from saferedir_torch.precision import mixed_precision
 from saferedir_torch.training_run import Schedule, run_training
 from saferedir_torch.world.batches import picture_batch
 from saferedir_torch.world.captions import caption
@@ -42,12 +43,12 @@ class ImageTower(nn.Module):
         return projected
 
 
-def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    """An untrained text encoder: width 128, 3 layers, 4 heads, 77 positions."""
+def new_text_encoder(tokenizer: CLIPTokenizer, width: int = WIDTH) -> CLIPTextModelWithProjection:
+    """An untrained text encoder: 3 layers, 4 heads, 77 positions."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
+        hidden_size=width,
+        intermediate_size=4 * width,
         num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=tokenizer.model_max_length,
@@ -82,20 +83,21 @@ def fit_towers(
     steps: int,
 ) -> None:
     """Train both towers with the symmetric InfoNCE loss on fresh scenes; `stream` keeps the scenes of one use apart."""
-    scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
+    device = text.device
+    scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32, device=device))
     holder = nn.ParameterList([scale])
     optimizer = torch.optim.AdamW([*text.parameters(), *image.parameters(), scale], lr=1.5e-3, weight_decay=0.02)
-    targets = torch.arange(BATCH)
+    targets = torch.arange(BATCH, device=device)
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([seed, stream, step])
         scenes = [random_scene(rng) for _ in range(BATCH)]
         tokens = tokenizer(
             [caption(scene, rng) for scene in scenes], padding=True, truncation=True, return_tensors="pt"
-        ).input_ids
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        ).input_ids.to(device)
+        with mixed_precision(device):
             text_features = text(tokens).text_embeds
-            image_features = image(picture_batch(scenes, rng))
+            image_features = image(picture_batch(scenes, rng).to(device))
         a, b = F.normalize(text_features.float(), dim=-1), F.normalize(image_features.float(), dim=-1)
         logits = scale.exp().clamp(max=100) * a @ b.T
         loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from saferedir_torch.precision import mixed_precision
 from saferedir_torch.training_run import Schedule, run_training
 from saferedir_torch.world.batches import picture_batch, save_sheet
 from saferedir_torch.world.scenes import random_scene
 
 BATCH = 16
+VAE_STEPS = 5000
 KL_WEIGHT = 1e-3  # of the divergence per latent element
 PEAK_RATE = 2e-3
 
@@ -35,20 +37,20 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def train_vae(folder: Path, *, seed: int = 0, steps: int = 5000) -> Path:
+def train_vae(folder: Path, *, seed: int = 0, steps: int = VAE_STEPS, device: str = "cpu") -> Path:
     """Train, set the scaling factor (1 / std of the latents), save to `folder/vae` and return that path."""
     torch.manual_seed(seed)
-    vae = new_vae()
+    vae = new_vae().to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_RATE, weight_decay=1e-4)
 
     def batch_of(step: int, size: int = BATCH) -> Tensor:
         rng = np.random.default_rng([seed, 1, step])
-        return picture_batch([random_scene(rng) for _ in range(size)], rng)
+        return picture_batch([random_scene(rng) for _ in range(size)], rng).to(device)
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         pictures = batch_of(step)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with mixed_precision(pictures.device):
             posterior = vae.encode(pictures).latent_dist
             decoded = vae.decode(posterior.sample(generator=generator)).sample
         decoded = decoded.float()
@@ -61,7 +63,7 @@ def train_vae(folder: Path, *, seed: int = 0, steps: int = 5000) -> Path:
     def sample(step: int) -> None:
         pictures = batch_of(-1 % 10**9, 24)
         decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample
-        save_sheet(torch.cat([pictures, decoded]), folder / "samples" / f"vae_{step:05d}.png")
+        save_sheet(torch.cat([pictures, decoded]).cpu(), folder / "samples" / f"vae_{step:05d}.png")
 
     run_training(
         folder=folder,
