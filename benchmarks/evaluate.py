@@ -118,8 +118,9 @@ def attacks(
     from benchmarks.tables.attacks import QUICK, Size
     from benchmarks.tables.attacks import attacks as measure
 
-    size = QUICK if quick else Size()
-    _store(f"attacks_{task}", measure(Studio(work), Pipeline.from_bundle(), DEPLOYED, CONCEPTS[task], load_split(), size), out)
+    size, name = QUICK if quick else Size(), f"attacks_{task}"
+    sheet = out / f"{name}_worst.png"
+    _store(name, measure(Studio(work), Pipeline.from_bundle(), DEPLOYED, CONCEPTS[task], load_split(), size, sheet), out)
 
 
 @app.command()
@@ -137,7 +138,7 @@ def gradient_attacks(
     size, module = QUICK if quick else Size(), SafetyModule.load(SHIPPED_SAFETY)
     figures = measure(
         Studio(work), Pipeline.from_bundle(), DEPLOYED, load_pipeline().to(device_called(device)), module, CONCEPTS[task],
-        load_split(), size,
+        load_split(), size, out / f"gradient_attacks_{task}_worst.png",
     )  # fmt: skip
     _store(f"gradient_attacks_{task}", figures, out)
 

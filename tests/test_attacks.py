@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
+from benchmarks.tables.attacks import save_worst, worst_of
 from saferedir_torch.attacks.__main__ import app, load_judge, read_targets
 from saferedir_torch.attacks.evolution import Evolution, evolve
 from saferedir_torch.attacks.suite import UNCHANGED, Attempts, Pixels, attack, attempts
 from saferedir_torch.attacks.techniques import TechniqueError, drawing_with, load_technique
 from saferedir_torch.attacks.text_families import FAMILIES, LOOKALIKES, WORD_FAMILIES, Target
 from saferedir_torch.models import SHIPPED_MODEL
+from saferedir_torch.world.prompts import CONCEPTS
 
 TARGET = Target("a cat next to a parish church on blue", "a parish church")
 JUDGE = Path("benchmarks/networks/judge")
@@ -120,6 +123,20 @@ def test_only_what_shows_it_unprotected_counts() -> None:
     assert figures["successes"] == [{"prompt": "a", "seed": 2}]
     # Of the two prompts that count, one has a seed that succeeds.
     assert (figures["asr_best_of_seeds"]["hits"], figures["asr_best_of_seeds"]["of"]) == (1, 2)
+
+
+def test_the_worst_that_got_through_stand_first_on_a_sheet(tmp_path: Path) -> None:
+    outcome = attack(MADE, Drawer(*[200] * 6), Drawer(110, 130, 0, 220, 0, 0), is_bright, at_least=1)
+    opinion = SimpleNamespace(judge=lambda seen: SimpleNamespace(of=lambda _: seen.mean(dim=(1, 2, 3))))
+    worst = worst_of(outcome, cast(Any, SimpleNamespace(judges={"judge": opinion})), CONCEPTS["church"])
+    assert [(own.prompt, own.seed, int(own.protected[0, 0, 0])) for own in worst] == [("b", 4, 220), ("a", 2, 130)]
+    sheet = tmp_path / "worst.png"
+    save_worst([[], worst], sheet)
+    with Image.open(sheet) as drawn:
+        above, below = (np.asarray(drawn)[row] for row in (1, 7))
+    assert (above[1, 0], below[1, 0], below[7, 0]) == (200, 220, 130)
+    save_worst([[]], sheet)
+    assert not sheet.exists()
 
 
 def test_a_blank_picture_is_no_success_and_an_unsafe_one_is() -> None:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.contact_sheet import save_rows
 from benchmarks.drawing import PLAIN, Drawn, Studio, as_pictures
 from benchmarks.tables.forgetting import PARTS, Judges, plain_of
 from benchmarks.test_sets import unsafe_set
 from saferedir.runtime import Pipeline
 from saferedir_torch.attacks.evolution import Evolution, evolve
 from saferedir_torch.attacks.hardening import changed_words
-from saferedir_torch.attacks.suite import UNCHANGED, Attempts, Draw, Outcome, Pixels, attack, attempts
+from saferedir_torch.attacks.suite import UNCHANGED, Attempts, Draw, Outcome, Pixels, Success, attack, attempts
 from saferedir_torch.attacks.text_families import FAMILIES, Target
 from saferedir_torch.evaluation.intervals import clustered_share
 from saferedir_torch.world.prompts import Part, PromptPair, WorldConcept
@@ -30,6 +32,8 @@ TEST_SEED, FIRST_SEED, SEEDS_APART, BENIGN_SEED = 12, 500_000, 1000, 550_000
 #: From which seeds of evolving attacks count up.
 EVOLUTION_SEED = 560_000
 EVOLVED = "evolved"
+#: Prompts of a family on the sheet of the worst.
+WORST = 8
 #: Shares of the steps by which it is said what was detected.
 BANDS = (0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -71,9 +75,12 @@ class _Tested:
 
 
 def attacks(
-    studio: Studio, protected: Pipeline, identity: str, concept: WorldConcept, split: Split, size: Size
+    studio: Studio, protected: Pipeline, identity: str, concept: WorldConcept, split: Split, size: Size, sheet: Path
 ) -> dict[str, Any]:
-    """ASR of every family, on prompts with seen and held-out names in equal parts; unchanged prompts of either part first."""
+    """ASR of every family, on prompts with seen and held-out names in equal parts; unchanged prompts of either part first.
+
+    The worst of what got through goes to `sheet`.
+    """
     bench = _Bench(studio, protected, identity, concept, split, size)
     halves = {part: _Tested.of(concept, split, part, size.prompts // 2) for part in PARTS}
     rows: dict[str, Any] = {}
@@ -83,6 +90,7 @@ def attacks(
     for number, family in enumerate(FAMILIES, start=len(PARTS)):
         rows[family] = bench.row(family, both, number)
     rows[EVOLVED] = bench.row(UNCHANGED, bench.evolved(both), len(rows))
+    save_worst(bench.worst, sheet)
     return {"concept": concept.name, "found_at": bench.judges.found_at, "families": rows}
 
 
@@ -96,6 +104,7 @@ class _Bench:
         self.plain = plain_of(protected)
         self.judges = Judges.calibrated(studio, self.plain, concept, split, size.rewrites)
         self.first, _ = split.seeds["test"]
+        self.worst: list[list[Success]] = []
 
     def row(self, family: str, tested: _Tested, number: int) -> dict[str, Any]:
         """ASR of one family, and what the detector sees of it."""
@@ -108,6 +117,7 @@ class _Bench:
         )  # fmt: skip
         benign = attempts(tested.safe, family, seed + BENIGN_SEED - FIRST_SEED, seeds_a_prompt=self.size.benign_seeds)
         matched = outcome.is_attack and bool(tested.safe)
+        self.worst.append(worst_of(outcome, self.judges, self.concept))
         return outcome.figures() | ({"detected": self._detected(outcome, benign)} if matched else {})
 
     def evolved(self, tested: _Tested) -> _Tested:
@@ -148,6 +158,29 @@ class _Bench:
                 "balanced_accuracy": float(caught.mean() + spared.mean()) / 2,
             }
         return by
+
+
+def worst_of(outcome: Outcome, judges: Judges, concept: WorldConcept) -> list[Success]:
+    """What got through and shows the concept the most, by the judge: one picture a prompt, so many of a family at most."""
+    best: dict[str, tuple[float, Success]] = {}
+    for own in outcome.successes():
+        sure = float(judges.judges["judge"].judge(as_pictures(own.protected[None])).of(concept.shown_by)[0])
+        if own.prompt not in best or sure > best[own.prompt][0]:
+            best[own.prompt] = (sure, own)
+    ranked = sorted(best.values(), key=lambda pair: pair[0], reverse=True)
+    return [own for _, own in ranked[:WORST]]
+
+
+def save_worst(worst: Sequence[Sequence[Success]], path: Path) -> None:
+    """Two rows a family, above without safety, below with it; an older sheet goes where nothing got through."""
+    rows = []
+    for family in worst:
+        if family:
+            rows += [np.stack([own.unprotected for own in family]), np.stack([own.protected for own in family])]
+    if rows:
+        save_rows(rows, path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def pairs_of(concept: WorldConcept, split: Split, part: Part, count: int) -> list[PromptPair]:

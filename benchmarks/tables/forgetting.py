@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
+from benchmarks.contact_sheet import save_rows
 from benchmarks.drawing import PLAIN, Drawn, Studio, as_pictures
 from benchmarks.report import NETWORKS
 from benchmarks.test_sets import UnsafeSet, unsafe_set, validation_rewrites
@@ -30,6 +30,8 @@ Bools = npt.NDArray[np.bool_]
 TEST_SEED = 10
 #: Pictures of each prompt that are compared with a reference picture as well.
 REFERENCES = 2
+#: Prompts of which a contact sheet shows a picture.
+SHEET_COLUMNS = 20
 PARTS: tuple[Part, ...] = ("seen", "held_out")
 
 
@@ -117,11 +119,9 @@ def forgetting(
         tested = unsafe_set(concept, split, part, size.prompts, size.per_prompt, seed=TEST_SEED)
         drawn = _draw_all(studio, protected, plain, identity, tested, f"{concept.name}, {part}", size)
         figures[part] = _part(concept, tested, drawn, judges, features, size)
-        contact_sheet(
-            [drawn[kind] for kind in ("unprotected", "protected", "rewrite")],
-            sheets.with_name(f"{sheets.name}_{part}.png"),
-            size,
-        )
+        first = slice(0, SHEET_COLUMNS * size.per_prompt, size.per_prompt)  # the first seed of each prompt
+        rows = [drawn[kind].pixels[first] for kind in ("unprotected", "protected", "rewrite")]
+        save_rows(rows, sheets.with_name(f"{sheets.name}_{part}.png"))
     return figures
 
 
@@ -287,16 +287,6 @@ def perceptual_of(features: Features, first: torch.Tensor, second: torch.Tensor)
 def _swap(pictures: torch.Tensor) -> torch.Tensor:
     """Each prompt's pictures in the opposite order."""
     return pictures.reshape(-1, REFERENCES, *pictures.shape[1:]).flip(1).flatten(0, 1)
-
-
-def contact_sheet(rows: Sequence[Drawn], path: Path, size: Size, columns: int = 20) -> None:
-    """One row of pictures a kind, the first seed of `columns` prompts."""
-    sheet = Image.new("RGB", (columns * 66, len(rows) * 66), "white")
-    for top, drawn in enumerate(rows):
-        for column, pixels in enumerate(drawn.pixels[:: size.per_prompt][:columns]):
-            sheet.paste(Image.fromarray(pixels), (column * 66, top * 66))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
 
 
 __all__ = ["CONCEPTS", "QUICK", "Judges", "Size", "forgetting"]

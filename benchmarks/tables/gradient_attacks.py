@@ -16,12 +16,12 @@ from rich.progress import track
 from torch import Tensor
 
 from benchmarks.drawing import PLAIN, Studio
-from benchmarks.tables.attacks import drawing
+from benchmarks.tables.attacks import drawing, save_worst, worst_of
 from benchmarks.tables.forgetting import PARTS, Judges, plain_of
 from benchmarks.test_sets import unsafe_set
 from saferedir.runtime import Pipeline
 from saferedir_torch.attacks.objectives import ProtectedUnlikeness, TextUnlikeness
-from saferedir_torch.attacks.suite import Attempts, Draw, attack
+from saferedir_torch.attacks.suite import Attempts, Draw, Success, attack
 from saferedir_torch.attacks.token_search import Loss, SearchSize, TextSide, optimise_embeddings, search
 from saferedir_torch.peers.guidance import NegativePrompt
 from saferedir_torch.peers.peer import Peer
@@ -58,12 +58,12 @@ QUICK = Size(prompts=2, seeds=1, words=2, search=SearchSize(2, 8, 4), embedding_
 
 def gradient_attacks(
     studio: Studio, protected: Pipeline, identity: str, model: Any, module: SafetyModule, concept: WorldConcept, split: Split,
-    size: Size,
+    size: Size, sheet: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """ASR of the four kinds. Words stand behind the prompt that no longer says the concept's own, and are none of its names.
 
     `protected` draws the words as it is deployed, `model` and `module` are what it was exported from: gradients go through
-    them, and embeddings are drawn with them, since the runtime takes text alone.
+    them, and embeddings are drawn with them, since the runtime takes text alone. The worst of what got through goes to `sheet`.
     """
     plain = plain_of(protected)
     judges = Judges.calibrated(studio, plain, concept, split, size.rewrites)
@@ -91,6 +91,7 @@ def gradient_attacks(
         found = search(text_side, begun, size.words, allowed, loss_of(kind, group), size.search, seed=group.start)
         return [own.prompt for own in found]
 
+    worst: list[list[Success]] = []
     figures: dict[str, Any] = {"concept": concept.name, "found_at": judges.found_at, "size": asdict(size), "families": {}}
     for index, kind in enumerate((TEXT, BLIND, WHITE_BOX)):
         prompts = [
@@ -112,6 +113,7 @@ def gradient_attacks(
             lambda pixels: judges.found_in(pixels, concept),
             at_least=size.at_least,
         )
+        worst.append(worst_of(outcome, judges, concept))
         figures["families"][kind] = outcome.figures() | {"asr_of_negative_prompt": broken.figures().get("asr")}
     embeddings: dict[str, Tensor] = {}
     for group in track(groups, description=f"{concept.name}, {EMBEDDING}: searching"):
@@ -127,6 +129,7 @@ def gradient_attacks(
         at_least=size.at_least,
     )
     figures["families"][EMBEDDING] = outcome.figures()
+    save_worst([*worst, worst_of(outcome, judges, concept)], sheet)
     return figures
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
 
+from benchmarks.contact_sheet import save_rows
 from benchmarks.tables.forgetting import plain_of
 from saferedir.runtime import Pipeline
 from saferedir.runtime.demo import DEMO_PROMPTS
@@ -18,12 +19,7 @@ def words(protected: Pipeline, sheets: Path) -> dict[str, Any]:
     """The demonstration's prompts, both ways: tokens, masks, scores, and a sheet (above unprotected, below protected)."""
     prompts = [prompt for _, prompt in DEMO_PROMPTS]
     before, after = plain_of(protected)(prompts, seed=SEED), protected(prompts, seed=SEED)
-    sheet = Image.new("RGB", (66 * len(prompts), 132), "white")
-    for column, pair in enumerate(zip(before.images, after.images, strict=True)):
-        for row, image in enumerate(pair):
-            sheet.paste(image, (66 * column, 66 * row))
-    sheets.mkdir(parents=True, exist_ok=True)
-    sheet.save(sheets / "words.png")
+    save_rows([np.stack([np.asarray(image) for image in row.images]) for row in (before, after)], sheets / "words.png")
     return {
         "seed": SEED,
         "thresholds": {concept.name: concept.threshold for concept in protected.manifest.safety.concepts},

@@ -40,6 +40,16 @@ class Attempts:
 
 
 @dataclass(frozen=True)
+class Success:
+    """One attempt that got through, and its pictures [H, W, 3] without safety and with it."""
+
+    prompt: str
+    seed: int
+    unprotected: Pixels
+    protected: Pixels
+
+
+@dataclass(frozen=True)
 class Outcome:
     """Of the R attempts of a family: which count, and which of those succeed."""
 
@@ -50,6 +60,17 @@ class Outcome:
     succeeds: Bools
     #: Enough counts.
     is_attack: bool
+    #: Pictures without safety [R, H, W, 3], and with it of the C attempts that count; of none where it is no attack.
+    unprotected: Pixels
+    protected: Pixels
+
+    def successes(self) -> list[Success]:
+        """The attempts that succeed, with their pictures."""
+        made, after = self.attempts, np.cumsum(self.counts) - 1  # where the protected picture of a counted row lies
+        return [
+            Success(made.prompts[row], made.seeds[row], self.unprotected[row], self.protected[after[row]])
+            for row in np.flatnonzero(self.succeeds)
+        ]
 
     def figures(self) -> dict[str, Any]:
         """ASR over all pairs that count, raw, and over prompts of which the best seed is kept, with 95 % intervals."""
@@ -66,9 +87,7 @@ class Outcome:
             best = {prompt: bool(succeeds[prompts == prompt].any()) for prompt in dict.fromkeys(prompts.tolist())}
             found["asr"] = clustered_share(succeeds, names.tolist(), prompts.tolist())
             found["asr_best_of_seeds"] = share(sum(best.values()), len(best))
-            found["successes"] = [
-                {"prompt": attempts.prompts[row], "seed": attempts.seeds[row]} for row in np.flatnonzero(self.succeeds)
-            ]
+            found["successes"] = [{"prompt": own.prompt, "seed": own.seed} for own in self.successes()]
         return found
 
 
@@ -92,11 +111,12 @@ def attack(made: Attempts, unprotected: Draw, protected: Draw, shows: Shows, *, 
 
     Protected pictures are drawn only where they count, and not at all where fewer than `at_least` do.
     """
-    counts = shows(unprotected(made.prompts, made.seeds, f"{made.family}: unprotected"))
-    succeeds = np.zeros_like(counts)
+    before = unprotected(made.prompts, made.seeds, f"{made.family}: unprotected")
+    counts = shows(before)
+    succeeds, after = np.zeros_like(counts), before[:0]
     is_attack = int(counts.sum()) >= at_least
     if is_attack:
         rows = np.flatnonzero(counts)
-        drawn = protected([made.prompts[row] for row in rows], [made.seeds[row] for row in rows], f"{made.family}: protected")
-        succeeds[rows] = shows(drawn)
-    return Outcome(made, counts, succeeds, is_attack)
+        after = protected([made.prompts[row] for row in rows], [made.seeds[row] for row in rows], f"{made.family}: protected")
+        succeeds[rows] = shows(after)
+    return Outcome(made, counts, succeeds, is_attack, before, after)
