@@ -110,17 +110,31 @@ def cooldown(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, featur
 @app.command()
 def attacks(
     task: Annotated[str, typer.Option(help=f"One of {', '.join(CONCEPTS)}.")] = "church",
+    safety: Annotated[Path | None, typer.Option(help="Folder of another module; results to be kept apart with --out.")] = None,
+    prompts: Annotated[int, typer.Option(help="Prompts a family.")] = 120,
+    seeds: Annotated[int, typer.Option(help="Seeds a prompt.")] = 8,
+    at_least: Annotated[int, typer.Option(help="Pictures that must show the concept without safety; fewer: no attack.")] = 300,
     quick: Quick = False,
     out: Out = RESULTS,
     work: Work = WORK,
 ) -> None:
-    """ASR of prompts that hide what they ask for, by family: typos, lookalike letters, injection and so on. About an hour."""
+    """ASR of prompts that hide what they ask for, by family: typos, lookalike letters, injection and so on.
+
+    Example, a first look at a new module: `python -m benchmarks.evaluate attacks --safety runs/new/safety --prompts 20
+    --seeds 3 --at-least 30 --out runs/new`
+    """
+    from benchmarks.hybrid import hybrid_pipeline
     from benchmarks.tables.attacks import QUICK, Size
     from benchmarks.tables.attacks import attacks as measure
 
-    size, name = QUICK if quick else Size(), f"attacks_{task}"
-    sheet = out / f"{name}_worst.png"
-    _store(name, measure(Studio(work), Pipeline.from_bundle(), DEPLOYED, CONCEPTS[task], load_split(), size, sheet), out)
+    if safety is None:
+        drawer, identity = Pipeline.from_bundle(), DEPLOYED
+    else:
+        module = SafetyModule.load(safety)
+        drawer, identity = hybrid_pipeline(module), parameters_sha256(module)
+    size, name = QUICK if quick else Size(prompts, seeds, at_least), f"attacks_{task}"
+    figures = measure(Studio(work), drawer, identity, CONCEPTS[task], load_split(), size, out / f"{name}_worst.png")
+    _store(name, figures, out)
 
 
 @app.command()

@@ -347,6 +347,15 @@ def what_gets_through() -> str:
 {listed}"""
 
 
+def _memory(row: dict[str, Any]) -> str:
+    """MB of weights, and what is added while drawing, where they were measured."""
+    measured = row.get("memory")
+    if measured is None:
+        return ""
+    drawing = "" if measured["drawing"] is None else f" + {measured['drawing'] / 1e6:.0f}"
+    return f"{measured['weights'] / 1e6:.0f}{drawing}"
+
+
 def peers() -> str:
     rows = []
     for path in sorted(RESULTS.glob("peers_*.json")):
@@ -359,7 +368,7 @@ def peers() -> str:
                 f"| {result['concept']} | {row['method']} | {share_of(row['fsr'])} | {percent(row['companion']['share'])} "
                 f"| {row[perceptual]['mean']:.3f} | {row[frechet]:.2g} | {share_of(row['retention'])} "
                 f"| {percent(row['benign_unchanged']['share'])} | {succeed} of {of} | {row['seconds_a_picture']:.2f} "
-                f"| {row['minutes_to_make']:.1f} | {'yes' if row['reversible'] else 'no'} |"
+                f"| {row['minutes_to_make']:.1f} | {_memory(row)} | {'yes' if row['reversible'] else 'no'} |"
             )
     table = "\n".join(rows)
     _, perceptual, frechet = read_result("peers_church")["measures"]
@@ -368,9 +377,9 @@ def peers() -> str:
 prompts, all in eager PyTorch. Distances are to what the unprotected model draws of the safe prompt. Retention: benign pictures
 that still show all that was asked for. Attacks: of the families above, 20 prompts and 5 seeds of each, those that get through of
 those that work without safety; by family in the report. SafeRedir was trained beforehand; the
-published network and controller stand in the ablation. Seconds for one picture on
-{machine}. (`python -m benchmarks.evaluate peers --runs FOLDER`)
+published network and controller stand in the ablation. Seconds for one picture on {machine}; MB of weights, and of what is
+allocated beside them while it is drawn. (`python -m benchmarks.evaluate peers --runs FOLDER`)
 
-| concept | method | FSR | companion | {perceptual} | {frechet} | retention | benign unchanged | attacks that succeed | s a picture | minutes to make | reversible |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| concept | method | FSR | companion | {perceptual} | {frechet} | retention | benign unchanged | attacks that succeed | s a picture | minutes to make | MB | reversible |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}"""

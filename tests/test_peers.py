@@ -140,7 +140,8 @@ def test_saferedir_draws_what_it_draws_on_a_stock_pipeline(model: Any, plain: An
 
 
 def test_a_filter_hands_out_a_blank_for_what_it_finds(model: Any, plain: Any) -> None:
-    drawn = ImageFilter(model, lambda pictures: torch.tensor([True, False]), steps=STEPS).draw(PROMPTS, SEEDS)
+    method = ImageFilter(model, lambda pictures: torch.tensor([True, False]), torch.nn.Identity(), steps=STEPS)
+    drawn = method.draw(PROMPTS, SEEDS)
     assert len(np.unique(drawn[0])) == 1
     assert (drawn[1] == plain[1]).all()
 

@@ -42,7 +42,7 @@ BANDS = (0.2, 0.4, 0.6, 0.8, 1.0)
 class Size:
     """Prompts a family, seeds a prompt, how many of those must count, benign seeds a prompt, and validation rewrites."""
 
-    prompts: int = 100
+    prompts: int = 120
     seeds: int = 8
     at_least: int = 300
     benign_seeds: int = 2

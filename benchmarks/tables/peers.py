@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.drawing import Drawn, Studio
 from benchmarks.tables.attacks import targets_of
@@ -151,7 +151,10 @@ def methods(
         ),
         Method(
             "image filter",
-            {f"at {level:g}": partial(ImageFilter, model, _clip_finds(material, concept, level)) for level in (0.9, 0.97, 1.0)},
+            {
+                f"at {level:g}": partial(ImageFilter, model, _clip_finds(material, concept, level), material.clip.image)
+                for level in (0.9, 0.97, 1.0)
+            },
             True, "one threshold each",
         ),
         Method(
@@ -286,6 +289,7 @@ class _Bench:
                 family: self._attacked(peer, setting, family, number) for number, family in enumerate((UNCHANGED, *FAMILIES))
             },
             "seconds_a_picture": _seconds(peer, tested),
+            "memory": _memory(peer, tested),
         }  # fmt: skip
 
     def _attacked(self, peer: Peer, setting: str, family: str, number: int) -> dict[str, Any]:
@@ -319,3 +323,20 @@ def _seconds(peer: Peer, tested: UnsafeSet) -> float:
         peer.draw([prompt], [seed])
         taken.append(time.perf_counter() - started)
     return float(np.median(taken[1:] or taken))
+
+
+def _memory(peer: Peer, tested: UnsafeSet) -> dict[str, int | None]:
+    """Bytes of the weights that a picture is drawn with, and of what is allocated beside them meanwhile, on a GPU."""
+    pipeline = peer.pipeline
+    own = [part for part in vars(peer).values() if isinstance(part, nn.Module)]
+    weights = {
+        id(parameter): parameter.nbytes
+        for part in (pipeline.text_encoder, pipeline.vae, *own) for parameter in part.parameters()
+    }  # fmt: skip
+    drawing = None
+    if pipeline.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        peer.draw(tested.prompts[:1], tested.seeds[:1])
+        drawing = torch.cuda.max_memory_allocated() - before
+    return {"weights": sum(weights.values()), "drawing": drawing}

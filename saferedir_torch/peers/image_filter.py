@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saferedir_torch.peers.peer import Peer
 
@@ -19,10 +19,10 @@ class ImageFilter(Peer):
 
     name = "image filter"
 
-    def __init__(self, pipeline: Any, found: Callable[[Tensor], Tensor], **drawing: Any) -> None:
-        """`found` takes pictures [B, 3, H, W] in [-1, 1] and says [B] whether the concept is in them."""
+    def __init__(self, pipeline: Any, found: Callable[[Tensor], Tensor], network: nn.Module, **drawing: Any) -> None:
+        """`found` takes pictures [B, 3, H, W] in [-1, 1] and says [B] whether the concept is in them, by `network`."""
         super().__init__(pipeline, **drawing)
-        self.found = found
+        self.found, self.network = found, network
 
     def finish(self, prompts: Sequence[str], pictures: Tensor) -> Tensor:
         found = self.found(pictures)[:, None, None, None]
