@@ -2,7 +2,7 @@
 
 In half every tensor of the exported graphs is rounded to its type (`saferedir.export.rounded`), over whole runs. In int8 the
 weights alone are, of UNet and VAE, one scale an output channel; a runtime makes floats of them once, at loading, so that only
-the file is smaller. Bundles and pictures are kept in `--work` and used again.
+the file is smaller. Bundles are exported anew, and pictures of the same graphs and weights, kept in `--work`, used again.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ def main() -> None:
 def measure(count: int, rewrites: int, work: Path) -> dict[str, Any]:
     """All ways on the same prompts and seeds, against the deployed engines in fp32."""
     split, studio = load_split(), Studio(work)
+    shutil.rmtree(work / "precision", ignore_errors=True)
     reference = Pipeline.from_bundle(backend="ort-cpu")
     tested = {name: unsafe_set(concept, split, "held_out", count, 1, seed=4) for name, concept in CONCEPTS.items()}
     rng = np.random.default_rng(91)
@@ -142,6 +143,7 @@ def measure(count: int, rewrites: int, work: Path) -> dict[str, Any]:
 
 
 def _bundle(way: Way, folder: Path) -> Bundle:
+    """Exported once a run, for all ways that draw with it."""
     out = folder / way.bundle_name
     module = SafetyModule.load(SHIPPED_SAFETY)
     if not out.exists():
@@ -151,11 +153,7 @@ def _bundle(way: Way, folder: Path) -> Bundle:
             quantise(pipeline)
         options = BundleOptions(name=way.bundle_name, max_batch=16, precision=precision, islands=way.islands)
         export_bundle(pipeline, module, out, options)
-    bundle = open_bundle(out)
-    if (out / "safety.safetensors").read_bytes() != (SHIPPED_SAFETY / "model.safetensors").read_bytes():
-        shutil.rmtree(out)
-        return _bundle(way, folder)
-    return bundle
+    return open_bundle(out)
 
 
 def _draw(studio: Studio, bundle: Bundle, way: Way, prompts: Sequence[str], seeds: Sequence[int]) -> Drawn:

@@ -123,9 +123,12 @@ def tensor_types(model: Any) -> dict[str, int]:
     """Element types of all tensors by name."""
     define_attention(model)
     weights = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    known = dict(weights)
     for node in model.graph.node:
+        if node.op_type == "Cast":  # weights that are stored in another type than they are used in
+            known[node.output[0]] = next(attribute.i for attribute in node.attribute if attribute.name == "to")
         if node.op_type == "GroupNormalization":  # onnx infers nothing of it; it gives what its scale is
-            model.graph.value_info.append(helper.make_tensor_value_info(node.output[0], weights[node.input[1]], None))
+            model.graph.value_info.append(helper.make_tensor_value_info(node.output[0], known[node.input[1]], None))
     graph = onnx.shape_inference.infer_shapes(model).graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)}
     if unknown := [node.name for node in graph.node if any(name and name not in types for name in node.output)]:

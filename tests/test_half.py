@@ -97,6 +97,17 @@ def test_plans_are_built_of_graphs_in_half(folder: Path, tmp_path: Path, precisi
     assert [plan.built for plan in plans] == [True] * 3
 
 
+def test_a_norm_is_typed_whose_weights_are_stored_in_another_type() -> None:
+    group = helper.make_node("GroupNormalization", ["x", "scale", "bias"], ["y"], num_groups=2, name="norm")
+    casts = [helper.make_node("Cast", [f"{name}.stored"], [name], to=TensorProto.FLOAT) for name in ("scale", "bias")]
+    stored = [helper.make_tensor(f"{name}.stored", TensorProto.BFLOAT16, [4], [1.0] * 4) for name in ("scale", "bias")]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4, 8, 8]) for name in ("x", "z")]
+    graph = helper.make_graph([*casts, group, helper.make_node("Relu", ["y"], ["z"])], "g", ends[:1], ends[1:], stored)
+    types = tensor_types(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)]))
+    assert types["y"] == types["scale"] == TensorProto.FLOAT
+    assert types["scale.stored"] == TensorProto.BFLOAT16
+
+
 def test_an_unknown_precision_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"precision is 'fp8'; expected one of fp32, fp16, bf16"):
         BundleOptions(name="x", precision="fp8").check()
