@@ -100,17 +100,22 @@ def precision() -> str:
     rows = []
     for row in result["rows"]:
         fsr = ", ".join(percent(own["share"]) for own in row["fsr"].values())
-        near = row["largest"][0] if row["largest"] else None
-        largest = "" if near is None else f"{100 * near['of_largest']:.1g} % ({near['tensor']})"
-        psnr = "" if row["way"] == "fp32" else f"{row['worst_psnr']:.1f}, {row['median_psnr']:.1f} dB"
+        largest = ", ".join(
+            f"{100 * tensors[0]['of_largest']:.1g} % (`{engine}`: {tensors[0]['tensor']})"
+            for engine, tensors in row["largest"].items()
+            if engine != "text_encoder"
+        )
+        psnr = ""
+        if row["way"] != "fp32":
+            psnr = f"{row['worst_psnr']:.1f}, {row['median_psnr']:.1f} dB, {percent(row['near']['share'])}"
         rows.append(
             f"| {row['way']} | {hits_of(row['decisions_equal'])} | {psnr} | {fsr} | {row['weight_bytes'] / 1e6:.1f} MB | {largest} |"
         )
     table = "\n".join(rows)
     return f"""**What does lower precision change?** {result["pictures"]} pictures, {result["benign"]} of them benign, the others with
 held-out names, {result["steps"]} steps each, every tensor of the graphs rounded to its type; int8 rounds weights alone, and
-saves room on disk alone. (`python -m benchmarks.precision`)
+saves room on disk alone. The text encoder's largest number is its causal mask, which is the lowest that the type holds. (`python -m benchmarks.precision`)
 
-| | decisions as in fp32 | PSNR to fp32, worst and median | FSR of church, ink, weapons | weights | largest magnitude, of what its type holds |
+| | decisions as in fp32 | PSNR to fp32: worst, median, pictures of 40 dB and more | FSR of church, ink, weapons | weights | largest magnitude, of what its type holds |
 | --- | --- | --- | --- | --- | --- |
 {table}"""

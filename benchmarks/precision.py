@@ -40,9 +40,14 @@ from saferedir_torch.world.prompts import CONCEPTS, benign_prompt
 from saferedir_torch.world.split import load_split
 
 LARGEST = {"fp16": 65504.0, "bf16": 3.39e38}
-WORST_TENSORS = 6
+#: Tensors of each engine that are named.
+WORST_TENSORS = 3
+#: Pictures are asked to come as near to those in fp32, in dB.
+NEAR = 40.0
 #: Pictures of which every tensor is watched, one call of each engine a step.
 WATCHED = 8
+MASKED = "text_encoder"
+WATCHED_ENGINES = (MASKED, "step", "vae_decoder")
 #: The weights' files of a bundle.
 WEIGHTS = ("text_encoder.safetensors", "unet.safetensors", "vae.safetensors", "safety.safetensors")
 
@@ -94,7 +99,9 @@ def main() -> None:
     for row in figures["rows"]:
         fsr = [f"{100 * row['fsr'][name]['share']:.1f} %" for name in CONCEPTS]
         equal = row["decisions_equal"]
-        near = row["largest"][0]["of_largest"] if row["largest"] else 0.0
+        near = (
+            max(tensors[0]["of_largest"] for name, tensors in row["largest"].items() if name != MASKED) if row["largest"] else 0
+        )
         table.add_row(row["way"], f"{equal['hits']} of {equal['of']}", f"{row['worst_psnr']:.1f}", f"{row['median_psnr']:.1f}",
                       *fsr, f"{row['weight_bytes'] / 1e6:.1f}", f"{100 * near:.2g} %")  # fmt: skip
     Console().print(table)
@@ -135,9 +142,10 @@ def measure(count: int, rewrites: int, work: Path) -> dict[str, Any]:
             "worst_score_difference": float(np.abs(found.score - expected.score).max()),
             "worst_psnr": float(psnr.min()),
             "median_psnr": float(np.median(psnr)),
+            "near": share(int((psnr >= NEAR).sum()), len(psnr)),
             "fsr": fsr,
             "weight_bytes": _int8_bytes(reference.bundle) if way and way.precision == INT8 else _stored(bundle),
-            "largest": _largest(reference, bundle, way, prompts, seeds) if way and way.watched else [],
+            "largest": _largest(reference, bundle, way, prompts, seeds) if way and way.watched else {},
         })  # fmt: skip
     return {"pictures": len(prompts), "benign": benign, "steps": int(expected.score.shape[1]), "rows": rows}
 
@@ -198,24 +206,24 @@ def _psnr(found: Drawn, expected: Drawn) -> Any:
 
 def _largest(
     reference: Pipeline, bundle: Bundle, way: Way, prompts: Sequence[str], seeds: Sequence[int]
-) -> list[dict[str, Any]]:
-    """The tensors whose magnitude comes nearest to the largest that their type holds, over all steps of some fp32 runs."""
+) -> dict[str, list[dict[str, Any]]]:
+    """Of each engine, the tensors whose magnitude comes nearest to the largest that their type holds, over all steps of some
+    fp32 runs. The text encoder's are its causal mask, which is the type's lowest number by design."""
     recording = RecordingBackend(reference.backend, reference.manifest.engines)
     rows = np.linspace(0, len(prompts) - 1, WATCHED).astype(int)
     Pipeline(reference.bundle, recording)([prompts[row] for row in rows], seed=[int(seeds[row]) for row in rows])
-    largest: dict[str, float] = {}
-    for engine in ("text_encoder", "step", "vae_decoder"):
+    found = {}
+    for engine in WATCHED_ENGINES:
         model, names = watched(load_rounded(bundle, engine))
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.folder.resolve()))
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        for given in recording.recorded[engine]:
-            for name, value in zip(names, session.run([MAGNITUDES], given)[0], strict=True):
-                key = f"{engine}/{name}"
-                largest[key] = max(largest.get(key, 0.0), float(value))
-    worst = sorted(largest, key=largest.__getitem__, reverse=True)[:WORST_TENSORS]
-    top = LARGEST[way.precision]
-    return [{"tensor": key, "largest": largest[key], "of_largest": largest[key] / top} for key in worst]
+        largest = np.max([session.run([MAGNITUDES], given)[0] for given in recording.recorded[engine]], axis=0)
+        found[engine] = [
+            {"tensor": names[row], "largest": float(largest[row]), "of_largest": float(largest[row]) / LARGEST[way.precision]}
+            for row in np.argsort(largest)[: -WORST_TENSORS - 1 : -1]
+        ]
+    return found
 
 
 if __name__ == "__main__":

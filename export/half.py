@@ -22,12 +22,13 @@ def halved(pipeline: Any, dtype: torch.dtype, islands: tuple[type[nn.Module], ..
 
 
 def _halved(model: Any, dtype: torch.dtype, islands: tuple[type[nn.Module], ...]) -> Any:
-    model = deepcopy(model).to(dtype)
-    for module in model.modules():
-        if isinstance(module, islands):
-            module.float()
-            module.register_forward_pre_hook(_to_float)
-            module.register_forward_hook(_back_to(dtype))
+    model = deepcopy(model)
+    kept = [(module, deepcopy(module.state_dict())) for module in model.modules() if isinstance(module, islands)]
+    model.to(dtype)
+    for module, weights in kept:
+        module.float().load_state_dict(weights)  # as they were before they were rounded
+        module.register_forward_pre_hook(_to_float)
+        module.register_forward_hook(_back_to(dtype))
     return model
 
 

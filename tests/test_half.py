@@ -114,9 +114,12 @@ def test_an_unknown_precision_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_islands_take_and_give_half_and_compute_in_fp32(folder: Path) -> None:
-    half = halved(load_pipeline(folder / "model"), torch.float16, (nn.GroupNorm,))
+    pipeline = load_pipeline(folder / "model")
+    nn.init.constant_(pipeline.unet.conv_norm_out.weight, 1 / 3)
+    half = halved(pipeline, torch.float16, (nn.GroupNorm,))
     norms = [module for module in half.unet.modules() if isinstance(module, nn.GroupNorm)]
     assert norms
+    assert torch.equal(half.unet.conv_norm_out.weight, pipeline.unet.conv_norm_out.weight)  # not rounded on the way
     assert {norm.weight.dtype for norm in norms} == {torch.float32}
     # Its mean square is beyond what fp16 holds.
     large = torch.randn(1, norms[0].num_channels, 4, 4).half() * 8000
