@@ -13,7 +13,6 @@ from benchmarks.evaluate import app
 TABLES = [
     ["forgetting", "--task", "church"],
     ["forgetting", "--task", "ink"],
-    ["forgetting", "--task", "weapons"],
     ["benign"],
     ["unfamiliar"],
     ["interference"],
