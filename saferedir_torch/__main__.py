@@ -83,7 +83,7 @@ def train(
     base = None if extend is None else SafetyModule.load(extend).to(pipeline.device)
     start = None if start_from is None else SafetyModule.load(start_from).to(pipeline.device)
     known = [] if base is None else base.config.concept_names
-    source = _hardened(_source(pipeline, pairs, concept or [], rewrite or [], split, known), harden or [])
+    source = _hardened(_source(pipeline, pairs, concept or [], rewrite or [], split, known), harden or [], pipeline)
     module = train_module(
         pipeline, source, out, seed=seed, steps=steps, runs=runs, pairs=pair_count,
         samplings=[_sampling(text) for text in sampling] if sampling else SAMPLINGS, runs_from=runs_from, extend=base,
@@ -186,11 +186,11 @@ def _source(
     return source
 
 
-def _hardened(source: PromptSource, families: list[str]) -> PromptSource:
-    from saferedir_torch.attacks.hardening import HardenedPrompts
+def _hardened(source: PromptSource, families: list[str], pipeline: Any) -> PromptSource:
+    from saferedir_torch.attacks.hardening import HardenedPrompts, NearerInMeaning
 
     try:
-        return HardenedPrompts(source, families) if families else source
+        return HardenedPrompts(source, families, still_means=NearerInMeaning(pipeline)) if families else source
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--harden") from error
 

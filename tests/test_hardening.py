@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saferedir_torch.attacks.hardening import ALL_FAMILIES, ALL_WORD_FAMILIES, HardenedPrompts, changed_words
+from saferedir_torch.attacks.hardening import ALL_FAMILIES, ALL_WORD_FAMILIES, HardenedPrompts, NearerInMeaning, changed_words
 from saferedir_torch.attacks.long_prompts import DID, FRAMES, WHAT, WHEN, WHO
 from saferedir_torch.attacks.respelling import MARKS, accents
 from saferedir_torch.attacks.text_families import GAPS, INJECTIONS, LOOKALIKES, SMALL_TALK
+from saferedir_torch.models import load_pipeline
 from saferedir_torch.world.captions import all_names
 from saferedir_torch.world.source import WorldPrompts
 from saferedir_torch.world.split import load_split
@@ -77,6 +78,22 @@ def test_a_share_is_rewritten_and_benign_prompts_alike() -> None:
     original = [SOURCE.benign(np.random.default_rng(seed)) for seed in range(50)]
     assert sum(a != b for a, b in zip(benign, original, strict=True)) > 25
     assert (source.replacements, source.seeds) == (SOURCE.replacements, SOURCE.seeds)
+
+
+def test_a_respelling_that_no_longer_asks_is_left_out() -> None:
+    plain = [SOURCE.pair("weapons", np.random.default_rng(seed)).unsafe for seed in range(20)]
+    strict = HardenedPrompts(SOURCE, ["scrambled"], share=1.0, still_means=lambda respelt, unsafe, safe: False)
+    assert [strict.pair("weapons", np.random.default_rng(seed)).unsafe for seed in range(20)] == plain
+    # What stands around a prompt does not change what it asks for.
+    around = HardenedPrompts(SOURCE, ["framed"], share=1.0, still_means=lambda respelt, unsafe, safe: False)
+    assert [around.pair("weapons", np.random.default_rng(seed)).unsafe for seed in range(20)] != plain
+
+
+def test_the_text_encoder_says_what_a_respelling_still_means() -> None:
+    means = NearerInMeaning(load_pipeline())
+    assert means("a church on blue", "a church on blue", "a house on blue")
+    assert not means("a house on blue", "a church on blue", "a house on blue")
+    assert means("a churchh on blue", "a church on blue", "a house on blue")
 
 
 def test_unknown_families_are_named() -> None:

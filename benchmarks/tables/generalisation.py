@@ -15,7 +15,7 @@ from benchmarks.hybrid import hybrid_pipeline
 from benchmarks.tables.attacks import drawing, targets_of
 from benchmarks.tables.forgetting import PARTS, Judges, plain_of
 from benchmarks.tables.splits import CONCEPT, PAIRS, STEPS, train_briefly
-from saferedir_torch.attacks.hardening import HardenedPrompts
+from saferedir_torch.attacks.hardening import HardenedPrompts, NearerInMeaning
 from saferedir_torch.attacks.suite import attack, attempts
 from saferedir_torch.attacks.text_families import FAMILIES
 from saferedir_torch.evaluation.intervals import share
@@ -63,8 +63,9 @@ def generalisation(
     benign, benign_seeds = benign_set(split, "test", size.benign, seed=TEST_SEED)
     figures: dict[str, Any] = {"concept": CONCEPT, "steps": size.steps, "families": {}, "benign_fired": {}}
     for title, families in trainings().items():
-        plain_source = WorldPrompts([CONCEPT], split)
-        source: PromptSource = HardenedPrompts(plain_source, families) if families else plain_source
+        source: PromptSource = WorldPrompts([CONCEPT], split)
+        if families:
+            source = HardenedPrompts(source, families, still_means=NearerInMeaning(pipeline))
         place = folder / title.replace(" ", "_")
         module = train_briefly(pipeline, source, bank, place, steps=size.steps, pairs=size.pairs)
         drawer, identity = hybrid_pipeline(module), parameters_sha256(module)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
+from typing import Any
 
 import numpy as np
+import torch
 
 from saferedir_torch.attacks.long_prompts import framed, longer
 from saferedir_torch.attacks.respelling import RESPELLINGS
 from saferedir_torch.attacks.text_families import FAMILIES, WORD_FAMILIES, Family, Target, on_words
 from saferedir_torch.prompt_source import PromptSource, TrainingPair
+from saferedir_torch.trajectories import encode
 
 #: Share of pairs, and of benign prompts, that are rewritten.
 ATTACKED_SHARE = 0.3
+#: Respellings of one prompt that are tried until one still means what it said.
+TRIES = 6
+#: Respelt prompt, the prompt it was made of, and its rewrite -> it still means the one rather than the other.
+StillMeans = Callable[[str, str, str], bool]
 #: Families that no attack is tested with.
 TRAINING_FAMILIES: dict[str, Family] = {
     "longer": longer, "framed": framed, **{name: on_words(change) for name, change in RESPELLINGS.items()},
@@ -28,16 +35,20 @@ class HardenedPrompts:
 
     What asks for a concept is what a pair's rewrite changes. Benign prompts are rewritten at any word, so that strange
     spelling by itself means nothing. Families that put words around a prompt put them around the rewrite as well.
+    A respelling of which `still_means` says that it no longer asks for the concept would be a wrong label, and is left out.
     """
 
-    def __init__(self, source: PromptSource, families: Sequence[str], share: float = ATTACKED_SHARE) -> None:
+    def __init__(
+        self, source: PromptSource, families: Sequence[str], share: float = ATTACKED_SHARE,
+        still_means: StillMeans = lambda respelt, unsafe, safe: True,
+    ) -> None:  # fmt: skip
         """Raises:
         ValueError: a family is not known, or none is given.
         """
         unknown = sorted(set(families) - set(ALL_FAMILIES))
         if unknown or not families:
             raise ValueError(f"unknown families {', '.join(unknown) or '(none given)'}; expected {', '.join(ALL_FAMILIES)}")
-        self.source, self.families, self.share = source, tuple(families), share
+        self.source, self.families, self.share, self.still_means = source, tuple(families), share, still_means
         self.replacements, self.seeds = source.replacements, source.seeds
 
     def pair(self, concept: str, rng: np.random.Generator) -> TrainingPair:
@@ -60,10 +71,13 @@ class HardenedPrompts:
             return pair
         family = self._any(rng)
         if family in ALL_WORD_FAMILIES:
-            unsafe = pair.unsafe
-            for words in spans:
-                unsafe = unsafe.replace(words, ALL_WORD_FAMILIES[family](words, rng), 1)
-            return replace(pair, unsafe=unsafe)
+            for _ in range(TRIES):
+                unsafe = pair.unsafe
+                for words in spans:
+                    unsafe = unsafe.replace(words, ALL_WORD_FAMILIES[family](words, rng), 1)
+                if self.still_means(unsafe, pair.unsafe, pair.safe):
+                    return replace(pair, unsafe=unsafe)
+            return pair
         seed = int(rng.integers(2**32))  # the same words around both
         safe_words = changed_words(pair.safe, pair.unsafe) or [pair.safe.split(" ")[0]]
         unsafe, safe = (
@@ -74,6 +88,20 @@ class HardenedPrompts:
 
     def _any(self, rng: np.random.Generator) -> str:
         return self.families[int(rng.integers(len(self.families)))]
+
+
+class NearerInMeaning:
+    """By a model's text encoder: a respelt prompt's tokens lie nearer to those of the prompt it was made of than to those of
+    its rewrite. Cross-attention reads tokens as a set, so each is measured to the nearest of the other prompt."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+
+    @torch.no_grad()
+    def __call__(self, respelt: str, unsafe: str, safe: str) -> bool:
+        _, embeds = encode(self.pipeline, [respelt, unsafe, safe])
+        near = torch.cdist(embeds[:1], embeds[1:]).amin(dim=2).mean(dim=1)
+        return bool(near[0] < near[1])
 
 
 def changed_words(prompt: str, other: str) -> list[str]:
