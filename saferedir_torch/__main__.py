@@ -45,12 +45,13 @@ def train(
     runs_from: Annotated[Path | None, typer.Option(help="Folder of another training whose recorded runs are used.")] = None,
     extend: Annotated[Path | None, typer.Option(help="Folder of a trained module that the concept is added to.")] = None,
     start_from: Annotated[
-        Path | None, typer.Option(help="Folder of a module of these concepts for another model, to begin with its weights.")
+        Path | None, typer.Option(help="Folder of a module of these concepts, perhaps for another model, to go on from.")
     ] = None,
     harden: Annotated[
         list[str] | None,
         typer.Option(help="Family of attacks to train against, again for more: longer, typos and so on."),
     ] = None,
+    batch_scale: Annotated[int, typer.Option(min=1, help="Cases a step, in multiples of what two cores bear; 4 on a GPU.")] = 1,
     device: Device = "auto",
     config: Config = None,
 ) -> None:
@@ -83,11 +84,11 @@ def train(
     base = None if extend is None else SafetyModule.load(extend).to(pipeline.device)
     start = None if start_from is None else SafetyModule.load(start_from).to(pipeline.device)
     known = [] if base is None else base.config.concept_names
-    source = _hardened(_source(pipeline, pairs, concept or [], rewrite or [], split, known), harden or [], pipeline)
+    source = _hardened(_source(pipeline, pairs, concept or [], rewrite or [], split, known), harden or [])
     module = train_module(
         pipeline, source, out, seed=seed, steps=steps, runs=runs, pairs=pair_count,
         samplings=[_sampling(text) for text in sampling] if sampling else SAMPLINGS, runs_from=runs_from, extend=base,
-        start=start,
+        start=start, batch_scale=batch_scale,
     )  # fmt: skip
     typer.echo(json.dumps(module.config.provenance, indent=1))
 
@@ -186,11 +187,11 @@ def _source(
     return source
 
 
-def _hardened(source: PromptSource, families: list[str], pipeline: Any) -> PromptSource:
-    from saferedir_torch.attacks.hardening import HardenedPrompts, NearerInMeaning
+def _hardened(source: PromptSource, families: list[str]) -> PromptSource:
+    from saferedir_torch.attacks.hardening import HardenedPrompts
 
     try:
-        return HardenedPrompts(source, families, still_means=NearerInMeaning(pipeline)) if families else source
+        return HardenedPrompts(source, families) if families else source
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--harden") from error
 

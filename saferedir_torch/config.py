@@ -60,8 +60,10 @@ class SafetyConfig:
     branches: tuple[int, ...] = ()
     #: Steps during which detection rests after it fired.
     cooldown: int = 2
-    #: A concept that fires although it is active already is redirected with this times its strength.
+    #: A concept that fires although it is active already is redirected with this times its strength, or with a refuge to
+    #: the embedding of a safe prompt that asks for what is drawn in its place and for little else.
     persistence: float = 1.5
+    refuge: bool = False
     latent_widths: tuple[int, int, int] = (64, 128, 256)
     latent_features: int = 512
     timestep_frequencies: int = 320

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ RENOISED_SHARE = 0.4
 CLEAN_SHARE = 0.99
 #: Share of held-out unsafe runs that need not reach the height which gains are set by.
 MISSED_SHARE = 0.01
+#: Embeddings whose standard deviation is taken for that of all.
+NOISE_MEASURED_ON = 10_000
 #: Noise on prompt embeddings, in units of their standard deviation: names never seen lie near seen ones.
 PROMPT_NOISE = 0.15
 
@@ -64,53 +66,57 @@ class Learner:
     """Draws batches by step number, and measures on the runs and pairs that training leaves out.
 
     `alphas` [1000]: the scheduler's cumulative signal shares. The last branch of `module` is taught, with the encoder
-    where it is the only one; labels and pairs are of its concepts. Runs and pairs stay on the CPU, where batches are made
-    of them, alike whatever device `module` is on.
+    where it is the only one; labels and pairs are of its concepts. Runs and pairs lie on a GPU that `module` is on and that has
+    room for them, else on the CPU. Batches are chosen alike whatever the device; only noise is its own. They hold `scale`
+    times as many cases as what two cores can bear.
     """
 
     def __init__(
-        self, module: SafetyModule, bank: LatentBank, pairs: PairBank, alphas: Tensor, seed: int, *, tau: float = TAU
-    ) -> None:
-        self.tau = tau
+        self, module: SafetyModule, bank: LatentBank, pairs: PairBank, alphas: Tensor, seed: int, *, tau: float = TAU,
+        scale: int = 1,
+    ) -> None:  # fmt: skip
+        self.tau, self.scale = tau, scale
         self.branch = module.last_branch
         if len(module.branches) > 1:
             # The encoder was taught without these concepts and stays as it is: what shows in a latent is left open.
             bank = replace(bank, shown=torch.where(bank.shown > 0, torch.full_like(bank.shown, -1), bank.shown))
         self.device = next(module.parameters()).device
-        self.module, self.bank, self.pairs, self.alphas, self.seed = module, bank, pairs, alphas.cpu(), seed
+        self.store = _place(self.device, bank, pairs)
+        bank, pairs = bank.to(self.store), pairs.to(self.store)
+        self.module, self.bank, self.pairs, self.alphas, self.seed = module, bank, pairs, alphas.to(self.store), seed
         rng = np.random.default_rng([seed, 31])
         run_count = int(bank.run.max()) + 1
-        held = torch.zeros(run_count, dtype=torch.bool)
-        held[torch.from_numpy(rng.permutation(run_count)[: max(1, int(run_count * VALIDATION_SHARE))])] = True
+        held = torch.zeros(run_count, dtype=torch.bool, device=self.store)
+        held[self._stored(rng.permutation(run_count)[: max(1, int(run_count * VALIDATION_SHARE))])] = True
         row_held = held[bank.run]
         self.train_rows, self.held_rows = torch.where(~row_held)[0], torch.where(row_held)[0]
-        last = torch.zeros(run_count, dtype=torch.int64)
-        last[bank.run] = torch.arange(len(bank.run))  # rows of a run are in the order of its steps
-        self.last_row = last
-        order = torch.from_numpy(rng.permutation(len(pairs.asked)))
+        # The rows of a run are in the order of its steps.
+        self.last_row = torch.bincount(bank.run, minlength=run_count).cumsum(dim=0) - 1
+        order = self._stored(rng.permutation(len(pairs.asked)))
         cut = max(1, int(len(order) * VALIDATION_SHARE))
         self.held_pairs, self.train_pairs = order[:cut], order[cut:]
         changes = pairs.replaced[self.train_pairs].any(dim=1)
         self.changing_pairs, self.untouched_pairs = self.train_pairs[changes], self.train_pairs[~changes]
-        self.noise_scale = PROMPT_NOISE * float(pairs.original.float().std())
+        self.noise_scale = PROMPT_NOISE * float(pairs.original[:NOISE_MEASURED_ON].float().std())
 
     def loss_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """The loss of one optimisation step, and its parts; everything random comes from `step`."""
         detected, parts = self.detection_of_step(step)
-        moved, moved_parts = self._moved(step, [(self.train_pairs, PAIR_BATCH)])
+        moved, moved_parts = self._moved(step, [(self.train_pairs, PAIR_BATCH * self.scale)])
         return detected + moved, parts | moved_parts
 
     def redirection_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """What the redirector is taught on its own: more of the pairs in which something is to change."""
-        untouched = int(PAIR_BATCH * UNTOUCHED_SHARE)
-        return self._moved(step, [(self.changing_pairs, PAIR_BATCH - untouched), (self.untouched_pairs, untouched)])
+        size = PAIR_BATCH * self.scale
+        untouched = int(size * UNTOUCHED_SHARE)
+        return self._moved(step, [(self.changing_pairs, size - untouched), (self.untouched_pairs, untouched)])
 
     def _moved(self, step: int, drawn_from: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, dict[str, float]]:
         """The redirection loss of pairs drawn from each of some pools, so many of each."""
         rng = np.random.default_rng([self.seed, 35, step])
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + 500_000)
-        chosen = torch.cat([pool[torch.from_numpy(rng.integers(len(pool), size=size))] for pool, size in drawn_from])
-        shown = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=PAIR_BATCH))]
+        generator = self._noise_of(self.seed * 1_000_003 + step + 500_000)
+        chosen = torch.cat([self._any_of(pool, size, rng) for pool, size in drawn_from])
+        shown = self._any_of(self.train_rows, len(chosen), rng)
         return self._redirection(chosen, shown, rng, generator)
 
     def detection_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -127,12 +133,12 @@ class Learner:
         would leave them nothing to learn.
         """
         rng = np.random.default_rng([self.seed, 36, step])
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + 800_000)
-        chosen = self.train_pairs[torch.from_numpy(rng.integers(len(self.train_pairs), size=WORD_BATCH))]
+        generator = self._noise_of(self.seed * 1_000_003 + step + 800_000)
+        chosen = self._any_of(self.train_pairs, WORD_BATCH * self.scale, rng)
         pairs, evidence = self.pairs, self.branch.detector.words
         asked, left = pairs.asked[chosen], pairs.asked[chosen] * (1 - pairs.replaced[chosen])
         prompt = self._noisy(torch.cat([pairs.original[chosen].float(), pairs.target[chosen].float()]), generator)
-        logits = evidence.tokens(prompt.to(self.device))  # [2 W, T, N]
+        logits = evidence.tokens(prompt)  # [2 W, T, N]
         of_words = logits[: len(chosen)].masked_fill(~pairs.words[chosen][:, :, None].to(self.device), -torch.inf)
         parts = torch.cat([torch.logsumexp(logits, dim=1), torch.logsumexp(of_words, dim=1)])
         labels = torch.cat([asked, left, asked]).to(self.device)
@@ -142,31 +148,31 @@ class Learner:
     def detection_batch(self, step: int) -> DetectionBatch:
         """What the detector is shown in one step."""
         rng = np.random.default_rng([self.seed, 32, step])
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        rows = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=STEP_BATCH))]
-        swap = torch.from_numpy(rng.random(STEP_BATCH) < SWAP_SHARE)
-        other = self.train_rows[torch.from_numpy(rng.integers(len(self.train_rows), size=STEP_BATCH))]
-        paired = torch.from_numpy(rng.random(STEP_BATCH) < PAIRED_SHARE)
-        named = self.train_pairs[torch.from_numpy(rng.integers(len(self.train_pairs), size=STEP_BATCH))]
+        generator, size = self._noise_of(self.seed * 1_000_003 + step), STEP_BATCH * self.scale
+        rows = self._any_of(self.train_rows, size, rng)
+        swap = self._stored(rng.random(size) < SWAP_SHARE)
+        other = self._any_of(self.train_rows, size, rng)
+        paired = self._stored(rng.random(size) < PAIRED_SHARE)
+        named = self._any_of(self.train_pairs, size, rng)
         prompt = _choose(paired, self.pairs.original[named], self._prompts(rows))
         asked = _choose(paired, self.pairs.asked[named], self.bank.asked[rows])
         looked_at = torch.where(swap | paired, other, rows)
         seen = self._seen(looked_at)
-        renoised = torch.from_numpy(rng.random(STEP_BATCH) < RENOISED_SHARE)
+        renoised = self._stored(rng.random(size) < RENOISED_SHARE)
         anew = self._renoised(self.last_row[self.bank.run[looked_at]], generator)
         seen = _Seen(*(_choose(renoised, new, old) for new, old in zip(anew, seen, strict=True)))
-        return _batch(self._noisy(prompt.float(), generator), asked, seen)
+        return _batch(self._noisy(prompt, generator), asked, seen)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Losses and detector accuracy on held-out runs and pairs."""
         rng = np.random.default_rng([self.seed, 33])
-        rows = self.held_rows[torch.from_numpy(rng.integers(len(self.held_rows), size=1500))]
-        batch = _batch(self._prompts(rows).float(), self.bank.asked[rows], self._seen(rows))
-        detected = detection_loss(self._logits(batch.prompt, rows), batch.labels, batch.weights)
+        rows = self._any_of(self.held_rows, 1500, rng)
+        batch = _batch(self._prompts(rows), self.bank.asked[rows], self._seen(rows))
+        detected = detection_loss(self._logits(batch.prompt, rows), batch.labels.cpu(), batch.weights.cpu())
         accuracy = self._accuracy(rows)
         chosen = self.held_pairs[:400]
-        shown = self.held_rows[torch.from_numpy(rng.integers(len(self.held_rows), size=len(chosen)))]
+        shown = self._any_of(self.held_rows, len(chosen), rng)
         moved, parts = self._redirection(chosen, shown, rng, None)
         return {"loss": float(detected) + float(moved), "detection": float(detected), "accuracy": accuracy, **parts}
 
@@ -176,8 +182,8 @@ class Learner:
 
         A step is clean if the prompt does not ask for the concept and the latent does not show it.
         """
-        bank, rows = self.bank, self.held_rows
-        logits = self._logits(self._prompts(rows), rows)
+        bank, rows = self.bank.to("cpu"), self.held_rows.cpu()
+        logits = self._logits(self._prompts(self.held_rows), self.held_rows)
         levels = torch.zeros(logits.shape[1], KNOTS)
         spacing = TIMESTEPS / (KNOTS - 1)
         for knot in range(KNOTS):
@@ -191,8 +197,8 @@ class Learner:
     @torch.no_grad()
     def unsafe_peaks(self) -> Tensor:
         """Per concept, how far above its level all but 1 % of held-out unsafe runs rise in some step, in logits: [N]."""
-        bank, rows = self.bank, self.held_rows
-        logits = self._logits(self._prompts(rows), rows).to(self.device)
+        bank, rows = self.bank.to("cpu"), self.held_rows.cpu()
+        logits = self._logits(self._prompts(self.held_rows), self.held_rows).to(self.device)
         above = (self.branch.comparable(logits, bank.timestep[rows].to(self.device)) / self.branch.gains).cpu()
         peaks = torch.full((above.shape[1],), REACH)
         for index in range(above.shape[1]):
@@ -201,6 +207,14 @@ class Learner:
                 highest = torch.stack([above[bank.run[rows] == run, index].max() for run in unsafe])
                 peaks[index] = torch.quantile(highest, MISSED_SHARE)
         return peaks
+
+    def _stored(self, values: Any) -> Tensor:
+        """An array of numpy's where runs and pairs lie."""
+        return torch.from_numpy(values).to(self.store)
+
+    def _any_of(self, pool: Tensor, size: int, rng: np.random.Generator) -> Tensor:
+        """`size` of the rows in `pool`, where runs and pairs lie."""
+        return pool[self._stored(rng.integers(len(pool), size=size))]
 
     def _prompts(self, rows: Tensor) -> Tensor:
         return self.bank.prompts[self.bank.prompt[rows]]
@@ -212,9 +226,11 @@ class Learner:
         """The latents of `rows` carried on to later times by the forward process, z_t = sqrt(a) z + sqrt(1 - a) n: more
         looks at what a run drew than its own steps give."""
         latent, before, shown = self._seen(rows)
-        timestep = torch.maximum(torch.randint(0, len(self.alphas), before.shape, generator=generator).float(), before)
+        device = generator.device
+        later = torch.randint(0, len(self.alphas), before.shape, generator=generator, device=device)
+        timestep = torch.maximum(later.to(before), before)
         kept = (self.alphas[timestep.long()] / self.alphas[before.long()])[:, None, None, None]
-        noise = torch.randn(latent.shape, generator=generator)
+        noise = torch.randn(latent.shape, generator=generator, device=device).to(latent)
         unclear = (shown > 0) & (timestep >= PICTURE_SHOWS)[:, None]
         shown = torch.where(unclear, torch.full_like(shown, -1.0), shown)
         return _Seen(kept.sqrt() * latent + (1 - kept).sqrt() * noise, timestep, shown)
@@ -223,10 +239,10 @@ class Learner:
         self, chosen: Tensor, shown: Tensor, rng: np.random.Generator, generator: torch.Generator | None
     ) -> tuple[Tensor, dict[str, float]]:
         pairs = self.pairs
-        clean, target = pairs.original[chosen].float(), pairs.target[chosen].float()
-        mask = changed_tokens(clean, target, self.tau).to(self.device)
+        clean, target = (side[chosen].to(self.device).float() for side in (pairs.original, pairs.target))
+        mask = changed_tokens(clean, target, self.tau)
         # The target stays clean: what is strange about a name is to be removed, not carried over.
-        original, target = self._noisy(clean, generator).to(self.device), target.to(self.device)
+        original = self._noisy(clean, generator)
         active = self._active(chosen, rng).to(self.device)
         joint = self.module.encoder(self.bank.latent[shown].float().to(self.device), self.bank.timestep[shown].to(self.device))
         features = self.branch.redirector.prompt_features(original)
@@ -237,16 +253,23 @@ class Learner:
         """Concepts that are active with each pair: those that its target is without, and by chance such as it does not
         ask for; at least one."""
         asked, replaced = self.pairs.asked[chosen], self.pairs.replaced[chosen]
-        by_chance = torch.from_numpy(rng.random(asked.shape) < FALSELY_ACTIVE_SHARE).float() * (1 - asked)
+        by_chance = self._stored(rng.random(asked.shape) < FALSELY_ACTIVE_SHARE).float() * (1 - asked)
         active = torch.maximum(replaced, by_chance)
-        one = torch.nn.functional.one_hot(torch.from_numpy(rng.integers(asked.shape[1], size=len(chosen))), asked.shape[1])
+        one = torch.nn.functional.one_hot(self._stored(rng.integers(asked.shape[1], size=len(chosen))), asked.shape[1])
         return torch.where(active.sum(dim=1, keepdim=True) > 0, active, one.float())
 
+    def _noise_of(self, seed: int) -> torch.Generator:
+        """Where noise, much the largest part of a batch, comes from: a GPU draws its own."""
+        return torch.Generator(self.device if self.device.type == "cuda" else "cpu").manual_seed(seed)
+
     def _noisy(self, prompt: Tensor, generator: torch.Generator | None) -> Tensor:
+        """`prompt` in fp32 on the module's device, with noise of a random strength where there is a generator."""
+        clean = prompt.to(self.device).float()
         if generator is None:
-            return prompt
-        amount = torch.rand(len(prompt), 1, 1, generator=generator) * self.noise_scale
-        return prompt + amount * torch.randn(prompt.shape, generator=generator)
+            return clean
+        amount = torch.rand(len(prompt), 1, 1, generator=generator, device=generator.device) * self.noise_scale
+        noise = torch.randn(prompt.shape, generator=generator, device=generator.device)
+        return clean + (amount * noise).to(self.device)
 
     def _logits(self, prompt: Tensor, rows: Tensor) -> Tensor:
         """prompt [S, T, D] seen with the latents and timesteps of `rows` [S] -> logits [S, N]."""
@@ -254,14 +277,22 @@ class Learner:
         parts = []
         for embeds, chunk in zip(torch.split(prompt, 512), torch.split(rows, 512), strict=True):
             joint = self.module.encoder(bank.latent[chunk].float().to(self.device), bank.timestep[chunk].to(self.device))
-            parts.append(self.branch.logits(joint, embeds.float().to(self.device)).cpu())
+            parts.append(self.branch.logits(joint, embeds.to(self.device).float()).cpu())
         return torch.cat(parts)
 
     def _accuracy(self, rows: Tensor) -> float:
-        asked, shown = self.bank.asked[rows], self.bank.shown[rows]
+        asked, shown = self.bank.asked[rows].cpu(), self.bank.shown[rows].cpu()
         known = (asked > 0) | (shown >= 0)
         truth = torch.maximum(asked, shown.clamp(min=0)) > 0
         return float(((self._logits(self._prompts(rows), rows) >= 0) == truth)[known].float().mean())
+
+
+def _place(device: torch.device, *banks: LatentBank | PairBank) -> torch.device:
+    """Where banks are to lie: on `device` if that is a GPU with twice the memory free that they take, else on the CPU."""
+    if device.type != "cuda":
+        return torch.device("cpu")
+    taken = sum(value.nbytes for bank in banks for value in vars(bank).values() if isinstance(value, Tensor))
+    return device if torch.cuda.mem_get_info(device)[0] > 2 * taken else torch.device("cpu")
 
 
 def _batch(prompt: Tensor, asked: Tensor, seen: _Seen) -> DetectionBatch:

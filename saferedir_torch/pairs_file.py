@@ -92,6 +92,9 @@ class FilePrompts:
         names = list(self.pairs)
         return _pick(self.pairs[names[int(rng.integers(len(names)))]], rng)[1]
 
+    def varied_benign(self, rng: np.random.Generator) -> str:
+        return self.benign(rng)
+
     def check_tokens(self, encode: Any) -> None:
         """Refuse pairs whose prompts become the same tokens, because what differs is cut off.
 

@@ -19,6 +19,8 @@ class TrainingPair:
     asked: tuple[str, ...]
     #: Concepts that the rewrite replaces.
     replaced: tuple[str, ...]
+    #: The unsafe prompt as it was before somebody respelt it; empty where nobody did.
+    plain: str = ""
 
 
 class PromptSource(Protocol):
@@ -39,6 +41,10 @@ class PromptSource(Protocol):
 
     def benign(self, rng: np.random.Generator) -> str:
         """A prompt that asks for none of the concepts."""
+        ...
+
+    def varied_benign(self, rng: np.random.Generator) -> str:
+        """The same, varied as in `varied_pair`."""
         ...
 
 

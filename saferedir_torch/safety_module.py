@@ -46,15 +46,21 @@ class Branch(nn.Module):
     come up to, at equidistant timesteps from 0 to 1000 (late latents are mistaken for a concept more easily than early
     prompts are). Training sets them by what it held out, and `gains` [concepts] so that its unsafe runs rise to `REACH`
     above them; calibration sets the levels anew, by the highest of many benign pictures.
+
+    `refuge` [concepts, T, D] is the last resort: embeddings of safe prompts, each with what is drawn in its concept's place,
+    which a prompt is replaced by whole where moving its tokens did not help.
     """
 
     levels: Tensor
     gains: Tensor
+    refuge: Tensor
 
     def __init__(self, config: SafetyConfig, concepts: int) -> None:
         super().__init__()
         self.register_buffer("levels", torch.zeros(concepts, KNOTS))
         self.register_buffer("gains", torch.ones(concepts))
+        if config.refuge:
+            self.register_buffer("refuge", torch.zeros(concepts, config.prompt_tokens, config.prompt_width))
         self.detector = Detector(config, concepts)
         self.redirector = Redirector(config, concepts)
 
@@ -146,8 +152,8 @@ class SafetyModule(nn.Module):
     ) -> Redirected:
         """p0 [B, T, D], j [B, J], active [B, N] bool, strength s [B, N] -> p, and the masks that made it.
 
-        `again` [B, N] bool says which concepts fire though they are active, where redirection is less sparing.
-        `part` is the prompt's own, computed here where it is not given.
+        `again` [B, N] bool says which concepts fire though they are active, where redirection is less sparing, and ends in
+        the refuge of the first of them where there is one. `part` is the prompt's own, computed here where it is not given.
 
         Of the concepts of one branch the largest strength among the active ones is used. Where no concept of a later
         branch is active that branch leaves the embedding as it is.
@@ -162,7 +168,13 @@ class SafetyModule(nn.Module):
             moved = redirect(prompt, redirection, scales.amax(dim=1, keepdim=True))
             prompt = moved if index == 0 and len(sizes) == 1 else torch.where(flags.any(dim=1)[:, None, None], moved, prompt)
             masks.append(torch.where(flags[:, :, None], redirection.mask[:, None, :], torch.zeros_like(prompt[:, None, :, 0])))
-        return Redirected(prompt, torch.cat(masks, dim=1))
+        token_mask = torch.cat(masks, dim=1)
+        if not self.config.refuge:
+            return Redirected(prompt, token_mask)
+        refuges = torch.cat([branch.refuge for branch in self.each_branch()])
+        for index in reversed(range(len(refuges))):
+            prompt = torch.where(again[:, index, None, None], refuges[index], prompt)
+        return Redirected(prompt, torch.where(again[:, :, None], torch.ones_like(token_mask), token_mask))
 
     @property
     def last_branch(self) -> Branch:

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from saferedir_torch.protect import check_match
 from saferedir_torch.safety_module import REACH, SafetyModule, parameters_sha256
 from saferedir_torch.training_data import SAMPLINGS, cached_runs, load_runs, make_pairs, record_runs
 from saferedir_torch.training_run import Schedule, TrainingError, run_training
+from saferedir_torch.trajectories import encode
 from saferedir_torch.warm_start import start_from
 
 PEAK_RATE = 1e-3
@@ -38,6 +40,8 @@ WORD_STEPS = 6000
 RUNS_FILE = "runs.safetensors"
 #: Unsafe runs that rise less above clean ones than this, in logits, are taken to rise this much.
 SMALLEST_PEAK = 0.5
+#: Prompts among which the shortest is looked for.
+REFUGE_DRAWS = 500
 MAKERS = ("saferedir", "torch", "diffusers", "transformers")
 
 
@@ -51,6 +55,7 @@ def new_module(pipeline: StableDiffusionPipeline, replacements: Mapping[str, str
         concepts=tuple(Concept(name=name, replacement=other, alpha_scale=STRENGTH) for name, other in replacements.items()),
         text_encoder_sha256=parameters_sha256(pipeline.text_encoder),
         unet_sha256=parameters_sha256(pipeline.unet),
+        refuge=True,
         **widths,
     )
     return SafetyModule(config).to(pipeline.device)
@@ -93,6 +98,7 @@ def train(
     runs_from: Path | None = None,
     extend: SafetyModule | None = None,
     start: SafetyModule | None = None,
+    batch_scale: int = 1,
 ) -> SafetyModule:
     """Train on `runs` recorded runs and `pairs` prompt pairs a concept; save the module to `folder/safety`.
 
@@ -100,7 +106,8 @@ def train(
     the redirector on its own, for twice as many steps and on as many other pairs, since it is far from finished when the
     detector is. Checkpoints, loss logs and the recorded runs are kept in `folder`, and an interrupted training goes on there.
     With `extend` the concepts are added to that module, whose own weights and thresholds stay as they are.
-    With `start`, a module of these concepts for another model, its weights are where training begins, as far as they fit.
+    With `start`, a module of these concepts, perhaps for another model, its weights are where training begins, as far as they
+    fit. Batches hold `batch_scale` times as many cases as what two cores can bear.
     `runs_from` is the folder of another training, of these concepts and perhaps more, whose runs are used as they are.
 
     Raises:
@@ -124,7 +131,7 @@ def train(
         anew = start_from(module, start.state_dict())
         print(json.dumps({"tensors": len(module.state_dict()), "taught_anew": anew}), flush=True)
     check_match(pipeline, module)
-    learner = Learner(module, bank, pair_bank, pipeline.scheduler.alphas_cumprod, seed)
+    learner = Learner(module, bank, pair_bank, pipeline.scheduler.alphas_cumprod, seed, scale=batch_scale)
     best = folder / "best.safetensors.ckpt"
 
     def validate(step: int) -> None:
@@ -143,13 +150,15 @@ def train(
     teach_words(module, learner, folder, name=f"words_after_{steps}", steps=min(2 * steps, WORD_STEPS))
     del pair_bank, learner.pairs  # gigabytes, at Stable Diffusion's width
     pair_bank = make_pairs(pipeline, source, count=pairs, seed=seed + 1)
-    learner = Learner(module, bank, pair_bank, pipeline.scheduler.alphas_cumprod, seed)
+    learner = Learner(module, bank, pair_bank, pipeline.scheduler.alphas_cumprod, seed, scale=batch_scale)
     teach_redirector(module, learner, folder, name=f"redirector_after_{steps}", steps=2 * steps)
     make_comparable(module, learner)
+    if module.config.refuge:
+        module.last_branch.refuge.copy_(refuges(pipeline, source, seed))
     module.config = dataclasses.replace(
         module.config,
         provenance={
-            "seed": seed, "steps": steps, "runs": runs, "pairs": pairs, "best_step": kept["step"],
+            "seed": seed, "steps": steps, "runs": runs, "pairs": pairs, "batch_scale": batch_scale, "best_step": kept["step"],
             "validation": learner.validate(), "added_to": None if extend is None else extend.config.provenance,
             "started_from": None if start is None else parameters_sha256(start),
             "minutes": round((time.monotonic() - started) / 60, 1), "versions": {name: version(name) for name in MAKERS},
@@ -201,6 +210,17 @@ def teach_redirector(module: SafetyModule, learner: Learner, folder: Path, *, na
     module.requires_grad_(False)
     module.last_branch.redirector.requires_grad_(True)
     optimise(module.last_branch.redirector, learner.redirection_of_step, folder, steps=steps, name=name, rate=ALONE_RATE)
+
+
+def refuges(pipeline: StableDiffusionPipeline, source: PromptSource, seed: int) -> Tensor:
+    """For each concept the embedding of the shortest among many safe prompts that nothing is left of it in, [N, T, D]."""
+    shortest = []
+    for index, concept in enumerate(source.replacements):
+        rng = np.random.default_rng([seed, 24, index])
+        drawn = [source.pair(concept, rng) for _ in range(REFUGE_DRAWS)]
+        clean = [pair.safe for pair in drawn if set(pair.asked) <= set(pair.replaced)]
+        shortest.append(min(clean, key=lambda prompt: (len(prompt), prompt)))
+    return encode(pipeline, shortest)[1].to(pipeline.device)
 
 
 def make_comparable(module: SafetyModule, learner: Learner) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saferedir_torch.alignment import aligned_targets
+from saferedir_torch.meaning import confirmed
 from saferedir_torch.prompt_source import PromptSource, flags
 from saferedir_torch.training_run import TrainingError
 from saferedir_torch.trajectories import encode, initial_noise, sample
@@ -43,6 +45,10 @@ class PairBank:
     replaced: Tensor
     words: Tensor
 
+    def to(self, device: torch.device | str) -> PairBank:
+        """The same on another device."""
+        return PairBank(*(value.to(device) for value in vars(self).values()))
+
 
 @dataclass
 class LatentBank:
@@ -61,6 +67,11 @@ class LatentBank:
     asked: Tensor
     shown: Tensor
     run: Tensor
+
+    def to(self, device: torch.device | str) -> LatentBank:
+        """The same on another device."""
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     def of(self, concepts: Sequence[str]) -> LatentBank:
         """The same runs, labelled for `concepts` alone, in that order.
@@ -105,11 +116,11 @@ def make_pairs(pipeline: StableDiffusionPipeline, source: PromptSource, *, count
     concepts = list(source.replacements)
     for index, concept in enumerate(concepts):
         rng = np.random.default_rng([seed, 21, index])
-        pairs = [source.varied_pair(concept, rng) for _ in range(count)]
+        pairs = confirmed(pipeline, [source.varied_pair(concept, rng) for _ in range(count)])
         unsafe_ids, unsafe = _encode_all(pipeline, [pair.unsafe for pair in pairs])
         safe_ids, safe = _encode_all(pipeline, [pair.safe for pair in pairs])
         clean = [row for row, pair in enumerate(pairs) if set(pair.asked) <= set(pair.replaced)][: count // 2]
-        benign_ids, benign = _encode_all(pipeline, [source.benign(rng) for _ in range(count)])
+        benign_ids, benign = _encode_all(pipeline, [source.varied_benign(rng) for _ in range(count)])
         untouched = torch.cat([safe[clean], benign])
         originals += [unsafe.half(), untouched.half()]
         targets += [aligned_targets(unsafe_ids, safe_ids, unsafe, safe, end_id).half(), untouched.half()]

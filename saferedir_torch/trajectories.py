@@ -13,6 +13,9 @@ from torch import Tensor
 from saferedir_torch.precision import mixed_precision
 from saferedir_torch.world.base import tokenize
 
+#: Runs that are drawn side by side, by the kind of device.
+CHUNKS = {"cpu": 64, "cuda": 1024}
+
 
 @dataclass
 class Trajectories:
@@ -51,7 +54,6 @@ def sample(
     guidance_scale: float = 5.0,
     redirected: Tensor | None = None,
     redirect_at: Tensor | None = None,
-    chunk: int = 64,
     exact: bool = True,
 ) -> Trajectories:
     """Draw with `embeds` [R, T, D] from `noise` [R, C, h, w]; from step `redirect_at` [R] on with `redirected` [R, T, D].
@@ -60,7 +62,7 @@ def sample(
     CPU, where noise predictions then differ by half a percent), in half the time: enough for what detectors learn from.
     What is given and what comes back is on the CPU, wherever the pipeline is.
     """
-    parts = []
+    parts, chunk = [], CHUNKS.get(pipeline.device.type, CHUNKS["cpu"])
     embeds, negative, noise = (tensor.to(pipeline.device) for tensor in (embeds, negative, noise))
     if redirected is not None and redirect_at is not None:
         redirected, redirect_at = redirected.to(pipeline.device), redirect_at.to(pipeline.device)

@@ -7,11 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saferedir_torch.attacks.hardening import ALL_FAMILIES, ALL_WORD_FAMILIES, HardenedPrompts, NearerInMeaning, changed_words
+from saferedir_torch.attacks.hardening import ALL_FAMILIES, ALL_WORD_FAMILIES, HardenedPrompts, changed_words
 from saferedir_torch.attacks.long_prompts import DID, FRAMES, WHAT, WHEN, WHO
 from saferedir_torch.attacks.respelling import MARKS, accents
 from saferedir_torch.attacks.text_families import GAPS, INJECTIONS, LOOKALIKES, SMALL_TALK
+from saferedir_torch.meaning import confirmed, still_means
 from saferedir_torch.models import load_pipeline
+from saferedir_torch.prompt_source import TrainingPair
+from saferedir_torch.trajectories import encode
 from saferedir_torch.world.captions import all_names
 from saferedir_torch.world.source import WorldPrompts
 from saferedir_torch.world.split import load_split
@@ -33,17 +36,19 @@ def test_what_a_rewrite_changes_is_what_asks() -> None:
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 @given(seed=st.integers(0, 10_000))
 def test_a_pair_is_rewritten_and_its_rewrite_still_changes_the_same(family: str, seed: int) -> None:
-    plain = SOURCE.pair("church", np.random.default_rng(seed))
-    hard = HardenedPrompts(SOURCE, [family], share=1.0).pair("church", np.random.default_rng(seed))
+    plain = SOURCE.varied_pair("church", np.random.default_rng(seed))
+    hard = HardenedPrompts(SOURCE, [family], share=1.0).varied_pair("church", np.random.default_rng(seed))
     assert (hard.asked, hard.replaced) == (plain.asked, plain.replaced)
-    if family not in ALIKE and len(plain.unsafe.split()) < ROOMY:
+    asks = max(len(word) for words in changed_words(plain.unsafe, plain.safe) for word in words.split())
+    if family not in ALIKE and len(plain.unsafe.split()) < ROOMY and asks > 2:
         assert hard.unsafe != plain.unsafe
     assert changed_words(hard.unsafe, hard.safe)
     if family in ALL_WORD_FAMILIES:
-        assert hard.safe == plain.safe
+        assert (hard.safe, hard.plain) == (plain.safe, plain.unsafe)
     else:
         assert plain.unsafe in hard.unsafe
         assert plain.safe in hard.safe
+        assert not hard.plain
 
 
 def test_what_is_written_around_prompts_in_training_is_not_what_attacks_are_tested_with() -> None:
@@ -69,31 +74,42 @@ def test_what_is_written_around_prompts_names_nothing_that_the_world_draws() -> 
 def test_a_share_is_rewritten_and_benign_prompts_alike() -> None:
     source = HardenedPrompts(SOURCE, ["typos", "spacing"], share=0.3)
     kept = sum(
-        HardenedPrompts(SOURCE, ["typos"], share=0.3).pair("weapons", np.random.default_rng(seed)).unsafe
-        == SOURCE.pair("weapons", np.random.default_rng(seed)).unsafe
+        HardenedPrompts(SOURCE, ["typos"], share=0.3).varied_pair("weapons", np.random.default_rng(seed)).unsafe
+        == SOURCE.varied_pair("weapons", np.random.default_rng(seed)).unsafe
         for seed in range(300)
     )
     assert 170 < kept < 250
-    benign = [HardenedPrompts(SOURCE, ["typos"], share=1.0).benign(np.random.default_rng(seed)) for seed in range(50)]
-    original = [SOURCE.benign(np.random.default_rng(seed)) for seed in range(50)]
+    benign = [HardenedPrompts(SOURCE, ["typos"], share=1.0).varied_benign(np.random.default_rng(seed)) for seed in range(50)]
+    original = [SOURCE.varied_benign(np.random.default_rng(seed)) for seed in range(50)]
     assert sum(a != b for a, b in zip(benign, original, strict=True)) > 25
     assert (source.replacements, source.seeds) == (SOURCE.replacements, SOURCE.seeds)
 
 
-def test_a_respelling_that_no_longer_asks_is_left_out() -> None:
-    plain = [SOURCE.pair("weapons", np.random.default_rng(seed)).unsafe for seed in range(20)]
-    strict = HardenedPrompts(SOURCE, ["scrambled"], share=1.0, still_means=lambda respelt, unsafe, safe: False)
-    assert [strict.pair("weapons", np.random.default_rng(seed)).unsafe for seed in range(20)] == plain
-    # What stands around a prompt does not change what it asks for.
-    around = HardenedPrompts(SOURCE, ["framed"], share=1.0, still_means=lambda respelt, unsafe, safe: False)
-    assert [around.pair("weapons", np.random.default_rng(seed)).unsafe for seed in range(20)] != plain
+def test_pictures_are_drawn_of_plain_prompts() -> None:
+    hard = HardenedPrompts(SOURCE, ["typos"], share=1.0)
+    for seed in range(20):
+        assert hard.pair("church", np.random.default_rng(seed)) == SOURCE.pair("church", np.random.default_rng(seed))
+        assert hard.benign(np.random.default_rng(seed)) == SOURCE.benign(np.random.default_rng(seed))
 
 
-def test_the_text_encoder_says_what_a_respelling_still_means() -> None:
-    means = NearerInMeaning(load_pipeline())
-    assert means("a church on blue", "a church on blue", "a house on blue")
-    assert not means("a house on blue", "a church on blue", "a house on blue")
-    assert means("a churchh on blue", "a church on blue", "a house on blue")
+def test_a_respelling_that_no_longer_asks_is_taken_back() -> None:
+    pairs = [
+        TrainingPair("a churchh on blue", "a house on blue", ("church",), ("church",), plain="a church on blue"),
+        TrainingPair("a hxouzse on blue", "a house on blue", ("church",), ("church",), plain="a church on blue"),
+        TrainingPair("a church on blue", "a house on blue", ("church",), ("church",)),
+    ]
+    found = confirmed(load_pipeline(), pairs)
+    assert [pair.unsafe for pair in found] == ["a churchh on blue", "a church on blue", "a church on blue"]
+    assert [pair.plain for pair in found] == ["a church on blue", "", ""]
+    assert confirmed(load_pipeline(), pairs[2:]) == pairs[2:]
+
+
+def test_what_says_the_same_means_the_same() -> None:
+    embeds = encode(load_pipeline(), ["a church on blue", "a house on blue", "a chapel on blue"])[1]
+    church, house, chapel = embeds[:, None]
+    assert still_means(load_pipeline(), church, church, house).tolist() == [True]
+    assert still_means(load_pipeline(), chapel, church, house).tolist() == [True]
+    assert still_means(load_pipeline(), house, church, house).tolist() == [False]
 
 
 def test_unknown_families_are_named() -> None:

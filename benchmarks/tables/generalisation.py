@@ -15,7 +15,7 @@ from benchmarks.hybrid import hybrid_pipeline
 from benchmarks.tables.attacks import drawing, targets_of
 from benchmarks.tables.forgetting import PARTS, Judges, plain_of
 from benchmarks.tables.splits import CONCEPT, PAIRS, STEPS, train_briefly
-from saferedir_torch.attacks.hardening import HardenedPrompts, NearerInMeaning
+from saferedir_torch.attacks.hardening import HardenedPrompts
 from saferedir_torch.attacks.suite import attack, attempts
 from saferedir_torch.attacks.text_families import FAMILIES
 from saferedir_torch.evaluation.intervals import share
@@ -65,7 +65,7 @@ def generalisation(
     for title, families in trainings().items():
         source: PromptSource = WorldPrompts([CONCEPT], split)
         if families:
-            source = HardenedPrompts(source, families, still_means=NearerInMeaning(pipeline))
+            source = HardenedPrompts(source, families)
         place = folder / title.replace(" ", "_")
         module = train_briefly(pipeline, source, bank, place, steps=size.steps, pairs=size.pairs)
         drawer, identity = hybrid_pipeline(module), parameters_sha256(module)

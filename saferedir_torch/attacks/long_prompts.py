@@ -34,6 +34,8 @@ WHEN = (
     "again and again", "at the station", "in a hurry", "during the holidays", "by accident", "with great care", "downstairs",
     "as usual", "in the end", "far from here", "at noon", "since then",
 )  # fmt: skip
+#: Those that sentences are made of, one by one.
+WORDS = tuple(dict.fromkeys(word for phrase in (*WHO, *DID, *WHAT, *WHEN) for word in phrase.split()))
 JOINTS = (", ", ". ", " and ", "; ", ", then ", " while ", ", so ", " - ")
 #: Words of a prompt at which nothing more is put around it: Stable Diffusion reads 77 tokens.
 LONGEST = 48
@@ -65,6 +67,15 @@ def longer(target: Target, rng: np.random.Generator) -> str:
 def framed(target: Target, rng: np.random.Generator) -> str:
     """The prompt among words that are about the prompt itself."""
     return _any(FRAMES, rng).format(prompt=target.prompt)
+
+
+def among_words(target: Target, rng: np.random.Generator) -> str:
+    """The prompt among words that make no sentence, up to twenty-four of them."""
+    count = min(int(rng.integers(1, 25)), LONGEST - len(target.prompt.split()))
+    words = [WORDS[index] for index in rng.integers(len(WORDS), size=max(1, count))]
+    joint = _any((" ", ", "), rng)
+    before = int(rng.integers(len(words) + 1))
+    return joint.join([*words[:before], target.prompt, *words[before:]])
 
 
 def _sentence(rng: np.random.Generator) -> str:

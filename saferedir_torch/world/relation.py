@@ -59,6 +59,9 @@ class RelationPrompts:
         text, _ = harmless(kind, rng, self.split.names, self.split.companions)
         return text
 
+    def varied_benign(self, rng: np.random.Generator) -> str:
+        return self.benign(rng)
+
 
 def animals_of(keys: Sequence[str]) -> list[str]:
     """Those of `keys` that are animals."""

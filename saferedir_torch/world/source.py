@@ -48,6 +48,9 @@ class WorldPrompts:
     def benign(self, rng: np.random.Generator) -> str:
         return benign_prompt(self.concepts, rng, self.split.names, neighbour_share=NEIGHBOUR_SHARE).text
 
+    def varied_benign(self, rng: np.random.Generator) -> str:
+        return self.benign(rng)
+
     def _named(self, concept: str) -> WorldConcept:
         return next(own for own in self.concepts if own.name == concept)
 
@@ -76,6 +79,9 @@ class AddedPrompts:
             other = self.known[int(rng.integers(len(self.known)))]
             return known_pair(other, rng, self.split, [own for own in self.known if own is not other], self.concept).unsafe
         return benign_prompt([self.concept], rng, self.split.names, neighbour_share=NEIGHBOUR_SHARE).text
+
+    def varied_benign(self, rng: np.random.Generator) -> str:
+        return self.benign(rng)
 
 
 def _known(names: Sequence[str]) -> list[WorldConcept]:
