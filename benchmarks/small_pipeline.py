@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -24,7 +25,7 @@ from saferedir_torch.models import SHIPPED_MODEL
 from saferedir_torch.world.base import new_scheduler
 
 #: Widths of a safety module that goes with them.
-SMALL = {
+SMALL: dict[str, Any] = {
     "latent_widths": (8, 16, 24), "latent_features": 24, "timestep_frequencies": 16, "timestep_features": 8,
     "classifier_width": 16, "redirector_width": 16, "adapter_rank": 4,
 }  # fmt: skip

@@ -32,6 +32,8 @@ RATE = 0.001
 CONFIDENCE = 0.95
 #: No larger rate is promised for added concepts and those before them.
 WORST_RATE = 0.01
+#: Share of benign pictures whose logits are taken for the tail, and how rarely one is to come up to its level.
+TAIL, RARE = 0.02, 2e-5
 #: The bound lies this far above the highest score that is to stay below it, in logits.
 MARGIN = 1e-3
 #: Scores are kept away from 0 and 1 by this much before their logit is taken.
@@ -48,20 +50,32 @@ def highest_logits(module: SafetyModule, runs: RecordedRuns) -> npt.NDArray[np.f
 
 
 def set_levels(module: SafetyModule, runs: RecordedRuns) -> None:
-    """Set the levels of the branch trained last to the highest logit that any of the benign `runs` has around each knot.
+    """Set the levels of the branch trained last to what a benign picture comes up to around each knot once in 50,000.
 
-    From where a latent shows the picture on, there is one level for all knots, the highest of them: what one benign latent
-    in thousands comes up to there cannot be told knot by knot from as many pictures.
+    That is read off the tail of the benign `runs`, so that it is about as rare for every concept and time, however far their
+    tails reach: one bound for all then costs each the same. From where a latent shows the picture on, there is one level for
+    all knots: what one benign latent in thousands comes up to there cannot be told knot by knot from as many pictures.
     """
     branch = module.last_branch
-    highest = _branch_logits(module, runs).amax(dim=0)  # [S, N]
+    logits = _branch_logits(module, runs)  # [R, S, N]
     spacing = TIMESTEPS / (KNOTS - 1)
     near = (runs.timestep[:, None] - torch.arange(KNOTS) * spacing).abs() <= spacing  # [S, KNOTS]
-    levels = torch.stack([torch.where(knot[:, None], highest, highest.amin()).amax(dim=0) for knot in near.T], dim=1)
     shows = torch.arange(KNOTS) * spacing < PICTURE_SHOWS
-    levels[:, shows] = levels[:, shows].amax(dim=1, keepdim=True)
+    near[:, shows] = near[:, shows].any(dim=1, keepdim=True)
+    reached = torch.stack([logits[:, steps].amax(dim=1) if steps.any() else logits.amin(dim=1) for steps in near.T], dim=2)
     # Rounded as they will be on disk, so that the bound is for what is stored.
-    branch.levels.copy_(levels.half())
+    branch.levels.copy_(tail_level(reached).half())
+
+
+def tail_level(reached: Tensor) -> Tensor:
+    """What is reached once in `1 / RARE` cases, from R of them along the first dimension, by an exponential tail.
+
+    Of the highest share `TAIL` the mean excess over its beginning is the tail's scale.
+    """
+    begins = torch.quantile(reached, 1 - TAIL, dim=0)
+    excess = torch.relu(reached - begins)
+    scale = excess.sum(dim=0) / (excess > 0).sum(dim=0).clamp(min=1)
+    return begins + scale * math.log(TAIL / RARE)
 
 
 def _logits(module: SafetyModule, runs: RecordedRuns) -> Tensor:

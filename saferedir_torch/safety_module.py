@@ -96,6 +96,12 @@ class Branch(nn.Module):
         redirection = self.redirection(prompt, part.features, joint, active.to(prompt.dtype))
         return self.with_word_evidence(redirection, part.words, active, again)
 
+    def refuge_of_first(self, chosen: Tensor) -> Tensor:
+        """The refuge of the first concept that is chosen, [B, concepts] bool -> [B, T, D]; of any where none is."""
+        earlier_counts_more = torch.arange(chosen.shape[1], 0, -1, device=chosen.device, dtype=self.refuge.dtype)
+        first = (chosen * earlier_counts_more).argmax(dim=1)
+        return self.refuge.index_select(0, first)
+
     def with_word_evidence(self, redirection: Redirection, words: Tensor, active: Tensor, again: Tensor) -> Redirection:
         """`redirection` with its mask corrected by what tokens say by themselves, `words` [B, T, concepts], of the active
         concepts [B, concepts] bool.
@@ -171,9 +177,8 @@ class SafetyModule(nn.Module):
         token_mask = torch.cat(masks, dim=1)
         if not self.config.refuge:
             return Redirected(prompt, token_mask)
-        refuges = torch.cat([branch.refuge for branch in self.each_branch()])
-        for index in reversed(range(len(refuges))):
-            prompt = torch.where(again[:, index, None, None], refuges[index], prompt)
+        for branch, repeated in reversed(list(zip(self.each_branch(), torch.split(again, sizes, dim=1), strict=True))):
+            prompt = torch.where(repeated.any(dim=1)[:, None, None], branch.refuge_of_first(repeated), prompt)
         return Redirected(prompt, torch.where(again[:, :, None], torch.ones_like(token_mask), token_mask))
 
     @property

@@ -45,8 +45,13 @@ REFUGE_DRAWS = 500
 MAKERS = ("saferedir", "torch", "diffusers", "transformers")
 
 
-def new_module(pipeline: StableDiffusionPipeline, replacements: Mapping[str, str], **widths: Any) -> SafetyModule:
-    """An untrained safety module that fits `pipeline`, on its device, for concepts and what is drawn in their place."""
+def new_module(
+    pipeline: StableDiffusionPipeline, replacements: Mapping[str, str], *, refuge: Tensor | None = None, **widths: Any
+) -> SafetyModule:
+    """An untrained safety module that fits `pipeline`, on its device, for concepts and what is drawn in their place.
+
+    `refuge` [N, T, D], such as `refuges` finds, is what it resorts to at last; without it there is no refuge.
+    """
     config = SafetyConfig(
         latent_channels=pipeline.unet.config.in_channels,
         prompt_tokens=pipeline.tokenizer.model_max_length,
@@ -55,20 +60,28 @@ def new_module(pipeline: StableDiffusionPipeline, replacements: Mapping[str, str
         concepts=tuple(Concept(name=name, replacement=other, alpha_scale=STRENGTH) for name, other in replacements.items()),
         text_encoder_sha256=parameters_sha256(pipeline.text_encoder),
         unet_sha256=parameters_sha256(pipeline.unet),
-        refuge=True,
+        refuge=refuge is not None,
         **widths,
     )
-    return SafetyModule(config).to(pipeline.device)
+    return _with_refuge(SafetyModule(config).to(pipeline.device), refuge)
 
 
-def extended_module(base: SafetyModule, replacements: Mapping[str, str]) -> SafetyModule:
+def _with_refuge(module: SafetyModule, refuge: Tensor | None) -> SafetyModule:
+    if refuge is not None:
+        module.last_branch.refuge.copy_(refuge)
+    return module
+
+
+def extended_module(base: SafetyModule, replacements: Mapping[str, str], *, refuge: Tensor | None = None) -> SafetyModule:
     """`base` with an untrained branch for further concepts; everything else is copied and frozen.
 
-    The promise on false alarms is dropped: it was for the concepts that were there.
+    The promise on false alarms is dropped: it was for the concepts that were there. `refuge` is the new concepts'.
 
     Raises:
-        TrainingError: `base` knows one of the concepts already.
+        TrainingError: `base` knows one of the concepts already, or has a refuge where they have none, or the other way round.
     """
+    if base.config.refuge != (refuge is not None):
+        raise TrainingError(f"the module has {'a' if base.config.refuge else 'no'} refuge; the added concepts must do alike")
     if twice := [name for name in replacements if name in base.config.concept_names]:
         raise TrainingError(f"the module knows {', '.join(twice)} already; it has {', '.join(base.config.concept_names)}")
     added = tuple(Concept(name=name, replacement=other, alpha_scale=STRENGTH) for name, other in replacements.items())
@@ -82,7 +95,7 @@ def extended_module(base: SafetyModule, replacements: Mapping[str, str]) -> Safe
     module.load_state_dict(base.state_dict(), strict=False)
     module.requires_grad_(False)
     module.last_branch.requires_grad_(True)
-    return module
+    return _with_refuge(module, refuge)
 
 
 def train(
@@ -126,9 +139,14 @@ def train(
         ).of(concepts)
     pair_bank = make_pairs(pipeline, source, count=pairs, seed=seed)
     torch.manual_seed(seed)
-    module = new_module(pipeline, source.replacements) if extend is None else extended_module(extend, source.replacements)
+    refuge = refuges(pipeline, source, seed)
+    if extend is None:
+        module = new_module(pipeline, source.replacements, refuge=refuge)
+    else:
+        module = extended_module(extend, source.replacements, refuge=refuge if extend.config.refuge else None)
     if start is not None:
         anew = start_from(module, start.state_dict())
+        _with_refuge(module, refuge)  # of this model's text encoder
         print(json.dumps({"tensors": len(module.state_dict()), "taught_anew": anew}), flush=True)
     check_match(pipeline, module)
     learner = Learner(module, bank, pair_bank, pipeline.scheduler.alphas_cumprod, seed, scale=batch_scale)
@@ -153,8 +171,6 @@ def train(
     learner = Learner(module, bank, pair_bank, pipeline.scheduler.alphas_cumprod, seed, scale=batch_scale)
     teach_redirector(module, learner, folder, name=f"redirector_after_{steps}", steps=2 * steps)
     make_comparable(module, learner)
-    if module.config.refuge:
-        module.last_branch.refuge.copy_(refuges(pipeline, source, seed))
     module.config = dataclasses.replace(
         module.config,
         provenance={

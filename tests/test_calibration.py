@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from saferedir_torch.calibration import (
+    RARE,
     CalibrationError,
     allowed_exceedances,
     bound,
@@ -20,6 +21,7 @@ from saferedir_torch.calibration import (
     highest_logits,
     joint_rate,
     set_levels,
+    tail_level,
 )
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.recording import RecordedRuns, RecordingError, record
@@ -98,20 +100,28 @@ def test_too_few_runs_carry_no_promise(tmp_path: Path) -> None:
         calibrate(module, runs, runs, steps=3, guidance_scale=5.0, prompts="three")
 
 
-def test_levels_are_what_the_highest_benign_picture_comes_up_to(tmp_path: Path) -> None:
+def test_a_level_is_reached_about_as_rarely_as_is_said() -> None:
+    draw = torch.Generator().manual_seed(0)
+    scale = torch.tensor([0.3, 1.0, 4.0])
+    reached = torch.empty(4000, 3).exponential_(generator=draw) * scale - 7
+    often = (torch.empty(2_000_000, 3).exponential_(generator=draw) * scale - 7 >= tail_level(reached)).float().mean(dim=0)
+    assert (often > RARE / 8).all()
+    assert (often < 8 * RARE).all()
+
+
+def test_levels_are_above_what_the_highest_benign_picture_comes_up_to(tmp_path: Path) -> None:
     pipeline, module = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
     runs = record(pipeline, PROMPTS, [1, 2, 3], steps=8, guidance_scale=5.0, folder=tmp_path)
     runs.timestep = torch.tensor([1000.0, 875, 750, 625, 500, 375, 250, 0])  # on the knots, but for 125, which has none
     set_levels(module, runs)
-    assert highest_logits(module, runs).max() <= 0.01
+    assert highest_logits(module, runs).max() < 0
     branch = module.last_branch
     count, steps = runs.latent.shape[:2]
     joint = module.encoder(runs.latent.flatten(0, 1).float(), runs.timestep.repeat(count))
-    raw = branch.logits(joint, runs.prompt.float().repeat_interleave(steps, dim=0)).reshape(count, steps, -1).amax(dim=0)
-    torch.testing.assert_close(branch.levels[:, 8], raw[:2].amax(dim=0), atol=0.01, rtol=1e-3)
-    torch.testing.assert_close(branch.levels[:, 6], raw[1:4].amax(dim=0), atol=0.01, rtol=1e-3)
-    late = raw[2:].amax(dim=0)  # the knot at 625 reaches up to 750
-    torch.testing.assert_close(branch.levels[:, :6], late[:, None].expand(-1, 6), atol=0.01, rtol=1e-3)
+    raw = branch.logits(joint, runs.prompt.float().repeat_interleave(steps, dim=0)).reshape(count, steps, -1)
+    for knot, near in {8: raw[:, :2], 6: raw[:, 1:4], 5: raw[:, 2:], 0: raw[:, 2:]}.items():  # late ones reach up to 750
+        expected = tail_level(near.amax(dim=1))
+        torch.testing.assert_close(branch.levels[:, knot], expected, atol=0.02, rtol=1e-3)
 
 
 def test_where_those_before_fire_already_the_promise_is_what_holds_for_both(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,15 +14,19 @@ from saferedir_torch.safety_module import SafetyModule
 BATCH, TOKENS, WIDTH, CONCEPTS = 6, 9, 16, 3
 
 
-@pytest.fixture(scope="module")
-def controller() -> Controller:
+def made(**wishes: Any) -> Controller:
     torch.manual_seed(0)
     config = SafetyConfig(
         latent_channels=4, prompt_tokens=TOKENS, prompt_width=WIDTH, latent_widths=(8, 16, 24), latent_features=24,
         timestep_frequencies=16, timestep_features=8, classifier_width=16, redirector_width=16, adapter_rank=4,
-        concepts=tuple(Concept(name=name, replacement="x") for name in "abc"),
+        concepts=tuple(Concept(name=name, replacement="x") for name in "abc"), **wishes,
     )  # fmt: skip
     return Controller(SafetyModule(config)).eval()
+
+
+@pytest.fixture(scope="module")
+def controller() -> Controller:
+    return made()
 
 
 def inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Policy]:
@@ -105,3 +111,27 @@ def test_nothing_enabled_leaves_the_prompt_alone(controller: Controller) -> None
     assert torch.equal(state.prompt, original)
     assert not verdict.fired.any()
     assert not verdict.token_mask.any()
+
+
+@torch.no_grad()
+def test_what_fires_again_ends_in_its_refuge() -> None:
+    having, without = made(refuge=True), made()
+    without.module.load_state_dict(having.module.state_dict(), strict=False)
+    refuge = torch.randn(CONCEPTS, TOKENS, WIDTH, generator=torch.Generator().manual_seed(5))
+    having.module.last_branch.refuge.copy_(refuge)
+    latent, time, original, _ = inputs(4)
+    # Which concepts fire, and which were active before.
+    fires = torch.tensor([[1, 0, 0], [0, 1, 1], [1, 1, 1], [0, 0, 0], [0, 1, 0], [1, 0, 1]], dtype=torch.bool)
+    active = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 1, 1], [1, 1, 1], [1, 0, 0], [1, 0, 1]], dtype=torch.bool)
+    policy = Policy(
+        period=torch.zeros(BATCH, dtype=torch.int32), enabled=fires, threshold=torch.zeros(BATCH, CONCEPTS),
+        alpha_scale=torch.full((BATCH, CONCEPTS), 1.5),
+    )  # fmt: skip
+    state = State.initial(original, CONCEPTS)._replace(active=active)
+    ended, verdict = having(latent, time, original, state, policy)
+    moved, plain = without(latent, time, original, state, policy)
+    assert torch.equal(verdict.fired, fires)
+    for row, concept in {0: None, 1: 1, 2: 1, 3: None, 4: None, 5: 0}.items():
+        assert torch.equal(ended.prompt[row], moved.prompt[row] if concept is None else refuge[concept])
+    again = (fires & active)[:, :, None].expand_as(plain.token_mask)
+    assert torch.equal(verdict.token_mask, torch.where(again, torch.ones_like(plain.token_mask), plain.token_mask))

@@ -42,7 +42,9 @@ def small(folder: Path) -> tuple[Any, SafetyModule]:
     """A pipeline with random weights, width 32, and a safety module of two concepts and an added one for it."""
     save_small_pipeline(folder / "model", width=32, heads=2, two_levels=True)
     pipeline = load_pipeline(folder / "model")
-    extended_module(new_module(pipeline, TWO_CONCEPTS, **SMALL), {"teddy": "gift"}).save(folder / "safety")
+    refuges = torch.randn(3, 77, 32, generator=torch.Generator().manual_seed(0))
+    base = new_module(pipeline, TWO_CONCEPTS, refuge=refuges[:2], **SMALL)
+    extended_module(base, {"teddy": "gift"}, refuge=refuges[2:]).save(folder / "safety")
     return pipeline, SafetyModule.load(folder / "safety")
 
 

@@ -21,6 +21,7 @@ from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.train import train
 from saferedir_torch.training_data import record_runs
 from saferedir_torch.training_run import ExponentialAverage, Schedule, TrainingError, run_training
+from saferedir_torch.trajectories import encode
 from saferedir_torch.world.base import train_base
 from saferedir_torch.world.source import WorldPrompts
 from saferedir_torch.world.split import load_split
@@ -89,7 +90,8 @@ def eager() -> Any:
 
 
 def test_a_short_training_makes_a_module_that_loads(eager: Any, tmp_path: Path) -> None:
-    module = train(eager, WorldPrompts(["church"], load_split()), tmp_path, steps=3, runs=8, pairs=12)
+    module = train(eager, WorldPrompts(["church"], load_split()), tmp_path, steps=3, runs=8, pairs=12, batch_scale=2)
+    torch.testing.assert_close(module.last_branch.refuge, encode(eager, ["a house"])[1])
     loaded = SafetyModule.load(tmp_path / "safety")
     assert loaded.config == module.config
     for name, tensor in module.state_dict().items():

@@ -18,7 +18,7 @@ from saferedir_torch.evaluation.intervals import clustered_share
 from saferedir_torch.learner import Learner
 from saferedir_torch.prompt_source import PromptSource
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
-from saferedir_torch.train import RUNS_FILE, make_comparable, new_module, optimise, teach_redirector, teach_words
+from saferedir_torch.train import RUNS_FILE, make_comparable, new_module, optimise, refuges, teach_redirector, teach_words
 from saferedir_torch.training_data import LatentBank, cached_runs, load_runs, make_pairs, record_runs
 from saferedir_torch.world.prompts import CONCEPTS
 from saferedir_torch.world.source import WorldPrompts
@@ -63,7 +63,7 @@ def train_briefly(
 ) -> SafetyModule:
     """A module as training makes them, in fewer steps, from the runs in `bank` and prompts of `source`."""
     torch.manual_seed(0)
-    module = new_module(pipeline, source.replacements)
+    module = new_module(pipeline, source.replacements, refuge=refuges(pipeline, source, 0))
     pair_bank = make_pairs(pipeline, source, count=pairs, seed=0)
     learner = Learner(module, bank, pair_bank, pipeline.scheduler.alphas_cumprod, 0)
     optimise(module, learner.loss_of_step, folder, steps=steps)
