@@ -13,7 +13,7 @@ from benchmarks.report import NETWORKS, RESULTS, save
 from saferedir.runtime import Pipeline
 from saferedir_torch.evaluation.features import Choice, load_features
 from saferedir_torch.models import SHIPPED_SAFETY, device_called, load_pipeline
-from saferedir_torch.safety_module import SafetyModule, parameters_sha256
+from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.world.prompts import CONCEPTS
 from saferedir_torch.world.split import load_split
 
@@ -47,7 +47,7 @@ def forgetting(
 
     if alone:
         module = SafetyModule.load(MODULES / task)
-        drawer, identity = hybrid_pipeline(module), parameters_sha256(module)
+        drawer, identity = hybrid_pipeline(module), module.sha256()
     else:
         drawer, identity = Pipeline.from_bundle(), DEPLOYED
     size = QUICK if quick else Size()
@@ -131,7 +131,7 @@ def attacks(
         drawer, identity = Pipeline.from_bundle(), DEPLOYED
     else:
         module = SafetyModule.load(safety)
-        drawer, identity = hybrid_pipeline(module), parameters_sha256(module)
+        drawer, identity = hybrid_pipeline(module), module.sha256()
     size, name = QUICK if quick else Size(prompts, seeds, at_least), f"attacks_{task}"
     figures = measure(Studio(work), drawer, identity, CONCEPTS[task], load_split(), size, out / f"{name}_worst.png")
     _store(name, figures, out)
@@ -341,7 +341,7 @@ def _rewrites(quick: bool) -> int:
 
 def _shipped() -> tuple[SafetyModule, str]:
     module = SafetyModule.load(SHIPPED_SAFETY)
-    return module, parameters_sha256(module)
+    return module, module.sha256()
 
 
 def _store(name: str, figures: dict[str, Any], out: Path) -> None:

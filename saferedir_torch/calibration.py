@@ -33,7 +33,7 @@ CONFIDENCE = 0.95
 #: No larger rate is promised for added concepts and those before them.
 WORST_RATE = 0.01
 #: Share of benign pictures whose logits are taken for the tail, and how rarely one is to come up to its level.
-TAIL, RARE = 0.02, 2e-5
+TAIL, RARE = 0.02, 2e-4
 #: The bound lies this far above the highest score that is to stay below it, in logits.
 MARGIN = 1e-3
 #: Scores are kept away from 0 and 1 by this much before their logit is taken.
@@ -50,7 +50,7 @@ def highest_logits(module: SafetyModule, runs: RecordedRuns) -> npt.NDArray[np.f
 
 
 def set_levels(module: SafetyModule, runs: RecordedRuns) -> None:
-    """Set the levels of the branch trained last to what a benign picture comes up to around each knot once in 50,000.
+    """Set the levels of the branch trained last to what a benign picture comes up to around each knot once in 5,000.
 
     That is read off the tail of the benign `runs`, so that it is about as rare for every concept and time, however far their
     tails reach: one bound for all then costs each the same. From where a latent shows the picture on, there is one level for

@@ -90,7 +90,7 @@ class Learner:
         held[self._stored(rng.permutation(run_count)[: max(1, int(run_count * VALIDATION_SHARE))])] = True
         row_held = held[bank.run]
         self.train_rows, self.held_rows = torch.where(~row_held)[0], torch.where(row_held)[0]
-        # The rows of a run are in the order of its steps.
+        # Runs lie one after another, each in the order of its steps.
         self.last_row = torch.bincount(bank.run, minlength=run_count).cumsum(dim=0) - 1
         order = self._stored(rng.permutation(len(pairs.asked)))
         cut = max(1, int(len(order) * VALIDATION_SHARE))

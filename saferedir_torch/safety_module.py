@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,6 +192,13 @@ class SafetyModule(nn.Module):
             assert isinstance(branch, Branch)
             yield branch
 
+    def sha256(self) -> str:
+        """SHA-256 over all that a decision and a redirection depend on: weights, levels, gains, refuge, and how concepts are
+        configured."""
+        digest = hashlib.sha256(repr((self.config.concepts, self.config.cooldown, self.config.persistence)).encode())
+        _hash_tensors(digest, self.state_dict())
+        return digest.hexdigest()
+
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors` (fp16) to `folder`; the weights are renamed into place."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -220,7 +227,11 @@ class SafetyModule(nn.Module):
 def parameters_sha256(module: nn.Module) -> str:
     """SHA-256 over a module's parameters, names and fp16-rounded values, in name order."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+    _hash_tensors(digest, dict(module.named_parameters()))
     return digest.hexdigest()
+
+
+def _hash_tensors(digest: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())

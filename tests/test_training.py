@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,21 @@ def test_a_model_without_cross_attention_is_refused(eager: Any, tmp_path: Path) 
     )  # fmt: skip
     with pytest.raises(TrainingError, match="no cross-attention"):
         train(pipeline, WorldPrompts(["church"], load_split()), tmp_path, steps=1)
+
+
+def test_a_modules_hash_is_of_all_that_decides() -> None:
+    module = SafetyModule.load(SHIPPED_SAFETY)
+    assert module.sha256() == SafetyModule.load(SHIPPED_SAFETY).sha256()
+    seen = {module.sha256()}
+    for name in ("levels", "gains"):
+        getattr(module.last_branch, name).add_(1)
+        seen.add(module.sha256())
+    concepts = module.config.concepts
+    module.config = dataclasses.replace(
+        module.config, concepts=(dataclasses.replace(concepts[0], threshold=0.9), *concepts[1:])
+    )
+    seen.add(module.sha256())
+    assert len(seen) == 4
 
 
 def test_module_files_that_do_not_fit(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from benchmarks.test_sets import unsafe_set
 from saferedir.runtime import SafetyPolicy
 from saferedir_torch.evaluation.features import Features
 from saferedir_torch.evaluation.intervals import share
-from saferedir_torch.safety_module import SafetyModule, parameters_sha256
+from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.world.prompts import CONCEPTS, LATER_CONCEPTS, benign_set
 from saferedir_torch.world.split import Split
 
@@ -34,7 +34,7 @@ def added(
     """`extended` is `base` with one concept more. The others are compared with that one enabled, too."""
     name = extended.config.concept_names[-1]
     concept = LATER_CONCEPTS[name]
-    drawer, identity = hybrid_pipeline(extended), parameters_sha256(extended)
+    drawer, identity = hybrid_pipeline(extended), extended.sha256()
     before = hybrid_pipeline(base)
     old = len(base.config.concepts)
     only_old = hybrid_pipeline(extended, policy=SafetyPolicy(enabled=tuple(base.config.concept_names)))
@@ -52,7 +52,7 @@ def added(
     benign, seeds = benign_set(split, "test", count, seed=5)
     sets["benign"] = [prompt.text for prompt in benign], seeds, [prompt.scene for prompt in benign]
     for kind, (prompts, numbers, scenes) in sets.items():
-        was = studio.draw(before, parameters_sha256(base), prompts, numbers, f"{kind}: before")
+        was = studio.draw(before, base.sha256(), prompts, numbers, f"{kind}: before")
         now = studio.draw(only_old, identity, prompts, numbers, f"{kind}: after, the new one off")
         both = studio.draw(drawer, identity, prompts, numbers, f"{kind}: after, the new one on")
         asked = np.array([bool({*concept.members} & {*scene.objects}) for scene in scenes])

@@ -20,7 +20,6 @@ from saferedir_torch.attacks.suite import attack, attempts
 from saferedir_torch.attacks.text_families import FAMILIES
 from saferedir_torch.evaluation.intervals import share
 from saferedir_torch.prompt_source import PromptSource
-from saferedir_torch.safety_module import parameters_sha256
 from saferedir_torch.train import RUNS_FILE
 from saferedir_torch.training_data import load_runs
 from saferedir_torch.world.prompts import CONCEPTS, benign_set
@@ -68,7 +67,7 @@ def generalisation(
             source = HardenedPrompts(source, families)
         place = folder / title.replace(" ", "_")
         module = train_briefly(pipeline, source, bank, place, steps=size.steps, pairs=size.pairs)
-        drawer, identity = hybrid_pipeline(module), parameters_sha256(module)
+        drawer, identity = hybrid_pipeline(module), module.sha256()
         plain = plain_of(drawer)
         judges = Judges.calibrated(studio, plain, concept, split, size.rewrites)
         asked = studio.draw(drawer, identity, [prompt.text for prompt in benign], benign_seeds, f"{title}: benign")

@@ -19,7 +19,7 @@ from saferedir_torch.evaluation.intervals import clustered_share, share
 from saferedir_torch.evaluation.measures import FOUND
 from saferedir_torch.learner import STRENGTH, TAU
 from saferedir_torch.peers.peer import Peer
-from saferedir_torch.safety_module import SafetyModule, parameters_sha256
+from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.trajectories import encode
 from saferedir_torch.world.captions import all_names
 from saferedir_torch.world.judge import Judge
@@ -46,7 +46,7 @@ QUICK = Size(prompts=2, harmless=2, ladder=2)
 
 def relation(studio: Studio, model: Any, module: SafetyModule, split: Split, size: Size) -> dict[str, Any]:
     """FSR of pictures with both, by part; what fires and what is kept where only one is asked for; and the oracle ladder."""
-    drawer, identity, judge = hybrid_pipeline(module), parameters_sha256(module), Judge.load(NETWORKS / "judge")
+    drawer, identity, judge = hybrid_pipeline(module), module.sha256(), Judge.load(NETWORKS / "judge")
     plain, (first, _) = plain_of(drawer), split.seeds["test"]
     figures: dict[str, Any] = {"concept": module.config.concept_names[0], "training": module.config.provenance}
     for number, part in enumerate(PARTS):

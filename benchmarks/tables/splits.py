@@ -17,7 +17,7 @@ from benchmarks.test_sets import unsafe_set
 from saferedir_torch.evaluation.intervals import clustered_share
 from saferedir_torch.learner import Learner
 from saferedir_torch.prompt_source import PromptSource
-from saferedir_torch.safety_module import SafetyModule, parameters_sha256
+from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.train import RUNS_FILE, make_comparable, new_module, optimise, refuges, teach_redirector, teach_words
 from saferedir_torch.training_data import LatentBank, cached_runs, load_runs, make_pairs, record_runs
 from saferedir_torch.world.prompts import CONCEPTS
@@ -90,7 +90,7 @@ def splits(
         for part in PARTS:
             tested = unsafe_set(concept, names, part, prompts, SEEDS_A_PROMPT, seed=6)
             before = studio.draw(plain, PLAIN, tested.prompts, tested.seeds, f"{title}, {part}: unprotected")
-            after = studio.draw(drawer, parameters_sha256(module), tested.prompts, tested.seeds, f"{title}, {part}: protected")
+            after = studio.draw(drawer, module.sha256(), tested.prompts, tested.seeds, f"{title}, {part}: protected")
             shown = judges.found(before, concept)
             gone = ~judges.found(after, concept)[shown]
             of, texts = np.array(tested.names)[shown], np.array(tested.prompts)[shown]

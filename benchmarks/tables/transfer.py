@@ -121,5 +121,5 @@ class _Bench:
 
     def _draw(self, peer: Peer, prompts: list[str], seeds: list[int], title: str) -> Drawn:
         module = self.safe.controller.module
-        key = f"{self.identity} {parameters_sha256(module) if isinstance(peer, SafeRedir) else 'plain'}"
+        key = f"{self.identity} {module.sha256() if isinstance(peer, SafeRedir) else 'plain'}"
         return self.studio.draw(peer, key, prompts, seeds, f"{self.title}, {title}")

@@ -36,6 +36,7 @@ WHEN = (
 )  # fmt: skip
 #: Those that sentences are made of, one by one.
 WORDS = tuple(dict.fromkeys(word for phrase in (*WHO, *DID, *WHAT, *WHEN) for word in phrase.split()))
+CONSONANTS, VOWELS = "bcdfghjklmnprstvwz", ("a", "e", "i", "o", "u", "ai", "ea", "oo", "ou")
 JOINTS = (", ", ". ", " and ", "; ", ", then ", " while ", ", so ", " - ")
 #: Words of a prompt at which nothing more is put around it: Stable Diffusion reads 77 tokens.
 LONGEST = 48
@@ -70,12 +71,18 @@ def framed(target: Target, rng: np.random.Generator) -> str:
 
 
 def among_words(target: Target, rng: np.random.Generator) -> str:
-    """The prompt among words that make no sentence, up to twenty-four of them."""
+    """The prompt among words that make no sentence, half of them of no language: up to twenty-four."""
     count = min(int(rng.integers(1, 25)), LONGEST - len(target.prompt.split()))
-    words = [WORDS[index] for index in rng.integers(len(WORDS), size=max(1, count))]
+    words = [_any(WORDS, rng) if rng.random() < 0.5 else _no_word(rng) for _ in range(max(1, count))]
     joint = _any((" ", ", "), rng)
     before = int(rng.integers(len(words) + 1))
     return joint.join([*words[:before], target.prompt, *words[before:]])
+
+
+def _no_word(rng: np.random.Generator) -> str:
+    """Two syllables or three, and at times a letter more."""
+    syllables = [_any(CONSONANTS, rng) + _any(VOWELS, rng) for _ in range(int(rng.integers(2, 4)))]
+    return "".join(syllables) + (_any(CONSONANTS, rng) if rng.random() < 0.5 else "")
 
 
 def _sentence(rng: np.random.Generator) -> str:
