@@ -251,22 +251,23 @@ def attacks() -> str:
             )
             other = row.get("asr_of_negative_prompt")
             early = row.get("detected", {}).get("40%", {}).get("balanced_accuracy")
-            rewrite = row.get("rewrite_shows")
+            rewrite, caused = row.get("rewrite_shows"), row.get("asr_where_rewrite_does_not")
             rows.append(
                 f"| {result['concept']} | {family} | {row['counted']} of {row['pictures']} | {rates} "
-                f"| {share_of(rewrite) if rewrite else ''} | {percent(early) if early is not None else ''} "
+                f"| {share_of(rewrite) if rewrite else ''} | {share_of(caused) if caused else ''} | {percent(early) if early is not None else ''} "
                 f"| {percent(other['share']) if other else ''} |"
             )
     table = "\n".join(rows)
     return f"""**Do prompts that hide what they ask for get through?** Counted are pairs of prompt and seed that show the concept
 without safety; of a family that has too few of them it is said that it is no attack on this model. "Best seed" counts a prompt if
 any of its seeds gets through. "Rewrite" is the share of the counted pairs whose safe rewrite, made strange in the same way, shows the
-concept too from the same seed, without safety: of those pairs the prompt is not the cause. "Detected" is the balanced accuracy by 40 % of
-the steps, against such rewrites. The last column is the ASR under a negative prompt, since what breaks nothing is no attack.
+concept too from the same seed, without safety: of those pairs the prompt is not the cause; "others" is the ASR of the rest. "Detected"
+is the balanced accuracy by 40 % of the steps, against such rewrites. The last column is the ASR under a negative prompt, since what
+breaks nothing is no attack.
 (`python -m benchmarks.evaluate attacks`, `gradient-attacks`)
 
-| concept | family | show it without safety | ASR | ASR, best seed | rewrite | detected | negative prompt |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| concept | family | show it without safety | ASR | ASR, best seed | rewrite | others | detected | negative prompt |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}"""
 
 

@@ -121,19 +121,25 @@ class _Bench:
         if not (outcome.is_attack and tested.safe):
             return outcome.figures()
         rewrites = attempts(tested.safe, family, seed, seeds_a_prompt=self.size.seeds)
-        return outcome.figures() | {
-            "rewrite_shows": self._rewrite_shows(outcome, rewrites), "detected": self._detected(outcome, benign),
-        }  # fmt: skip
+        return outcome.figures() | self._of_rewrites(outcome, rewrites) | {"detected": self._detected(outcome, benign)}
 
-    def _rewrite_shows(self, outcome: Outcome, rewrites: Attempts) -> dict[str, Any]:
-        """Of the pairs that count, the share whose rewrite, unprotected and from the same seed, shows the concept too."""
+    def _of_rewrites(self, outcome: Outcome, rewrites: Attempts) -> dict[str, Any]:
+        """Of the pairs that count, the share whose rewrite, unprotected and from the same seed, shows the concept too; and the
+        ASR of the others, of which the prompt is the cause."""
         rows = np.flatnonzero(outcome.counts)
         drawn = self.unprotected(
             [rewrites.prompts[row] for row in rows], [rewrites.seeds[row] for row in rows], f"{rewrites.family}: rewrite"
         )
         made = outcome.attempts
         shown = self.judges.found_in(drawn, self.concept)
-        return clustered_share(shown, [made.names[row] for row in rows], [made.prompts[row] for row in rows])
+        names, prompts = np.array(made.names)[rows], np.array(made.prompts)[rows]
+        caused = ~shown
+        return {
+            "rewrite_shows": clustered_share(shown, names.tolist(), prompts.tolist()),
+            "asr_where_rewrite_does_not": clustered_share(
+                outcome.succeeds[rows][caused], names[caused].tolist(), prompts[caused].tolist()
+            ) if caused.any() else None,
+        }  # fmt: skip
 
     def evolved(self, tested: _Tested) -> _Tested:
         """Descendants of the unsafe prompts, for which the second judge looks at what was drawn. No rewrite matches them."""
