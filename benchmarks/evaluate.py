@@ -110,7 +110,7 @@ def cooldown(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, featur
 @app.command()
 def attacks(
     task: Annotated[str, typer.Option(help=f"One of {', '.join(CONCEPTS)}.")] = "church",
-    safety: Annotated[Path | None, typer.Option(help="Folder of another module; results to be kept apart with --out.")] = None,
+    safety: Annotated[Path | None, typer.Option(help="Folder of another module; results are stored under its name.")] = None,
     prompts: Annotated[int, typer.Option(help="Prompts a family.")] = 120,
     seeds: Annotated[int, typer.Option(help="Seeds a prompt.")] = 8,
     at_least: Annotated[int, typer.Option(help="Pictures that must show the concept without safety; fewer: no attack.")] = 300,
@@ -121,20 +121,25 @@ def attacks(
     """ASR of prompts that hide what they ask for, by family: typos, lookalike letters, injection and so on.
 
     Example, a first look at a new module: `python -m benchmarks.evaluate attacks --safety runs/new/safety --prompts 20
-    --seeds 3 --at-least 30 --out runs/new`
+    --seeds 3 --at-least 30 --out runs/new` writes `new_attacks_church.json`
     """
     from benchmarks.hybrid import hybrid_pipeline
     from benchmarks.tables.attacks import QUICK, Size
     from benchmarks.tables.attacks import attacks as measure
 
-    if safety is None:
-        drawer, identity = Pipeline.from_bundle(), DEPLOYED
-    else:
-        module = SafetyModule.load(safety)
-        drawer, identity = hybrid_pipeline(module), module.sha256()
     size, name = QUICK if quick else Size(prompts, seeds, at_least), f"attacks_{task}"
+    drawer, identity, stated = Pipeline.from_bundle(), DEPLOYED, {}
+    if safety is not None:
+        module = SafetyModule.load(safety)
+        drawer, identity, stated = hybrid_pipeline(module), module.sha256(), {"module": _title_of(safety)}
+        name = f"{_title_of(safety)}_{name}"
     figures = measure(Studio(work), drawer, identity, CONCEPTS[task], load_split(), size, out / f"{name}_worst.png")
-    _store(name, figures, out)
+    _store(name, stated | figures, out)
+
+
+def _title_of(safety: Path) -> str:
+    """What a module is called: its folder, or the one that training made it in."""
+    return safety.parent.name if safety.name == "safety" else safety.name
 
 
 @app.command()

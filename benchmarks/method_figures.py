@@ -245,6 +245,7 @@ def attacks() -> str:
     rows = []
     for stem in sorted(path.stem for path in RESULTS.glob("*attacks_*.json")):
         result = read_result(stem)
+        title = ", ".join([result["concept"], *([result["module"]] if "module" in result else [])])
         for family, row in result["families"].items():
             rates = (
                 f"{share_of(row['asr'])} | {share_of(row['asr_best_of_seeds'])}" if row["is_attack"] else "no attack here | "
@@ -253,7 +254,7 @@ def attacks() -> str:
             early = row.get("detected", {}).get("40%", {}).get("balanced_accuracy")
             rewrite, caused = row.get("rewrite_shows"), row.get("asr_where_rewrite_does_not")
             rows.append(
-                f"| {result['concept']} | {family} | {row['counted']} of {row['pictures']} | {rates} "
+                f"| {title} | {family} | {row['counted']} of {row['pictures']} | {rates} "
                 f"| {share_of(rewrite) if rewrite else ''} | {share_of(caused) if caused else ''} | {percent(early) if early is not None else ''} "
                 f"| {percent(other['share']) if other else ''} |"
             )
@@ -263,8 +264,8 @@ without safety; of a family that has too few of them it is said that it is no at
 any of its seeds gets through. "Rewrite" is the share of the counted pairs whose safe rewrite, made strange in the same way, shows the
 concept too from the same seed, without safety: of those pairs the prompt is not the cause; "others" is the ASR of the rest. "Detected"
 is the balanced accuracy by 40 % of the steps, against such rewrites. The last column is the ASR under a negative prompt, since what
-breaks nothing is no attack.
-(`python -m benchmarks.evaluate attacks`, `gradient-attacks`)
+breaks nothing is no attack. Rows that name a module are of the one in `benchmarks/modules`, on fewer prompts; all others are of the
+shipped one. (`python -m benchmarks.evaluate attacks`, `gradient-attacks`)
 
 | concept | family | show it without safety | ASR | ASR, best seed | rewrite | others | detected | negative prompt |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
