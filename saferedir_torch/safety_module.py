@@ -45,7 +45,7 @@ class Branch(nn.Module):
     Scores are comparable between timesteps and concepts: `levels` [concepts, KNOTS] are the logits that clean pictures
     come up to, at equidistant timesteps from 0 to 1000 (late latents are mistaken for a concept more easily than early
     prompts are). Training sets them by what it held out, and `gains` [concepts] so that its unsafe runs rise to `REACH`
-    above them; calibration sets the levels anew, by the highest of many benign pictures.
+    above them; calibration sets the levels anew, by the tail of many benign pictures.
 
     `refuge` [concepts, T, D] is the last resort: embeddings of safe prompts, each with what is drawn in its concept's place,
     which a prompt is replaced by whole where moving its tokens did not help.
