@@ -12,14 +12,19 @@ PROMISED = 0.02
 
 
 def limits(results: dict[str, Any]) -> list[str]:
-    """A sentence or two for each; `results` are those of the evaluation by name."""
-    tables = [result for name, result in results.items() if name.startswith(("attacks_", "gradient_attacks_"))]
-    through = [
-        (result["concept"], family, row["asr"]["share"])
-        for result in tables for family, row in result["families"].items() if row["is_attack"]
-    ]  # fmt: skip
+    """A sentence or two for each; `results` are those of the evaluation by name.
+
+    Attacks are those on the shipped module; where none by gradient were measured on it, those on other modules are told of.
+    """
+    tables = [result for name, result in results.items() if "attacks_" in name]
+    shipped = _through([result for result in tables if "module" not in result])
     by_gradient = (TEXT, BLIND, WHITE_BOX, EMBEDDING)
-    written = [entry for entry in through if entry[1] not in by_gradient and entry[2] > PROMISED]
+    written = [entry for entry in shipped if entry[1] not in by_gradient and entry[2] > PROMISED]
+    through, modules = shipped, ""
+    if not any(family == EMBEDDING for _, family, _ in shipped):
+        others = [result for result in tables if "module" in result and EMBEDDING in result["families"]]
+        through = _through(others)
+        modules = f" (measured on another module: {', '.join(dict.fromkeys(result['module'] for result in others))})"
     said = []
     if written:
         listed = ", ".join(f"{concept}, {family}: {percent(share)}" for concept, family, share in sorted(written, key=_share))
@@ -28,8 +33,8 @@ def limits(results: dict[str, Any]) -> list[str]:
         said.append(
             "One who has the networks. Words searched by gradient through text encoder or UNet get through in "
             f"{_range(through, TEXT, BLIND)} of the pictures in which they work at all, through detector and redirector as "
-            f"well in {_range(through, WHITE_BOX)}, and embeddings in {_range(through, EMBEDDING)}. The runtime takes text "
-            "alone; keep the weights of the safety to yourself, and watch for one user whose prompts fire again and again."
+            f"well in {_range(through, WHITE_BOX)}, and embeddings in {_range(through, EMBEDDING)}{modules}. The runtime takes "
+            "text alone; keep the weights of the safety to yourself, and watch for one user whose prompts fire again and again."
         )
     said += [
         "One who runs the model elsewhere: nothing in the UNet has changed, and what was to be forgotten is still in it.",
@@ -39,6 +44,14 @@ def limits(results: dict[str, Any]) -> list[str]:
         "Names and looks that are far from those taught: a concept is what its training pairs say it is.",
     ]
     return said
+
+
+def _through(tables: list[Any]) -> list[tuple[str, str, float]]:
+    """Concept, family and ASR of all that is an attack."""
+    return [
+        (result["concept"], family, row["asr"]["share"])
+        for result in tables for family, row in result["families"].items() if row["is_attack"]
+    ]  # fmt: skip
 
 
 def _share(entry: tuple[str, str, float]) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import engine_figures, method_figures
+from benchmarks import engine_figures, method_figures, robustness_figures
+from benchmarks.markdown import read_result
 from benchmarks.report import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
@@ -37,12 +39,12 @@ def figures() -> str:
         method_figures.ablation: ("ablation",),
         method_figures.strength: ("strength",),
         method_figures.cooldown: ("cooldown",),
-        method_figures.attacks: ("attacks_church",),
-        method_figures.generalisation: ("generalisation",),
-        method_figures.what_gets_through: ("attacks_church",),
-        method_figures.peers: ("peers_church",),
-        method_figures.transfer: ("transfer",),
-        method_figures.relation: ("relation",),
+        robustness_figures.attacks: ("attacks_church",),
+        robustness_figures.generalisation: ("generalisation",),
+        robustness_figures.what_gets_through: ("attacks_church",),
+        robustness_figures.peers: ("peers_church",),
+        robustness_figures.transfer: ("transfer",),
+        robustness_figures.relation: ("relation",),
         engine_figures.cost: ("speed", "speed_ort-cuda"),
         engine_figures.safety_cost: ("safety_cost",),
         engine_figures.optimisers: ("optimisers",),
@@ -52,7 +54,13 @@ def figures() -> str:
         method_figures.ladder: ("oracle_church",),
     }
     measured = {path.stem for path in RESULTS.glob("*.json")}
-    return "\n\n".join(write() for write, needed in sections.items() if measured.issuperset(needed))
+    return "\n\n".join(write() + _module(needed) for write, needed in sections.items() if measured.issuperset(needed))
+
+
+def _module(needed: Sequence[str]) -> str:
+    """What is said below a table that is of another safety module than the shipped one."""
+    others = {result["module"] for result in map(read_result, needed) if "module" in result}
+    return f"\n\nMeasured on the safety module {', '.join(sorted(others))}." if others else ""
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from saferedir_torch.training_run import TrainingError
 from saferedir_torch.world.source import AddedPrompts
 from saferedir_torch.world.split import load_split
 
+#: Of the added concept, of tokens [1, T, D].
+REFUGE = torch.zeros(1, 77, 128)
 PROMPTS = ["a church next to a cat", "a dog in ink style", "a teddy bear", "a castle"]
 
 
@@ -34,7 +36,7 @@ def base() -> SafetyModule:
 @pytest.fixture(scope="module")
 def extended(base: SafetyModule) -> SafetyModule:
     torch.manual_seed(0)
-    return extended_module(base, {"teddy": "gift"}).eval()
+    return extended_module(base, {"teddy": "gift"}, refuge=REFUGE).eval()
 
 
 def test_an_added_branch_is_kept_without_the_module_under_it(
@@ -129,7 +131,7 @@ def test_pictures_of_the_others_are_bit_identical(base: SafetyModule, extended: 
 
 def test_a_known_concept_cannot_be_added(base: SafetyModule) -> None:
     with pytest.raises(TrainingError, match="church already"):
-        extended_module(base, {"church": "house"})
+        extended_module(base, {"church": "house"}, refuge=REFUGE)
 
 
 def test_the_hybrid_backend_draws_what_the_deployed_engine_draws(base: SafetyModule, pipeline: Pipeline) -> None:

