@@ -57,10 +57,11 @@ def figures() -> str:
     return "\n\n".join(write() + _module(needed) for write, needed in sections.items() if measured.issuperset(needed))
 
 
-def _module(needed: Sequence[str]) -> str:
-    """What is said below a table that is of another safety module than the shipped one."""
-    others = {result["module"] for result in map(read_result, needed) if "module" in result}
-    return f"\n\nMeasured on the safety module {', '.join(sorted(others))}." if others else ""
+def _module(names: Sequence[str]) -> str:
+    """What is said below a table with results of another safety module than the shipped one."""
+    modules = {name: result["module"] for name in names if "module" in (result := read_result(name))}
+    said = "; ".join(f"`{name}` was measured on the safety module {module}" for name, module in modules.items())
+    return f"\n\n{said}." if said else ""
 
 
 if __name__ == "__main__":
