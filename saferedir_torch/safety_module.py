@@ -96,11 +96,14 @@ class Branch(nn.Module):
         redirection = self.redirection(prompt, part.features, joint, active.to(prompt.dtype))
         return self.with_word_evidence(redirection, part.words, active, again)
 
-    def refuge_of_first(self, chosen: Tensor) -> Tensor:
-        """The refuge of the first concept that is chosen, [B, concepts] bool -> [B, T, D]; of any where none is."""
-        earlier_counts_more = torch.arange(chosen.shape[1], 0, -1, device=chosen.device, dtype=self.refuge.dtype)
-        first = (chosen * earlier_counts_more).argmax(dim=1)
-        return self.refuge.index_select(0, first)
+    def resorted(self, prompt: Tensor, again: Tensor) -> Tensor:
+        """`prompt` [B, T, D], or the refuge of the first concept of those `again` [B, concepts] bool where there is one.
+
+        Chosen one by one: ONNX Runtime has no ArgMax for CUDA, and would leave the GPU for it.
+        """
+        for index in reversed(range(again.shape[1])):
+            prompt = torch.where(again[:, index, None, None], self.refuge[index], prompt)
+        return prompt
 
     def with_word_evidence(self, redirection: Redirection, words: Tensor, active: Tensor, again: Tensor) -> Redirection:
         """`redirection` with its mask corrected by what tokens say by themselves, `words` [B, T, concepts], of the active
@@ -178,7 +181,7 @@ class SafetyModule(nn.Module):
         if not self.config.refuge:
             return Redirected(prompt, token_mask)
         for branch, repeated in reversed(list(zip(self.each_branch(), torch.split(again, sizes, dim=1), strict=True))):
-            prompt = torch.where(repeated.any(dim=1)[:, None, None], branch.refuge_of_first(repeated), prompt)
+            prompt = branch.resorted(prompt, repeated)
         return Redirected(prompt, torch.where(again[:, :, None], torch.ones_like(token_mask), token_mask))
 
     @property
