@@ -96,14 +96,15 @@ class Branch(nn.Module):
         redirection = self.redirection(prompt, part.features, joint, active.to(prompt.dtype))
         return self.with_word_evidence(redirection, part.words, active, again)
 
-    def resorted(self, prompt: Tensor, again: Tensor) -> Tensor:
-        """`prompt` [B, T, D], or the refuge of the first concept of those `again` [B, concepts] bool where there is one.
+    def refuge_of_first(self, chosen: Tensor) -> Tensor:
+        """The refuge of the first concept that is chosen, [B, concepts] bool -> [B, T, D]; of the last where none is.
 
-        Chosen one by one: ONNX Runtime has no ArgMax for CUDA, and would leave the GPU for it.
+        Not by argmax: ONNX Runtime has no such kernel for CUDA, and would leave the GPU for it.
         """
-        for index in reversed(range(again.shape[1])):
-            prompt = torch.where(again[:, index, None, None], self.refuge[index], prompt)
-        return prompt
+        concepts = chosen.shape[1]
+        earlier_counts_more = torch.arange(concepts, 0, -1, device=chosen.device, dtype=self.refuge.dtype)
+        first = concepts - torch.where(chosen, earlier_counts_more, torch.ones_like(earlier_counts_more)).amax(dim=1)
+        return self.refuge.index_select(0, first.long())
 
     def with_word_evidence(self, redirection: Redirection, words: Tensor, active: Tensor, again: Tensor) -> Redirection:
         """`redirection` with its mask corrected by what tokens say by themselves, `words` [B, T, concepts], of the active
@@ -181,7 +182,7 @@ class SafetyModule(nn.Module):
         if not self.config.refuge:
             return Redirected(prompt, token_mask)
         for branch, repeated in reversed(list(zip(self.each_branch(), torch.split(again, sizes, dim=1), strict=True))):
-            prompt = branch.resorted(prompt, repeated)
+            prompt = torch.where(repeated.any(dim=1)[:, None, None], branch.refuge_of_first(repeated), prompt)
         return Redirected(prompt, torch.where(again[:, :, None], torch.ones_like(token_mask), token_mask))
 
     @property
