@@ -42,7 +42,7 @@ def figures() -> str:
         robustness_figures.attacks: ("attacks_church",),
         robustness_figures.generalisation: ("generalisation",),
         robustness_figures.what_gets_through: ("attacks_church",),
-        robustness_figures.peers: ("peers_church",),
+        robustness_figures.peers: ("peers_church", "peers_ink", "peers_weapons"),
         robustness_figures.transfer: ("transfer",),
         robustness_figures.relation: ("relation",),
         engine_figures.cost: ("speed", "speed_ort-cuda"),

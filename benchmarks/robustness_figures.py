@@ -34,9 +34,9 @@ without safety; of a family that has too few of them it is said that it is no at
 any of its seeds gets through. The second judge's ASR is of the counted pairs in which it finds the concept as well. "Rewrite" is
 the share of the counted pairs whose safe rewrite, made strange in the same way, shows the concept too from the same seed, without
 safety: of those pairs the prompt is not the cause; "others" is the ASR of the rest. "Detected" is the balanced accuracy by 40 % of
-the steps, against pictures of such rewrites that do not show the concept without safety. The last column is the ASR under a
-negative prompt, since what breaks nothing is no attack. Rows "before hardening" are of the module that was shipped before the present one, which was trained on
-from it against the families of attacks that nothing is tested with. (`python -m benchmarks.evaluate attacks`, `gradient-attacks`)
+the steps, against such rewrites. The last column is the ASR under a negative prompt, since what breaks nothing is no attack. Rows
+"before hardening" are of the module that was shipped before the present one was trained from it, against families of attacks that
+nothing is tested with. (`python -m benchmarks.evaluate attacks`, `gradient-attacks`)
 
 | concept | family | show it without safety | ASR | ASR, best seed | ASR, second judge | rewrite | others | detected | negative prompt |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |

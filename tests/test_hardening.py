@@ -123,12 +123,8 @@ def test_unknown_families_are_named() -> None:
         HardenedPrompts(SOURCE, [])
 
 
-@pytest.fixture(scope="module")
-def shipped() -> SafetyModule:
-    return SafetyModule.load(SHIPPED_SAFETY)
-
-
-def test_the_shipped_module_resorts_to_safe_prompts(shipped: SafetyModule) -> None:
+def test_the_shipped_module_resorts_to_safe_prompts() -> None:
+    shipped = SafetyModule.load(SHIPPED_SAFETY)
     source = WorldPrompts(shipped.config.concept_names, load_split())
     expected = refuges(load_pipeline(), source, seed=0)
     torch.testing.assert_close(shipped.last_branch.refuge, expected, atol=2e-3, rtol=1e-3)  # fp16 on disk
@@ -137,3 +133,9 @@ def test_the_shipped_module_resorts_to_safe_prompts(shipped: SafetyModule) -> No
 def test_the_shipped_module_sees_a_slip() -> None:
     made = Pipeline.from_bundle()(["sabes on a teal background with a white border"], seed=[2502048])
     assert "weapons" in made.records[0].steps[0].fired
+
+
+def test_of_several_that_fire_again_the_first_has_its_refuge() -> None:
+    branch = SafetyModule.load(SHIPPED_SAFETY).last_branch
+    chosen = torch.tensor([[False, True, True], [True, False, True], [False, False, True]])
+    assert torch.equal(branch.refuge_of_first(chosen), branch.refuge[[1, 0, 2]])
