@@ -51,6 +51,12 @@ def train(
         list[str] | None,
         typer.Option(help="Family of attacks to train against, again for more: longer, typos and so on."),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Part to teach of the module that is gone on from, again for more: together, words, alone, redirector."
+        ),
+    ] = None,
     batch_scale: Annotated[int, typer.Option(min=1, help="Cases a step, in multiples of what two cores bear; 4 on a GPU.")] = 1,
     device: Device = "auto",
     config: Config = None,
@@ -88,7 +94,7 @@ def train(
     module = train_module(
         pipeline, source, out, seed=seed, steps=steps, runs=runs, pairs=pair_count,
         samplings=[_sampling(text) for text in sampling] if sampling else SAMPLINGS, runs_from=runs_from, extend=base,
-        start=start, batch_scale=batch_scale,
+        start=start, only=only or (), batch_scale=batch_scale,
     )  # fmt: skip
     typer.echo(json.dumps(module.config.provenance, indent=1))
 

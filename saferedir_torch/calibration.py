@@ -55,16 +55,25 @@ def set_levels(module: SafetyModule, runs: RecordedRuns) -> None:
     That is read off the tail of the benign `runs`, so that it is about as rare for every concept and time, however far their
     tails reach: one bound for all then costs each the same. From where a latent shows the picture on, there is one level for
     all knots: what one benign latent in thousands comes up to there cannot be told knot by knot from as many pictures.
+    Latents without the prompt are the same task at every knot, and have a level at each.
     """
-    branch = module.last_branch
-    logits = _branch_logits(module, runs)  # [R, S, N]
+    branch, encoder = module.last_branch, module.encoder
+    together = _of_every_step(module, runs, lambda latent, time, prompt: branch.logits(encoder(latent, time), prompt))
     spacing = TIMESTEPS / (KNOTS - 1)
     near = (runs.timestep[:, None] - torch.arange(KNOTS) * spacing).abs() <= spacing  # [S, KNOTS]
     shows = torch.arange(KNOTS) * spacing < PICTURE_SHOWS
-    near[:, shows] = near[:, shows].any(dim=1, keepdim=True)
-    reached = torch.stack([logits[:, steps].amax(dim=1) if steps.any() else logits.amin(dim=1) for steps in near.T], dim=2)
     # Rounded as they will be on disk, so that the bound is for what is stored.
-    branch.levels.copy_(tail_level(reached).half())
+    if (look := branch.alone) is not None:
+        alone = _of_every_step(module, runs, lambda latent, time, _: look(encoder(latent, time)))
+        branch.alone_levels.copy_(tail_level(_reached(alone, near)).half())
+    near[:, shows] = near[:, shows].any(dim=1, keepdim=True)
+    branch.levels.copy_(tail_level(_reached(together, near)).half())
+
+
+def _reached(logits: Tensor, near: Tensor) -> Tensor:
+    """The highest of each run's logits [R, S, N] among the steps near each knot [S, KNOTS], or the lowest of all where there
+    is no such step: [R, N, KNOTS]."""
+    return torch.stack([logits[:, steps].amax(dim=1) if steps.any() else logits.amin(dim=1) for steps in near.T], dim=2)
 
 
 def tail_level(reached: Tensor) -> Tensor:
@@ -82,14 +91,6 @@ def _logits(module: SafetyModule, runs: RecordedRuns) -> Tensor:
     """Logits of every step, relative to the levels: [R, S, N], on the CPU wherever `module` is."""
     score = _of_every_step(module, runs, lambda latent, timestep, prompt: module.score(latent, timestep, prompt)[0])
     return torch.logit(score.double(), SMALLEST)
-
-
-def _branch_logits(module: SafetyModule, runs: RecordedRuns) -> Tensor:
-    """Those of the branch trained last as they come, [R, S, its concepts]."""
-    branch = module.last_branch
-    return _of_every_step(
-        module, runs, lambda latent, timestep, prompt: branch.logits(module.encoder(latent, timestep), prompt)
-    )
 
 
 @torch.no_grad()

@@ -64,6 +64,8 @@ class SafetyConfig:
     #: the embedding of a safe prompt that asks for what is drawn in its place and for little else.
     persistence: float = 1.5
     refuge: bool = False
+    #: What a step shows is scored without the prompt as well, which strange words could speak against it.
+    alone: bool = False
     latent_widths: tuple[int, int, int] = (64, 128, 256)
     latent_features: int = 512
     timestep_frequencies: int = 320

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from saferedir_torch.alignment import changed_tokens
 from saferedir_torch.losses import detection_loss, redirection_loss
-from saferedir_torch.safety_module import KNOTS, REACH, TIMESTEPS, SafetyModule
+from saferedir_torch.safety_module import KNOTS, REACH, TIMESTEPS, SafetyModule, near_knots
 from saferedir_torch.training_data import PICTURE_SHOWS, LatentBank, PairBank
 
 STEP_BATCH = 160
 PAIR_BATCH = 96
 WORD_BATCH = 128
+ALONE_BATCH = 384
 #: Share of the redirector's cases in which nothing is to change, where it is taught on its own.
 UNTOUCHED_SHARE = 0.25
 #: Strength s of the redirection formula that step lengths are trained for.
@@ -38,6 +39,8 @@ RENOISED_SHARE = 0.4
 CLEAN_SHARE = 0.99
 #: Share of held-out unsafe runs that need not reach the height which gains are set by.
 MISSED_SHARE = 0.01
+#: The same for latents alone, which some unsafe runs never show anything to.
+UNSEEN_SHARE = 0.5
 #: Embeddings whose standard deviation is taken for that of all.
 NOISE_MEASURED_ON = 10_000
 #: Noise on prompt embeddings, in units of their standard deviation: names never seen lie near seen ones.
@@ -145,6 +148,26 @@ class Learner:
         loss = detection_loss(parts, labels, torch.ones_like(labels))
         return loss, {"words": float(loss.detach())}
 
+    def alone_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """What is to be told from latents without the prompt: what they show, or, where they cannot show it yet, what the
+        prompt asks for that they follow."""
+        rng = np.random.default_rng([self.seed, 37, step])
+        generator, size = self._noise_of(self.seed * 1_000_003 + step + 900_000), ALONE_BATCH * self.scale
+        rows = self._any_of(self.train_rows, size, rng)
+        last = self.last_row[self.bank.run[rows]]
+        renoised = self._stored(rng.random(size) < RENOISED_SHARE)
+        seen = _Seen(
+            *(_choose(renoised, *both) for both in zip(self._renoised(last, generator), self._seen(rows), strict=True))
+        )
+        asked = _choose(renoised, self.bank.asked[last], self.bank.asked[rows])
+        labels, weights = _what_is_to_be_seen(asked, seen.shown)
+        assert self.branch.alone is not None
+        with torch.no_grad():
+            joint = self.module.encoder(seen.latent.to(self.device), seen.timestep.to(self.device))
+        logits = self.branch.alone(joint)
+        loss = detection_loss(logits, labels.to(self.device), weights.to(self.device))
+        return loss, {"alone": float(loss.detach())}
+
     def detection_batch(self, step: int) -> DetectionBatch:
         """What the detector is shown in one step."""
         rng = np.random.default_rng([self.seed, 32, step])
@@ -174,16 +197,20 @@ class Learner:
         chosen = self.held_pairs[:400]
         shown = self._any_of(self.held_rows, len(chosen), rng)
         moved, parts = self._redirection(chosen, shown, rng, None)
+        if self.branch.alone is not None:
+            alone = detection_loss(self._alone(rows), *_what_is_to_be_seen(self.bank.asked[rows], self.bank.shown[rows]))
+            parts["alone"] = float(alone)
         return {"loss": float(detected) + float(moved), "detection": float(detected), "accuracy": accuracy, **parts}
 
     @torch.no_grad()
-    def clean_levels(self) -> Tensor:
+    def clean_levels(self, *, alone: bool = False) -> Tensor:
         """Per concept and knot of the timestep, the logit that 99 % of held-out clean steps around it stay below: [N, KNOTS].
 
-        A step is clean if the prompt does not ask for the concept and the latent does not show it.
+        A step is clean if the prompt does not ask for the concept and the latent does not show it. `alone`: of latents
+        without the prompt.
         """
         bank, rows = self.bank.to("cpu"), self.held_rows.cpu()
-        logits = self._logits(self._prompts(self.held_rows), self.held_rows)
+        logits = self._alone(self.held_rows) if alone else self._logits(self._prompts(self.held_rows), self.held_rows)
         levels = torch.zeros(logits.shape[1], KNOTS)
         spacing = TIMESTEPS / (KNOTS - 1)
         for knot in range(KNOTS):
@@ -195,17 +222,21 @@ class Learner:
         return levels
 
     @torch.no_grad()
-    def unsafe_peaks(self) -> Tensor:
-        """Per concept, how far above its level all but 1 % of held-out unsafe runs rise in some step, in logits: [N]."""
+    def unsafe_peaks(self, *, alone: bool = False) -> Tensor:
+        """Per concept, how far above its level all but 1 % of held-out unsafe runs rise in some step, in logits: [N].
+
+        `alone`: of latents without the prompt, and half of the runs.
+        """
         bank, rows = self.bank.to("cpu"), self.held_rows.cpu()
-        logits = self._logits(self._prompts(self.held_rows), self.held_rows).to(self.device)
-        above = (self.branch.comparable(logits, bank.timestep[rows].to(self.device)) / self.branch.gains).cpu()
+        logits = self._alone(self.held_rows) if alone else self._logits(self._prompts(self.held_rows), self.held_rows)
+        levels = self.branch.alone_levels if alone else self.branch.levels
+        above = logits - near_knots(bank.timestep[rows]) @ levels.T.cpu()
         peaks = torch.full((above.shape[1],), REACH)
         for index in range(above.shape[1]):
             unsafe = torch.unique(bank.run[rows][bank.asked[rows, index] > 0])
             if len(unsafe):
                 highest = torch.stack([above[bank.run[rows] == run, index].max() for run in unsafe])
-                peaks[index] = torch.quantile(highest, MISSED_SHARE)
+                peaks[index] = torch.quantile(highest, UNSEEN_SHARE if alone else MISSED_SHARE)
         return peaks
 
     def _stored(self, values: Any) -> Tensor:
@@ -280,6 +311,13 @@ class Learner:
             parts.append(self.branch.logits(joint, embeds.to(self.device).float()).cpu())
         return torch.cat(parts)
 
+    def _alone(self, rows: Tensor) -> Tensor:
+        """What the latents of `rows` [S] show without a prompt, logits [S, N]."""
+        assert self.branch.alone is not None
+        seen = (self._seen(chunk) for chunk in torch.split(rows, 512))
+        joints = (self.module.encoder(step.latent.to(self.device), step.timestep.to(self.device)) for step in seen)
+        return torch.cat([self.branch.alone(joint).cpu() for joint in joints])
+
     def _accuracy(self, rows: Tensor) -> float:
         asked, shown = self.bank.asked[rows].cpu(), self.bank.shown[rows].cpu()
         known = (asked > 0) | (shown >= 0)
@@ -300,6 +338,11 @@ def _batch(prompt: Tensor, asked: Tensor, seen: _Seen) -> DetectionBatch:
     labels = torch.maximum(asked, seen.shown.clamp(min=0))
     weights = ((asked > 0) | (seen.shown >= 0)).float()
     return DetectionBatch(seen.latent, seen.timestep, prompt, labels, weights)
+
+
+def _what_is_to_be_seen(asked: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels and weights [S, N] for latents alone: what is shown, and where that is open what is asked for, if anything."""
+    return torch.where(shown >= 0, shown, asked), ((asked > 0) | (shown >= 0)).float()
 
 
 def _choose(where: Tensor, first: Tensor, second: Tensor) -> Tensor:

@@ -49,13 +49,19 @@ class Branch(nn.Module):
 
     `refuge` [concepts, T, D] is the last resort: embeddings of safe prompts, each with what is drawn in its concept's place,
     which a prompt is replaced by whole where moving its tokens did not help.
+
+    With `alone` a concept's score is the higher of two: that of all inputs together, and that of latent and timestep without
+    the prompt, by levels and gains of its own. It is linear in j: what has more layers learns its runs by heart and takes
+    one benign picture in thousands for a concept.
     """
 
     levels: Tensor
     gains: Tensor
     refuge: Tensor
+    alone_levels: Tensor
+    alone_gains: Tensor
 
-    def __init__(self, config: SafetyConfig, concepts: int) -> None:
+    def __init__(self, config: SafetyConfig, concepts: int, *, alone: bool = False) -> None:
         super().__init__()
         self.register_buffer("levels", torch.zeros(concepts, KNOTS))
         self.register_buffer("gains", torch.ones(concepts))
@@ -63,6 +69,10 @@ class Branch(nn.Module):
             self.register_buffer("refuge", torch.zeros(concepts, config.prompt_tokens, config.prompt_width))
         self.detector = Detector(config, concepts)
         self.redirector = Redirector(config, concepts)
+        self.alone = nn.Linear(config.joint_features, concepts) if alone else None
+        if alone:
+            self.register_buffer("alone_levels", torch.zeros(concepts, KNOTS))
+            self.register_buffer("alone_gains", torch.ones(concepts))
 
     def logits(self, joint: Tensor, prompt: Tensor) -> Tensor:
         """j [B, J], prompt in force [B, T, D] -> logits [B, concepts]."""
@@ -74,10 +84,15 @@ class Branch(nn.Module):
 
         Levels are linear between the knots.
         """
-        knots = torch.arange(KNOTS, device=timestep.device, dtype=timestep.dtype)
-        place = timestep[:, None] * ((KNOTS - 1) / TIMESTEPS)
-        near = torch.relu(1 - (place - knots).abs())  # [B, KNOTS], two of them not 0
-        return (logits - near @ self.levels.T) * self.gains
+        return (logits - near_knots(timestep) @ self.levels.T) * self.gains
+
+    def evidence(self, joint: Tensor, prompt: Tensor, timestep: Tensor) -> Tensor:
+        """j [B, J], prompt in force [B, T, D], timestep [B] -> the logits that scores are made of, [B, concepts]."""
+        together = self.comparable(self.logits(joint, prompt), timestep)
+        if self.alone is None:
+            return together
+        shown = (self.alone(joint) - near_knots(timestep) @ self.alone_levels.T) * self.alone_gains
+        return torch.maximum(together, shown)
 
     def prompt_part(self, prompt: Tensor) -> PromptPart:
         """What depends on the prompt to redirect alone, [B, T, D]."""
@@ -125,6 +140,12 @@ class Branch(nn.Module):
         return redirection._replace(mask=mask + (1 - mask) * means.amax(dim=2))
 
 
+def near_knots(timestep: Tensor) -> Tensor:
+    """How near each timestep [B] is to each knot: [B, KNOTS], two of them not 0, which add up to 1."""
+    knots = torch.arange(KNOTS, device=timestep.device, dtype=timestep.dtype)
+    return torch.relu(1 - (timestep[:, None] * ((KNOTS - 1) / TIMESTEPS) - knots).abs())
+
+
 class Redirected(NamedTuple):
     """What a redirection makes of an embedding."""
 
@@ -145,12 +166,14 @@ class SafetyModule(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = StepEncoder(config)
-        self.branches = nn.ModuleList(Branch(config, concepts) for concepts in config.branch_sizes)
+        self.branches = nn.ModuleList(
+            Branch(config, concepts, alone=config.alone and index == 0) for index, concepts in enumerate(config.branch_sizes)
+        )
 
     def score(self, latent: Tensor, timestep: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
         """latent [B, C, h, w], timestep [B], prompt in force [B, T, D] -> scores [B, N] in [0, 1], j [B, J]."""
         joint = self.encoder(latent, timestep)
-        logits = [branch.comparable(branch.logits(joint, prompt), timestep) for branch in self.each_branch()]
+        logits = [branch.evidence(joint, prompt, timestep) for branch in self.each_branch()]
         return torch.sigmoid(torch.cat(logits, dim=1)), joint
 
     def prompt_part(self, original: Tensor) -> PromptPart:

@@ -36,7 +36,10 @@ PEAK_RATE = 1e-3
 #: Single words and the redirector, which are taught alone, bear a higher rate.
 ALONE_RATE = 3e-3
 VALIDATE_EVERY = 250
-WORD_STEPS = 6000
+WORD_STEPS, ALONE_STEPS = 6000, 3000
+#: What is taught one after another: detector and redirector together, single words, latents without the prompt, and the
+#: redirector again on its own.
+PARTS = ("together", "words", "alone", "redirector")
 RUNS_FILE = "runs.safetensors"
 #: Unsafe runs that rise less above clean ones than this, in logits, are taken to rise this much.
 SMALLEST_PEAK = 0.5
@@ -111,25 +114,29 @@ def train(
     runs_from: Path | None = None,
     extend: SafetyModule | None = None,
     start: SafetyModule | None = None,
+    only: Sequence[str] = (),
     batch_scale: int = 1,
 ) -> SafetyModule:
     """Train on `runs` recorded runs and `pairs` prompt pairs a concept; save the module to `folder/safety`.
 
     Detector and redirector are taught together, and the best of them by validation is kept; then what single words say; then
-    the redirector on its own, for twice as many steps and on as many other pairs, since it is far from finished when the
-    detector is. Checkpoints, loss logs and the recorded runs are kept in `folder`, and an interrupted training goes on there.
+    what latents show without the prompt, and the redirector on its own, for twice as many steps and on as many other pairs,
+    since it is far from finished when the detector is. Checkpoints, loss logs and the recorded runs are kept in `folder`, and
+    an interrupted training goes on there.
     With `extend` the concepts are added to that module, whose own weights and thresholds stay as they are.
     With `start`, a module of these concepts, perhaps for another model, its weights are where training begins, as far as they
-    fit. Batches hold `batch_scale` times as many cases as what two cores can bear.
+    fit; `only` some of the `PARTS` may then be taught, and the others stay as they are, with their levels.
+    Batches hold `batch_scale` times as many cases as what two cores can bear.
     `runs_from` is the folder of another training, of these concepts and perhaps more, whose runs are used as they are.
 
     Raises:
-        TrainingError: the loss is not finite, a checkpoint does not fit, recorded runs lack a concept, or the model has no
-            cross-attention.
+        TrainingError: the loss is not finite, a checkpoint does not fit, recorded runs lack a concept, the model has no
+            cross-attention, or only some parts are to be taught of a module that nothing was taught.
     """
     refuse_unconditional(pipeline)
     started = time.monotonic()
     concepts = list(source.replacements)
+    parts = _parts(only, start, concepts)
     if runs_from is not None:
         bank = load_runs(runs_from / RUNS_FILE).of(concepts)
     else:
@@ -137,11 +144,11 @@ def train(
             folder / RUNS_FILE,
             lambda: record_runs(pipeline, source, count=runs, seed=seed, samplings=samplings, on_progress=_say),
         ).of(concepts)
-    pair_bank = make_pairs(pipeline, source, count=pairs, seed=seed)
     torch.manual_seed(seed)
     refuge = refuges(pipeline, source, seed)
     if extend is None:
-        module = new_module(pipeline, source.replacements, refuge=refuge)
+        alone = "alone" in parts or (start is not None and start.config.alone)
+        module = new_module(pipeline, source.replacements, refuge=refuge, alone=alone)
     else:
         module = extended_module(extend, source.replacements, refuge=refuge if extend.config.refuge else None)
     if start is not None:
@@ -149,7 +156,62 @@ def train(
         _with_refuge(module, refuge)  # of this model's text encoder
         print(json.dumps({"tensors": len(module.state_dict()), "taught_anew": anew}), flush=True)
     check_match(pipeline, module)
-    learner = Learner(module, bank, pair_bank, pipeline.scheduler.alphas_cumprod, seed, scale=batch_scale)
+
+    def learner_on(pair_seed: int) -> Learner:
+        drawn = make_pairs(pipeline, source, count=pairs, seed=pair_seed)
+        return Learner(module, bank, drawn, pipeline.scheduler.alphas_cumprod, seed, scale=batch_scale)
+
+    best_step = None
+    # Parts are named by what they follow on, so that a training which is made longer does not go on with what followed the
+    # shorter.
+    if "together" in parts or "words" in parts:
+        learner = learner_on(seed)
+        if "together" in parts:
+            best_step = teach_together(module, learner, folder, steps=steps)
+        if "words" in parts:
+            teach_words(module, learner, folder, name=f"words_after_{steps}", steps=min(2 * steps, WORD_STEPS))
+        del learner  # gigabytes, at Stable Diffusion's width
+    learner = learner_on(seed + 1)
+    if "alone" in parts and module.last_branch.alone is not None:
+        teach_alone(module, learner, folder, name=f"alone_after_{steps}", steps=min(2 * steps, ALONE_STEPS))
+    if "redirector" in parts:
+        teach_redirector(module, learner, folder, name=f"redirector_after_{steps}", steps=2 * steps)
+    if "together" in parts or "words" in parts:
+        make_comparable(module, learner)
+    elif start is not None:
+        kept = {concept.name: concept.threshold for concept in start.config.concepts}
+        named = (dataclasses.replace(concept, threshold=kept[concept.name]) for concept in module.config.concepts)
+        module.config = dataclasses.replace(module.config, concepts=tuple(named))
+    if "alone" in parts and module.last_branch.alone is not None:
+        make_comparable_alone(module, learner)
+    module.config = dataclasses.replace(
+        module.config,
+        provenance={
+            "seed": seed, "steps": steps, "runs": runs, "pairs": pairs, "batch_scale": batch_scale, "best_step": best_step,
+            "only": list(only),
+            "validation": learner.validate(), "added_to": None if extend is None else extend.config.provenance,
+            "started_from": None if start is None else parameters_sha256(start),
+            "minutes": round((time.monotonic() - started) / 60, 1), "versions": {name: version(name) for name in MAKERS},
+        },
+    )  # fmt: skip
+    module.save(folder / "safety")
+    if "together" in parts:
+        plot_losses(folder / "safety.csv", folder / "loss.png")
+    return module
+
+
+def _parts(only: Sequence[str], start: SafetyModule | None, concepts: Sequence[str]) -> Sequence[str]:
+    if unknown := [part for part in only if part not in PARTS]:
+        raise TrainingError(f"there is no part {', '.join(unknown)} to teach; expected {', '.join(PARTS)}")
+    if only and start is None:
+        raise TrainingError(f"{', '.join(only)} cannot be taught alone: give a module to start from that has the other parts")
+    if only and start is not None and (new := [name for name in concepts if name not in start.config.concept_names]):
+        raise TrainingError(f"all parts must be taught of {', '.join(new)}, which the module to start from does not know")
+    return only or PARTS
+
+
+def teach_together(module: SafetyModule, learner: Learner, folder: Path, *, steps: int) -> int:
+    """Teach detector and redirector at once, and leave the best of them by validation; returns the step it is of."""
     best = folder / "best.safetensors.ckpt"
 
     def validate(step: int) -> None:
@@ -164,25 +226,7 @@ def train(
     kept = _best(best)
     module.load_state_dict(kept["state"])
     module.eval()
-    # Named by what they follow on, so that a training which is made longer does not go on with what followed the shorter.
-    teach_words(module, learner, folder, name=f"words_after_{steps}", steps=min(2 * steps, WORD_STEPS))
-    del pair_bank, learner.pairs  # gigabytes, at Stable Diffusion's width
-    pair_bank = make_pairs(pipeline, source, count=pairs, seed=seed + 1)
-    learner = Learner(module, bank, pair_bank, pipeline.scheduler.alphas_cumprod, seed, scale=batch_scale)
-    teach_redirector(module, learner, folder, name=f"redirector_after_{steps}", steps=2 * steps)
-    make_comparable(module, learner)
-    module.config = dataclasses.replace(
-        module.config,
-        provenance={
-            "seed": seed, "steps": steps, "runs": runs, "pairs": pairs, "batch_scale": batch_scale, "best_step": kept["step"],
-            "validation": learner.validate(), "added_to": None if extend is None else extend.config.provenance,
-            "started_from": None if start is None else parameters_sha256(start),
-            "minutes": round((time.monotonic() - started) / 60, 1), "versions": {name: version(name) for name in MAKERS},
-        },
-    )  # fmt: skip
-    module.save(folder / "safety")
-    plot_losses(folder / "safety.csv", folder / "loss.png")
-    return module
+    return int(kept["step"])
 
 
 def optimise(
@@ -221,6 +265,14 @@ def teach_words(module: SafetyModule, learner: Learner, folder: Path, *, name: s
     optimise(module.last_branch.detector.words, learner.words_of_step, folder, steps=steps, name=name, rate=ALONE_RATE)
 
 
+def teach_alone(module: SafetyModule, learner: Learner, folder: Path, *, name: str = "alone", steps: int) -> None:
+    """Teach the last branch what latents show without the prompt, which no other part depends on."""
+    look = module.last_branch.alone
+    assert look is not None
+    look.requires_grad_(True)
+    optimise(look, learner.alone_of_step, folder, steps=steps, name=name, rate=ALONE_RATE)
+
+
 def teach_redirector(module: SafetyModule, learner: Learner, folder: Path, *, name: str = "redirector", steps: int) -> None:
     """Teach the redirector of the last branch on, all else finished and frozen."""
     module.requires_grad_(False)
@@ -249,6 +301,13 @@ def make_comparable(module: SafetyModule, learner: Learner) -> None:
     threshold = round(1 / (1 + math.exp(-REACH / 2)), 6)
     named = tuple(dataclasses.replace(concept, threshold=threshold) for concept in module.config.concepts[-own:])
     module.config = dataclasses.replace(module.config, concepts=module.config.concepts[:-own] + named)
+
+
+def make_comparable_alone(module: SafetyModule, learner: Learner) -> None:
+    """The same of levels and gains for latents without the prompt, where half of the unsafe runs are to rise so far."""
+    branch = module.last_branch
+    branch.alone_levels.copy_(learner.clean_levels(alone=True))
+    branch.alone_gains.copy_(REACH / learner.unsafe_peaks(alone=True).clamp(min=SMALLEST_PEAK))
 
 
 def _best(path: Path) -> dict[str, Any]:

@@ -1,0 +1,157 @@
+"""What latents show without the prompt: scores that no word can lower, taught and levelled on their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from saferedir_torch.calibration import set_levels, tail_level
+from saferedir_torch.config import Concept, SafetyConfig
+from saferedir_torch.learner import Learner
+from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.recording import RecordedRuns
+from saferedir_torch.safety_module import KNOTS, SafetyModule, near_knots
+from saferedir_torch.train import extended_module, make_comparable_alone, teach_alone, train
+from saferedir_torch.training_data import LatentBank, PairBank
+from saferedir_torch.training_run import TrainingError
+from saferedir_torch.world.source import WorldPrompts
+from saferedir_torch.world.split import load_split
+
+BATCH, TOKENS, WIDTH = 5, 9, 16
+
+
+def made(**wishes: Any) -> SafetyModule:
+    torch.manual_seed(0)
+    config = SafetyConfig(
+        latent_channels=4, prompt_tokens=TOKENS, prompt_width=WIDTH, latent_widths=(8, 16, 24), latent_features=24,
+        timestep_frequencies=16, timestep_features=8, classifier_width=16, redirector_width=16, adapter_rank=4,
+        concepts=tuple(Concept(name=name, replacement="x") for name in "abc"), **wishes,
+    )  # fmt: skip
+    return SafetyModule(config).eval()
+
+
+@torch.no_grad()
+def test_no_prompt_lowers_what_a_latent_shows() -> None:
+    module = made(alone=True)
+    latent, timestep = torch.randn(BATCH, 4, 16, 16), torch.tensor([999.0, 700, 500, 123, 0])
+    branch = module.last_branch
+    assert branch.alone is not None
+    branch.alone_levels.copy_(torch.randn(3, KNOTS))
+    branch.alone_gains.copy_(torch.tensor([0.5, 1.0, 2.0]))
+    branch.levels.fill_(-1.0)
+    joint = module.encoder(latent, timestep)
+    shown = (branch.alone(joint) - near_knots(timestep) @ branch.alone_levels.T) * branch.alone_gains
+    raised = 0
+    for seed in range(20):
+        prompt = 3 * torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
+        together = branch.comparable(branch.logits(joint, prompt), timestep)
+        score, _ = module.score(latent, timestep, prompt)
+        assert (score >= torch.sigmoid(shown)).all()
+        assert torch.equal(score, torch.sigmoid(torch.maximum(shown, together)))
+        raised += int((shown > together).sum())
+    assert 0 < raised < 20 * BATCH * 3
+
+
+def test_a_configuration_from_before_has_none(tmp_path: Path) -> None:
+    module = made()
+    module.save(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    del raw["alone"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    loaded = SafetyModule.load(tmp_path)
+    assert loaded.last_branch.alone is None
+    assert loaded.state_dict().keys() == module.state_dict().keys()
+
+
+def test_added_concepts_are_not_looked_for_in_latents_alone() -> None:
+    """The encoder was taught without them."""
+    extended = extended_module(made(alone=True), {"d": "y"})
+    first, added = extended.each_branch()
+    assert first.alone is not None
+    assert added.alone is None
+
+
+def bank_of(runs: int, steps: int) -> LatentBank:
+    """Runs of one concept that shows as stripes from the third step on, in every other run."""
+    unsafe = (torch.arange(runs) % 2 == 1).repeat_interleave(steps)
+    timestep = torch.linspace(999, 0, steps).repeat(runs)
+    clear = timestep < 700
+    latent = 0.3 * torch.randn(runs * steps, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    latent[unsafe & clear] += 2 * (torch.arange(16) % 4 < 2).float()
+    shown = torch.where(unsafe, torch.where(clear, 1.0, -1.0), 0.0)[:, None]
+    run = torch.arange(runs).repeat_interleave(steps)
+    prompts = torch.zeros(runs, 77, 128)
+    return LatentBank(("a",), latent.half(), timestep, run, prompts, unsafe.float()[:, None], shown, run)
+
+
+def test_it_learns_what_shows_and_is_levelled_by_what_is_clean(tmp_path: Path) -> None:
+    shipped = SafetyModule.load(SHIPPED_SAFETY)
+    module = SafetyModule(dataclasses.replace(shipped.config, concepts=shipped.config.concepts[:1], alone=True)).eval()
+    module.encoder.load_state_dict(shipped.encoder.state_dict())
+    bank, empty = bank_of(80, 8), torch.zeros(20, *shipped.last_branch.refuge.shape[1:])
+    pairs = PairBank(empty, empty, torch.zeros(20, 1), torch.zeros(20, 1), torch.ones(empty.shape[:2], dtype=torch.bool))
+    learner = Learner(module, bank, pairs, torch.linspace(0.999, 0.01, 1000), 0)
+    others = {name: value.clone() for name, value in module.state_dict().items() if ".alone" not in name}
+    before = learner.validate()["alone"]
+    teach_alone(module, learner, tmp_path, steps=150)
+    assert learner.validate()["alone"] < 0.8 * before
+    make_comparable_alone(module, learner)
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in others.items())
+    branch = module.last_branch
+    assert branch.alone is not None
+    with torch.no_grad():
+        logits = branch.alone(module.encoder(bank.latent.float(), bank.timestep))
+    above = (logits - near_knots(bank.timestep) @ branch.alone_levels.T) * branch.alone_gains
+    unsafe, late = bank.asked[:, 0] > 0, bank.timestep < 700
+    assert float((above[unsafe & late] > 0).float().mean()) > 0.95
+    assert float((above[~unsafe] > 0).float().mean()) < 0.25  # a level is read off four clean runs here
+
+
+@torch.no_grad()
+def test_calibration_sets_a_level_of_its_own_at_every_knot() -> None:
+    module = made(alone=True)
+    generator = torch.Generator().manual_seed(0)
+    timestep = torch.linspace(1000, 0, KNOTS)
+    runs = RecordedRuns(
+        torch.randn(60, KNOTS, 4, 16, 16, generator=generator).half(), timestep,
+        torch.randn(60, TOKENS, WIDTH, generator=generator).half(),
+    )  # fmt: skip
+    set_levels(module, runs)
+    branch = module.last_branch
+    assert branch.alone is not None
+    joint = module.encoder(runs.latent.flatten(0, 1).float(), timestep.repeat(60))
+    logits = branch.alone(joint).reshape(60, KNOTS, 3)
+    for knot in range(KNOTS):
+        place = KNOTS - 1 - knot
+        near = logits[:, max(0, place - 1) : place + 2].amax(dim=1)
+        torch.testing.assert_close(branch.alone_levels[:, knot], tail_level(near), atol=2e-3, rtol=2e-3)
+
+
+@pytest.fixture(scope="module")
+def eager() -> Any:
+    return load_pipeline()
+
+
+def test_some_parts_are_taught_and_the_others_stay(eager: Any, tmp_path: Path) -> None:
+    source, options = WorldPrompts(["church"], load_split()), {"runs": 4, "pairs": 12, "samplings": [(3, 5.0)]}
+    start = train(eager, source, tmp_path / "whole", steps=1, **options)
+    start.config = dataclasses.replace(
+        start.config, concepts=tuple(dataclasses.replace(concept, threshold=0.875) for concept in start.config.concepts)
+    )
+    taught = train(eager, source, tmp_path / "more", steps=2, start=start, only=["redirector"], **options)
+    changed = {name for name, value in taught.state_dict().items() if not torch.equal(value, start.state_dict()[name])}
+    assert changed
+    assert all(".redirector." in name for name in changed)
+    assert taught.config.concepts == start.config.concepts
+    assert taught.config.provenance["only"] == ["redirector"]
+    with pytest.raises(TrainingError, match="no part colour to teach; expected together, words, alone, redirector"):
+        train(eager, source, tmp_path / "no", start=start, only=["colour"])
+    with pytest.raises(TrainingError, match="give a module to start from"):
+        train(eager, source, tmp_path / "no", only=["alone"])
+    with pytest.raises(TrainingError, match="all parts must be taught of ink"):
+        train(eager, WorldPrompts(["ink"], load_split()), tmp_path / "no", start=start, only=["alone"])
