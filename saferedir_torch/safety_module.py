@@ -92,7 +92,8 @@ class Branch(nn.Module):
         if self.alone is None:
             return together
         shown = (self.alone(joint) - near_knots(timestep) @ self.alone_levels.T) * self.alone_gains
-        return torch.maximum(together, shown)
+        # Not by maximum, which ONNX Runtime has no CUDA kernel for in this opset.
+        return torch.where(shown > together, shown, together)
 
     def prompt_part(self, prompt: Tensor) -> PromptPart:
         """What depends on the prompt to redirect alone, [B, T, D]."""
