@@ -111,6 +111,9 @@ def calibrate(
     level_count: Annotated[
         int, typer.Option(help="Benign pictures to draw besides, which say how high clean scores come at each timestep.")
     ] = 2400,
+    strength: Annotated[
+        list[str] | None, typer.Option(help="CONCEPT=S to redirect one with another strength than it was trained at.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
     seed: Seed = 0,
@@ -121,7 +124,7 @@ def calibrate(
 
     python -m saferedir_torch calibrate --model MODEL --safety castle/safety --prompts benign.txt --recorded castle/benign
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from rich.progress import Progress, TaskID
 
@@ -133,6 +136,9 @@ def calibrate(
 
     pipeline = load_pipeline(model, config).to(_device(device))
     module = SafetyModule.load(safety).to(pipeline.device)
+    scales = _strengths(strength or [], module.config.concept_names)
+    named = (replace(one, alpha_scale=scales.get(one.name, one.alpha_scale)) for one in module.config.concepts)
+    module.config = replace(module.config, concepts=tuple(named))
     drawn = []
     with Progress() as progress:
         for name, pictures, stream in (("levels", level_count, seed + 1), ("bound", count, seed)):
@@ -219,6 +225,21 @@ def _rewrite(text: str) -> tuple[str, Rewrite]:
     from saferedir_torch.pairs_file import Rewrite
 
     return concept, Rewrite(word, other)
+
+
+def _strengths(texts: list[str], concepts: Sequence[str]) -> dict[str, float]:
+    scales = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            scales[name] = float(number)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not CONCEPT=S, such as castle=1.8", param_hint="--strength") from None
+        if name not in concepts or not 0 < scales[name] <= 10:
+            raise typer.BadParameter(
+                f"{text!r}: expected one of {', '.join(concepts)} and a strength above 0, at most 10", param_hint="--strength"
+            )
+    return scales
 
 
 def _sampling(text: str) -> tuple[int, float]:
