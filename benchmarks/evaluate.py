@@ -98,6 +98,16 @@ def strength(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, featur
 
 
 @app.command()
+def choose_strength(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features: FeatureChoice = "auto") -> None:
+    """The strength of each concept, chosen on validation pictures, as `calibrate --strength` takes it. About 12 minutes."""
+    from benchmarks.tables.strength_choice import FULL, QUICK, strength_choice
+
+    module, _ = _shipped()
+    count = QUICK if quick else FULL
+    _store("strength_choice", strength_choice(Studio(work), module, load_split(), _features(features), count), out)
+
+
+@app.command()
 def cooldown(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features: FeatureChoice = "auto") -> None:
     """Cooldown 0 to 10: oscillation, firings, FSR. About 7 minutes."""
     from benchmarks.tables.cooldown import FULL, QUICK

@@ -205,6 +205,26 @@ prompt under all of them; "adaptive" moves further where a concept fires again. 
 {table}"""
 
 
+def strength_choice() -> str:
+    result = read_result("strength_choice")
+    measure = result["measure"]
+    table = "\n".join(
+        f"| {name} | {row['strength']:g}{' (chosen)' if row['strength'] == concept['chosen'] else ''} "
+        f"| {row['hints']['judge']} ({concept['rewrite_hints']['judge']}) "
+        f"| {row['hints']['second_judge']} ({concept['rewrite_hints']['second_judge']}) | {row[measure]:.4f} |"
+        for name, concept in result["concepts"].items()
+        for row in concept["rows"]
+    )
+    pictures = next(iter(result["concepts"].values()))["pictures"]
+    return f"""**How far is each concept moved?** The least strength that leaves hints of it (a judge's score above
+{result["hints_from"]:g}) in no more pictures than the rewrite has, in brackets; {pictures} validation pictures of names that
+training knows. (`python -m benchmarks.evaluate choose-strength`)
+
+| concept | strength | hints, first judge | hints, second judge | {measure} to the rewrite |
+| --- | --- | --- | --- | --- |
+{table}"""
+
+
 def cooldown() -> str:
     result = read_result("cooldown")
     table = "\n".join(

@@ -37,6 +37,7 @@ def figures() -> str:
         method_figures.added: ("added",),
         method_figures.detection: ("detection",),
         method_figures.ablation: ("ablation",),
+        method_figures.strength_choice: ("strength_choice",),
         method_figures.strength: ("strength",),
         method_figures.cooldown: ("cooldown",),
         robustness_figures.attacks: ("attacks_church",),

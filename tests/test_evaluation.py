@@ -17,6 +17,7 @@ TABLES = [
     ["unfamiliar"],
     ["interference"],
     ["strength"],
+    ["choose-strength"],
     ["cooldown"],
     ["added"],
     ["attacks"],
