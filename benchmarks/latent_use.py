@@ -50,7 +50,7 @@ def measure(count: int) -> dict[str, Any]:
 
     def accuracies(latents: torch.Tensor, times: torch.Tensor, prompt: torch.Tensor) -> dict[str, Any]:
         decided = torch.stack(
-            [safety.score(latents[:, s].float(), times[:, s], prompt)[0][:, 0] >= threshold for s in range(steps)],
+            [safety.score(latents[:, s].float(), times[:, s], prompt).score[:, 0] >= threshold for s in range(steps)],
             dim=1,
         )
         right = decided == truth[:, None]

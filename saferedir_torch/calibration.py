@@ -56,6 +56,9 @@ def set_levels(module: SafetyModule, runs: RecordedRuns) -> None:
     tails reach: one bound for all then costs each the same. From where a latent shows the picture on, there is one level for
     all knots: what one benign latent in thousands comes up to there cannot be told knot by knot from as many pictures.
     Latents without the prompt are the same task at every knot, and have a level at each.
+
+    At last all levels of a concept are moved alike, so that it comes up above them in 0.1 % of the pictures: where its tail is
+    heavier than an exponential one, the bound for all would otherwise be its own.
     """
     branch, encoder = module.last_branch, module.encoder
     together = _of_every_step(module, runs, lambda latent, time, prompt: branch.logits(encoder(latent, time), prompt))
@@ -68,6 +71,10 @@ def set_levels(module: SafetyModule, runs: RecordedRuns) -> None:
         branch.alone_levels.copy_(tail_level(_reached(alone, near)).half())
     near[:, shows] = near[:, shows].any(dim=1, keepdim=True)
     branch.levels.copy_(tail_level(_reached(together, near)).half())
+    above = torch.quantile(_logits(module, runs)[:, :, -len(branch.gains) :].amax(dim=1), 1 - RATE, dim=0).float()
+    branch.levels.add_((above / branch.gains)[:, None]).copy_(branch.levels.half())
+    if branch.alone is not None:
+        branch.alone_levels.add_((above / branch.alone_gains)[:, None]).copy_(branch.alone_levels.half())
 
 
 def _reached(logits: Tensor, near: Tensor) -> Tensor:
@@ -89,7 +96,7 @@ def tail_level(reached: Tensor) -> Tensor:
 
 def _logits(module: SafetyModule, runs: RecordedRuns) -> Tensor:
     """Logits of every step, relative to the levels: [R, S, N], on the CPU wherever `module` is."""
-    score = _of_every_step(module, runs, lambda latent, timestep, prompt: module.score(latent, timestep, prompt)[0])
+    score = _of_every_step(module, runs, lambda latent, timestep, prompt: module.score(latent, timestep, prompt).score)
     return torch.logit(score.double(), SMALLEST)
 
 

@@ -82,12 +82,15 @@ class Controller(nn.Module):
 
         `part` is what the module makes of p0 alone, computed here where it is not given.
         """
-        score, joint = self.module.score(latent, timestep, state.prompt)
+        score, together, joint = self.module.score(latent, timestep, state.prompt)
         watching = state.cooldown <= 0
         fired = (score >= policy.threshold) & policy.enabled & watching[:, None]
         any_fired = fired.any(dim=1)
         active = state.active | fired
         again = fired & state.active
+        if self.module.config.alone:
+            # What shows without the prompt being known to ask for it: none of its tokens is known as one to move.
+            again = again | (fired & (together < policy.threshold))
         strength = torch.where(again, self.module.config.persistence * policy.alpha_scale, policy.alpha_scale)
         moved, token_mask = self.module.redirect(original, joint, active, strength, again, part)
         prompt = torch.where(any_fired[:, None, None], moved, state.prompt)

@@ -86,14 +86,15 @@ class Branch(nn.Module):
         """
         return (logits - near_knots(timestep) @ self.levels.T) * self.gains
 
-    def evidence(self, joint: Tensor, prompt: Tensor, timestep: Tensor) -> Tensor:
-        """j [B, J], prompt in force [B, T, D], timestep [B] -> the logits that scores are made of, [B, concepts]."""
+    def evidence(self, joint: Tensor, prompt: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """j [B, J], prompt in force [B, T, D], timestep [B] -> the logits that scores are made of, [B, concepts], and those of
+        all inputs together."""
         together = self.comparable(self.logits(joint, prompt), timestep)
         if self.alone is None:
-            return together
+            return together, together
         shown = (self.alone(joint) - near_knots(timestep) @ self.alone_levels.T) * self.alone_gains
         # Not by maximum, which ONNX Runtime has no CUDA kernel for in this opset.
-        return torch.where(shown > together, shown, together)
+        return torch.where(shown > together, shown, together), together
 
     def prompt_part(self, prompt: Tensor) -> PromptPart:
         """What depends on the prompt to redirect alone, [B, T, D]."""
@@ -147,6 +148,17 @@ def near_knots(timestep: Tensor) -> Tensor:
     return torch.relu(1 - (timestep[:, None] * ((KNOTS - 1) / TIMESTEPS) - knots).abs())
 
 
+class Scored(NamedTuple):
+    """What the detector makes of a step."""
+
+    #: Score per concept in [0, 1], [B, N].
+    score: Tensor
+    #: The same of all inputs together, without what the latent shows alone, [B, N].
+    together: Tensor
+    #: j, [B, J].
+    joint: Tensor
+
+
 class Redirected(NamedTuple):
     """What a redirection makes of an embedding."""
 
@@ -171,11 +183,12 @@ class SafetyModule(nn.Module):
             Branch(config, concepts, alone=config.alone and index == 0) for index, concepts in enumerate(config.branch_sizes)
         )
 
-    def score(self, latent: Tensor, timestep: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
-        """latent [B, C, h, w], timestep [B], prompt in force [B, T, D] -> scores [B, N] in [0, 1], j [B, J]."""
+    def score(self, latent: Tensor, timestep: Tensor, prompt: Tensor) -> Scored:
+        """latent [B, C, h, w], timestep [B], prompt in force [B, T, D] -> scores and j."""
         joint = self.encoder(latent, timestep)
-        logits = [branch.evidence(joint, prompt, timestep) for branch in self.each_branch()]
-        return torch.sigmoid(torch.cat(logits, dim=1)), joint
+        evidence = [branch.evidence(joint, prompt, timestep) for branch in self.each_branch()]
+        score, together = (torch.sigmoid(torch.cat(logits, dim=1)) for logits in zip(*evidence, strict=True))
+        return Scored(score, together, joint)
 
     def prompt_part(self, original: Tensor) -> PromptPart:
         """What the first branch needs of p0 [B, T, D] alone. The later ones read what that branch made of it."""
@@ -186,8 +199,9 @@ class SafetyModule(nn.Module):
     ) -> Redirected:
         """p0 [B, T, D], j [B, J], active [B, N] bool, strength s [B, N] -> p, and the masks that made it.
 
-        `again` [B, N] bool says which concepts fire though they are active, where redirection is less sparing, and ends in
-        the refuge of the first of them where there is one. `part` is the prompt's own, computed here where it is not given.
+        `again` [B, N] bool says which concepts fire though moving tokens did not help, or will not, where redirection is less
+        sparing, and ends in the refuge of the first of them where there is one. `part` is the prompt's own, computed here
+        where it is not given.
 
         Of the concepts of one branch the largest strength among the active ones is used. Where no concept of a later
         branch is active that branch leaves the embedding as it is.

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from saferedir_torch.calibration import set_levels, tail_level
+from saferedir_torch.calibration import RATE, highest_logits, set_levels, tail_level
 from saferedir_torch.config import Concept, SafetyConfig
+from saferedir_torch.controller import Controller, Policy, State
 from saferedir_torch.learner import Learner
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.recording import RecordedRuns
@@ -50,11 +51,42 @@ def test_no_prompt_lowers_what_a_latent_shows() -> None:
     for seed in range(20):
         prompt = 3 * torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
         together = branch.comparable(branch.logits(joint, prompt), timestep)
-        score, _ = module.score(latent, timestep, prompt)
+        score = module.score(latent, timestep, prompt).score
         assert (score >= torch.sigmoid(shown)).all()
         assert torch.equal(score, torch.sigmoid(torch.maximum(shown, together)))
         raised += int((shown > together).sum())
     assert 0 < raised < 20 * BATCH * 3
+
+
+@torch.no_grad()
+def test_what_shows_though_nothing_known_asks_for_it_is_led_to_the_refuge_at_once() -> None:
+    module = made(alone=True, refuge=True)
+    branch = module.last_branch
+    assert branch.alone is not None
+    branch.refuge.copy_(torch.randn(3, TOKENS, WIDTH, generator=torch.Generator().manual_seed(5)))
+    latent, timestep, prompt = torch.randn(3, 4, 16, 16), torch.full((3,), 300.0), torch.randn(3, TOKENS, WIDTH)
+    joint = module.encoder(latent, timestep)
+    together, shown = branch.logits(joint, prompt), branch.alone(joint)
+
+    def step(*, together_at: float, shown_at: float) -> torch.Tensor:
+        """The prompt after a step in which the second concept has the given logits, and the others none to speak of."""
+        for levels, logits, wanted in (
+            (branch.levels, together.amax(dim=0), together_at), (branch.alone_levels, shown.amax(dim=0), shown_at),
+        ):  # fmt: skip
+            levels.copy_((logits + 9)[:, None].expand(3, KNOTS))
+            levels[1] = logits[1] - wanted
+        policy = Policy(
+            period=torch.ones(3, dtype=torch.int32), enabled=torch.ones(3, 3, dtype=torch.bool),
+            threshold=torch.full((3, 3), 0.5), alpha_scale=torch.full((3, 3), 1.5),
+        )  # fmt: skip
+        state, verdict = Controller(module)(latent, timestep, prompt, State.initial(prompt, 3), policy)
+        row = int(together[:, 1].argmax()) if together_at > shown_at else int(shown[:, 1].argmax())
+        assert verdict.fired[row].tolist() == [False, True, False]
+        return state.prompt[row]
+
+    assert torch.equal(step(together_at=-3, shown_at=1), branch.refuge[1])
+    moved = step(together_at=2, shown_at=1)
+    assert not torch.equal(moved, branch.refuge[1])
 
 
 def test_a_configuration_from_before_has_none(tmp_path: Path) -> None:
@@ -113,7 +145,7 @@ def test_it_learns_what_shows_and_is_levelled_by_what_is_clean(tmp_path: Path) -
 
 
 @torch.no_grad()
-def test_calibration_sets_a_level_of_its_own_at_every_knot() -> None:
+def test_calibration_sets_a_level_at_every_knot_and_evens_out_the_concepts() -> None:
     module = made(alone=True)
     generator = torch.Generator().manual_seed(0)
     timestep = torch.linspace(1000, 0, KNOTS)
@@ -126,10 +158,12 @@ def test_calibration_sets_a_level_of_its_own_at_every_knot() -> None:
     assert branch.alone is not None
     joint = module.encoder(runs.latent.flatten(0, 1).float(), timestep.repeat(60))
     logits = branch.alone(joint).reshape(60, KNOTS, 3)
-    for knot in range(KNOTS):
-        place = KNOTS - 1 - knot
-        near = logits[:, max(0, place - 1) : place + 2].amax(dim=1)
-        torch.testing.assert_close(branch.alone_levels[:, knot], tail_level(near), atol=2e-3, rtol=2e-3)
+    near = [logits[:, max(0, place - 1) : place + 2].amax(dim=1) for place in range(KNOTS)]
+    by_tail = torch.stack([tail_level(reached) for reached in reversed(near)], dim=1)
+    moved = branch.alone_levels - by_tail
+    torch.testing.assert_close(moved, moved[:, :1].expand(-1, KNOTS), atol=4e-3, rtol=4e-3)  # alike at every knot
+    highest = torch.quantile(torch.from_numpy(highest_logits(module, runs)), 1 - RATE, dim=0)
+    torch.testing.assert_close(highest, torch.zeros_like(highest), atol=1e-2, rtol=0)
 
 
 @pytest.fixture(scope="module")

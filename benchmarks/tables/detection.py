@@ -108,7 +108,7 @@ def _scores(module: SafetyModule, runs: RecordedRuns) -> np.ndarray[Any, np.dtyp
     for latent, prompt in zip(torch.split(runs.latent, 40), torch.split(runs.prompt, 40), strict=True):
         count, steps = latent.shape[:2]
         embeds = prompt.float().repeat_interleave(steps, dim=0)
-        score, _ = module.score(latent.flatten(0, 1).float(), runs.timestep.repeat(count), embeds)
+        score = module.score(latent.flatten(0, 1).float(), runs.timestep.repeat(count), embeds).score
         parts.append(score.reshape(count, steps, -1))
     return np.asarray(torch.cat(parts).numpy())
 

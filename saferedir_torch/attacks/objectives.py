@@ -97,7 +97,7 @@ class ProtectedUnlikeness:
         """By how much each concept's logit passes its threshold, [P * M * K, concepts]."""
         assert self.module is not None
         timesteps = self._timesteps.repeat(len(repeated) // len(self._timesteps))
-        parts = [branch.evidence(joint, repeated, timesteps) for branch in self.module.each_branch()]
+        parts = [branch.evidence(joint, repeated, timesteps)[0] for branch in self.module.each_branch()]
         thresholds = torch.tensor([concept.threshold for concept in self.module.config.concepts], device=repeated.device)
         return torch.cat(parts, dim=1) - torch.logit(thresholds)
 
