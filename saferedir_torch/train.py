@@ -125,7 +125,8 @@ def train(
     an interrupted training goes on there.
     With `extend` the concepts are added to that module, whose own weights and thresholds stay as they are.
     With `start`, a module of these concepts, perhaps for another model, its weights are where training begins, as far as they
-    fit; `only` some of the `PARTS` may then be taught, and the others stay as they are, with their levels.
+    fit; `only` some of the `PARTS` may then be taught, and the others stay as they are, with their levels. Where neither
+    detector nor words are taught, thresholds and strengths stay as well.
     Batches hold `batch_scale` times as many cases as what two cores can bear.
     `runs_from` is the folder of another training, of these concepts and perhaps more, whose runs are used as they are.
 
@@ -179,9 +180,12 @@ def train(
     if "together" in parts or "words" in parts:
         make_comparable(module, learner)
     elif start is not None:
-        kept = {concept.name: concept.threshold for concept in start.config.concepts}
-        named = (dataclasses.replace(concept, threshold=kept[concept.name]) for concept in module.config.concepts)
-        module.config = dataclasses.replace(module.config, concepts=tuple(named))
+        known = {concept.name: concept for concept in start.config.concepts}
+        kept = tuple(
+            dataclasses.replace(concept, threshold=known[concept.name].threshold, alpha_scale=known[concept.name].alpha_scale)
+            for concept in module.config.concepts
+        )
+        module.config = dataclasses.replace(module.config, concepts=kept)
     if "alone" in parts and module.last_branch.alone is not None:
         make_comparable_alone(module, learner)
     module.config = dataclasses.replace(

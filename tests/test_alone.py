@@ -175,7 +175,8 @@ def test_some_parts_are_taught_and_the_others_stay(eager: Any, tmp_path: Path) -
     source, options = WorldPrompts(["church"], load_split()), {"runs": 4, "pairs": 12, "samplings": [(3, 5.0)]}
     start = train(eager, source, tmp_path / "whole", steps=1, **options)
     start.config = dataclasses.replace(
-        start.config, concepts=tuple(dataclasses.replace(concept, threshold=0.875) for concept in start.config.concepts)
+        start.config,
+        concepts=tuple(dataclasses.replace(concept, threshold=0.875, alpha_scale=1.8) for concept in start.config.concepts),
     )
     taught = train(eager, source, tmp_path / "more", steps=2, start=start, only=["redirector"], **options)
     changed = {name for name, value in taught.state_dict().items() if not torch.equal(value, start.state_dict()[name])}
