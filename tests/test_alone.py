@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from small_module import TOKENS, WIDTH, small_module
 
 from saferedir_torch.calibration import RATE, highest_logits, set_levels, tail_level
-from saferedir_torch.config import Concept, SafetyConfig
 from saferedir_torch.controller import Controller, Policy, State
 from saferedir_torch.learner import Learner
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
@@ -23,22 +23,12 @@ from saferedir_torch.training_run import TrainingError
 from saferedir_torch.world.source import WorldPrompts
 from saferedir_torch.world.split import load_split
 
-BATCH, TOKENS, WIDTH = 5, 9, 16
-
-
-def made(**wishes: Any) -> SafetyModule:
-    torch.manual_seed(0)
-    config = SafetyConfig(
-        latent_channels=4, prompt_tokens=TOKENS, prompt_width=WIDTH, latent_widths=(8, 16, 24), latent_features=24,
-        timestep_frequencies=16, timestep_features=8, classifier_width=16, redirector_width=16, adapter_rank=4,
-        concepts=tuple(Concept(name=name, replacement="x") for name in "abc"), **wishes,
-    )  # fmt: skip
-    return SafetyModule(config).eval()
+BATCH = 5
 
 
 @torch.no_grad()
 def test_no_prompt_lowers_what_a_latent_shows() -> None:
-    module = made(alone=True)
+    module = small_module(alone=True)
     latent, timestep = torch.randn(BATCH, 4, 16, 16), torch.tensor([999.0, 700, 500, 123, 0])
     branch = module.last_branch
     assert branch.alone is not None
@@ -60,7 +50,7 @@ def test_no_prompt_lowers_what_a_latent_shows() -> None:
 
 @torch.no_grad()
 def test_what_shows_though_nothing_known_asks_for_it_is_led_to_the_refuge_at_once() -> None:
-    module = made(alone=True, refuge=True)
+    module = small_module(alone=True, refuge=True)
     branch = module.last_branch
     assert branch.alone is not None
     branch.refuge.copy_(torch.randn(3, TOKENS, WIDTH, generator=torch.Generator().manual_seed(5)))
@@ -90,7 +80,7 @@ def test_what_shows_though_nothing_known_asks_for_it_is_led_to_the_refuge_at_onc
 
 
 def test_a_configuration_from_before_has_none(tmp_path: Path) -> None:
-    module = made()
+    module = small_module()
     module.save(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
     del raw["alone"]
@@ -102,7 +92,7 @@ def test_a_configuration_from_before_has_none(tmp_path: Path) -> None:
 
 def test_added_concepts_are_not_looked_for_in_latents_alone() -> None:
     """The encoder was taught without them."""
-    extended = extended_module(made(alone=True), {"d": "y"})
+    extended = extended_module(small_module(alone=True), {"d": "y"})
     first, added = extended.each_branch()
     assert first.alone is not None
     assert added.alone is None
@@ -146,7 +136,7 @@ def test_it_learns_what_shows_and_is_levelled_by_what_is_clean(tmp_path: Path) -
 
 @torch.no_grad()
 def test_calibration_sets_a_level_at_every_knot_and_evens_out_the_concepts() -> None:
-    module = made(alone=True)
+    module = small_module(alone=True)
     generator = torch.Generator().manual_seed(0)
     timestep = torch.linspace(1000, 0, KNOTS)
     runs = RecordedRuns(

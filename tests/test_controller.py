@@ -6,22 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from small_module import CONCEPTS, TOKENS, WIDTH, small_module
 
-from saferedir_torch.config import Concept, SafetyConfig
 from saferedir_torch.controller import Controller, Policy, State
-from saferedir_torch.safety_module import SafetyModule
 
-BATCH, TOKENS, WIDTH, CONCEPTS = 6, 9, 16, 3
+BATCH = 6
 
 
 def made(**wishes: Any) -> Controller:
-    torch.manual_seed(0)
-    config = SafetyConfig(
-        latent_channels=4, prompt_tokens=TOKENS, prompt_width=WIDTH, latent_widths=(8, 16, 24), latent_features=24,
-        timestep_frequencies=16, timestep_features=8, classifier_width=16, redirector_width=16, adapter_rank=4,
-        concepts=tuple(Concept(name=name, replacement="x") for name in "abc"), **wishes,
-    )  # fmt: skip
-    return Controller(SafetyModule(config)).eval()
+    return Controller(small_module(**wishes)).eval()
 
 
 @pytest.fixture(scope="module")
