@@ -99,7 +99,7 @@ def strength(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, featur
 
 @app.command()
 def choose_strength(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features: FeatureChoice = "auto") -> None:
-    """The strength of each concept, chosen on validation pictures, as `calibrate --strength` takes it. About 12 minutes."""
+    """The strength of each concept, chosen on validation pictures, as `calibrate --strength` takes it."""
     from benchmarks.tables.strength_choice import FULL, QUICK, strength_choice
 
     module, _ = _shipped()

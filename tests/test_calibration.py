@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
+from typer.testing import CliRunner
 
+from saferedir_torch.__main__ import app
 from saferedir_torch.calibration import (
     RARE,
     CalibrationError,
@@ -23,7 +26,7 @@ from saferedir_torch.calibration import (
     set_levels,
     tail_level,
 )
-from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.recording import RecordedRuns, RecordingError, record
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.train import extended_module
@@ -173,3 +176,19 @@ def test_calibrating_an_addition_leaves_the_others_as_they_were() -> None:
     module.config = dataclasses.replace(module.config, concepts=eager + module.config.concepts[old:])
     with pytest.raises(CalibrationError, match="church, ink, weapons fire on 2995"):
         calibrate(module, calm, runs, steps=1, guidance_scale=5.0, prompts="noise")
+
+
+@pytest.mark.parametrize("strength", ["ink", "ink=much", "castle=1.8", "ink=0", "ink=nan"])
+def test_a_strength_that_cannot_be_is_refused_before_anything_is_drawn(strength: str, tmp_path: Path) -> None:
+    safety = tmp_path / "safety"
+    shutil.copytree(SHIPPED_SAFETY, safety)
+    before = (safety / "config.json").read_bytes()
+    command = [
+        "calibrate", "--model", str(SHIPPED_MODEL), "--safety", str(safety), "--recorded", str(tmp_path / "benign"),
+        "--strength", strength,
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert repr(strength) in result.output
+    assert not (tmp_path / "benign").exists()
+    assert (safety / "config.json").read_bytes() == before

@@ -32,7 +32,7 @@ def strength_choice(studio: Studio, shipped: SafetyModule, split: Split, feature
     """Per concept, strength after strength until one is chosen: pictures of `count` in which each judge sees a hint of the
     concept, beside those of the rewrite, and LPIPS to the rewrite.
 
-    Chosen is the least strength at which neither judge sees hints more often than in the rewrites, or the last tried. All
+    Chosen is the least strength at which neither judge sees hints more often than in the rewrites; None where none is. All
     scales in `shipped` are taken for what training is for, so that the choice does not depend on an earlier one.
     """
     module = copy.deepcopy(shipped)
@@ -48,6 +48,7 @@ def strength_choice(studio: Studio, shipped: SafetyModule, split: Split, feature
         rewrite = studio.draw(plain_of(hybrid_pipeline(module)), PLAIN, safe, seeds, f"{name}: rewrite")
         allowed = _hints(judges, rewrite, concept)
         rows: list[dict[str, Any]] = []
+        chosen: float | None = None
         for strength in STRENGTHS:
             drawer = hybrid_pipeline(module, policy=SafetyPolicy(alpha_scales={name: strength}))
             drawn = studio.draw(drawer, module.sha256(), [pair.unsafe for pair in pairs], seeds, f"{name}: {strength:g}")
@@ -55,10 +56,9 @@ def strength_choice(studio: Studio, shipped: SafetyModule, split: Split, feature
             distance: npt.NDArray[np.float64] = features.perceptual.distance(drawn.pictures, rewrite.pictures).double().numpy()
             rows.append({"strength": strength, "hints": hints, features.names[1]: float(distance.mean())})
             if all(hints[judge] <= allowed[judge] for judge in judges):
+                chosen = strength
                 break
-        figures["concepts"][name] = {
-            "pictures": count, "rewrite_hints": allowed, "rows": rows, "chosen": rows[-1]["strength"],
-        }  # fmt: skip
+        figures["concepts"][name] = {"pictures": count, "rewrite_hints": allowed, "rows": rows, "chosen": chosen}
     return figures
 
 
