@@ -31,7 +31,7 @@ from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.replay import Runs
 from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
-from saferedir_torch.train import new_module
+from saferedir_torch.new_module import new_module
 
 STEPS = 6
 

@@ -1,4 +1,4 @@
-"""What one optimisation step of safety training learns from, and what it is validated on and calibrated by."""
+"""What one optimisation step of safety training learns from, and what it is validated on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saferedir_torch.alignment import changed_tokens
 from saferedir_torch.losses import detection_loss, redirection_loss
-from saferedir_torch.safety_module import KNOTS, REACH, TIMESTEPS, SafetyModule, near_knots
+from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.training_data import PICTURE_SHOWS, LatentBank, PairBank
 
 STEP_BATCH = 160
@@ -35,12 +35,6 @@ PAIRED_SHARE = 0.5
 FALSELY_ACTIVE_SHARE = 0.2
 #: Share of detector cases whose latent is the last of a run, noised anew to a random timestep.
 RENOISED_SHARE = 0.4
-#: Share of clean steps that stay below the level of their timestep.
-CLEAN_SHARE = 0.99
-#: Share of held-out unsafe runs that need not reach the height which gains are set by.
-MISSED_SHARE = 0.01
-#: The same for latents alone, which some unsafe runs never show anything to.
-UNSEEN_SHARE = 0.5
 #: Embeddings whose standard deviation is taken for that of all.
 NOISE_MEASURED_ON = 10_000
 #: Noise on prompt embeddings, in units of their standard deviation: names never seen lie near seen ones.
@@ -203,41 +197,10 @@ class Learner:
         return {"loss": float(detected) + float(moved), "detection": float(detected), "accuracy": accuracy, **parts}
 
     @torch.no_grad()
-    def clean_levels(self, *, alone: bool = False) -> Tensor:
-        """Per concept and knot of the timestep, the logit that 99 % of held-out clean steps around it stay below: [N, KNOTS].
-
-        A step is clean if the prompt does not ask for the concept and the latent does not show it. `alone`: of latents
-        without the prompt.
-        """
-        bank, rows = self.bank.to("cpu"), self.held_rows.cpu()
-        logits = self._alone(self.held_rows) if alone else self._logits(self._prompts(self.held_rows), self.held_rows)
-        levels = torch.zeros(logits.shape[1], KNOTS)
-        spacing = TIMESTEPS / (KNOTS - 1)
-        for knot in range(KNOTS):
-            near = (bank.timestep[rows] - knot * spacing).abs() <= spacing
-            for index in range(logits.shape[1]):
-                clean = near & (bank.asked[rows, index] == 0) & (bank.shown[rows, index] == 0)
-                if clean.any():
-                    levels[index, knot] = torch.quantile(logits[clean, index], CLEAN_SHARE)
-        return levels
-
-    @torch.no_grad()
-    def unsafe_peaks(self, *, alone: bool = False) -> Tensor:
-        """Per concept, how far above its level all but 1 % of held-out unsafe runs rise in some step, in logits: [N].
-
-        `alone`: of latents without the prompt, and half of the runs.
-        """
-        bank, rows = self.bank.to("cpu"), self.held_rows.cpu()
-        logits = self._alone(self.held_rows) if alone else self._logits(self._prompts(self.held_rows), self.held_rows)
-        levels = self.branch.alone_levels if alone else self.branch.levels
-        above = logits - near_knots(bank.timestep[rows]) @ levels.T.cpu()
-        peaks = torch.full((above.shape[1],), REACH)
-        for index in range(above.shape[1]):
-            unsafe = torch.unique(bank.run[rows][bank.asked[rows, index] > 0])
-            if len(unsafe):
-                highest = torch.stack([above[bank.run[rows] == run, index].max() for run in unsafe])
-                peaks[index] = torch.quantile(highest, UNSEEN_SHARE if alone else MISSED_SHARE)
-        return peaks
+    def held_logits(self, *, alone: bool = False) -> Tensor:
+        """Of every step that training leaves out, in the order of `held_rows`, [S, N]; `alone`: without the prompt."""
+        rows = self.held_rows
+        return self._alone(rows) if alone else self._logits(self._prompts(rows), rows)
 
     def _stored(self, values: Any) -> Tensor:
         """An array of numpy's where runs and pairs lie."""

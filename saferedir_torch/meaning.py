@@ -1,4 +1,4 @@
-"""What a respelt prompt still asks for, by what the denoiser makes of it."""
+"""What a prompt still asks for that was rewritten to hide it, by what the denoiser makes of it."""
 
 from __future__ import annotations
 
@@ -17,49 +17,51 @@ from saferedir_torch.trajectories import encode
 DECIDED_AT = 960
 #: Noises that they are compared on.
 NOISES = 2
-#: A respelling means what it was made of where its prediction lies this much nearer to that than to the rewrite's.
+#: A prompt means what it was made of where its prediction lies this much nearer to that than to the rewrite's.
 NEARER = 1.5
 CHUNK = 256
 
 
 @torch.no_grad()
-def still_means(pipeline: Any, respelt: Tensor, original: Tensor, rewrite: Tensor) -> Tensor:
-    """Embeddings [R, T, D] of respelt prompts, of what they were made of and of its rewrites -> [R] bool.
+def still_means(pipeline: Any, hidden: Tensor, hidden_safe: Tensor, plain: Tensor, plain_safe: Tensor) -> Tensor:
+    """Embeddings [R, T, D] of prompts that were rewritten and of their safe rewrites, and of both before -> [R] bool.
 
-    The squared distance of the noise predicted for the respelt prompt to that for the original is less than the one to the
-    rewrite's, by the factor `NEARER`. No judge has a part in it, so that those which test stay independent.
+    What a rewritten prompt changes in the noise predicted for its safe rewrite is compared with what the plain prompt changes
+    in that for its own: words around both take no part in it. It is to be nearer to that than to no change, by the factor
+    `NEARER` in squared distance. No judge has a part in it, so that those which test stay independent.
     """
     config = pipeline.unet.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
     means = []
-    for rows in torch.split(torch.arange(len(respelt)), CHUNK):
-        three = torch.cat([part[rows] for part in (respelt, original, rewrite)]).to(pipeline.device, torch.float32)
-        to_original, to_rewrite = torch.zeros(len(rows)), torch.zeros(len(rows))
+    for rows in torch.split(torch.arange(len(hidden)), CHUNK):
+        four = torch.cat([part[rows] for part in (hidden, hidden_safe, plain, plain_safe)]).to(pipeline.device, torch.float32)
+        to_plain, to_none = torch.zeros(len(rows)), torch.zeros(len(rows))
         for seed in range(NOISES):
             noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed)).to(pipeline.device)
             with mixed_precision(pipeline.device):
-                predicted = pipeline.unet(noise.expand(len(three), *shape), DECIDED_AT, three, return_dict=False)[0]
-            own, before, after = predicted.float().flatten(1).cpu().chunk(3)
-            to_original += (own - before).square().sum(dim=1)
-            to_rewrite += (own - after).square().sum(dim=1)
-        means.append(to_original * NEARER < to_rewrite)
+                predicted = pipeline.unet(noise.expand(len(four), *shape), DECIDED_AT, four, return_dict=False)[0]
+            unsafe, safe, before, safe_before = predicted.float().flatten(1).cpu().chunk(4)
+            to_plain += ((unsafe - safe) - (before - safe_before)).square().sum(dim=1)
+            to_none += (unsafe - safe).square().sum(dim=1)
+        means.append(to_plain * NEARER < to_none)
     return torch.cat(means) if means else torch.zeros(0, dtype=torch.bool)
 
 
 def confirmed(pipeline: Any, pairs: Sequence[TrainingPair]) -> list[TrainingPair]:
-    """The pairs, those with their plain spelling again whose respelt prompt no longer asks for what it was made of: it would
-    be a wrong label."""
-    respelt = [row for row, pair in enumerate(pairs) if pair.plain]
-    sides = ("unsafe", "plain", "safe")
+    """The pairs, those as they were again whose rewritten prompt no longer asks for what the plain one did: it would be a wrong
+    label. What a long prompt says at its end may be cut off, or drowned in the rest."""
+    rewritten = [row for row, pair in enumerate(pairs) if pair.plain]
+    sides = ("unsafe", "safe", "plain", "plain_safe")
     kept = torch.cat(
         [
             still_means(pipeline, *(encode(pipeline, [getattr(pairs[row], side) for row in part])[1] for side in sides))
-            for part in (respelt[start : start + CHUNK] for start in range(0, len(respelt), CHUNK))
+            for part in (rewritten[start : start + CHUNK] for start in range(0, len(rewritten), CHUNK))
         ]
         or [torch.zeros(0, dtype=torch.bool)]
     )
     checked = list(pairs)
-    for row, fine in zip(respelt, kept.tolist(), strict=True):
+    for row, fine in zip(rewritten, kept.tolist(), strict=True):
         if not fine:
-            checked[row] = replace(checked[row], unsafe=checked[row].plain, plain="")
+            pair = checked[row]
+            checked[row] = replace(pair, unsafe=pair.plain, safe=pair.plain_safe, plain="", plain_safe="")
     return checked

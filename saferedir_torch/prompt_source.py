@@ -19,8 +19,9 @@ class TrainingPair:
     asked: tuple[str, ...]
     #: Concepts that the rewrite replaces.
     replaced: tuple[str, ...]
-    #: The unsafe prompt as it was before somebody respelt it; empty where nobody did.
+    #: Both as they were before somebody rewrote them to hide what is asked for; empty where nobody did.
     plain: str = ""
+    plain_safe: str = ""
 
 
 class PromptSource(Protocol):

@@ -7,98 +7,39 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from saferedir_torch.config import Concept, SafetyConfig
-from saferedir_torch.learner import STRENGTH, Learner
+from saferedir_torch.comparable import make_comparable, make_comparable_alone
+from saferedir_torch.learner import Learner
 from saferedir_torch.loss_plot import plot_losses
+from saferedir_torch.new_module import extended_module, new_module, refuges, refuse_unconditional, with_refuge
 from saferedir_torch.precision import mixed_precision
 from saferedir_torch.prompt_source import PromptSource
 from saferedir_torch.protect import check_match
-from saferedir_torch.safety_module import REACH, SafetyModule, parameters_sha256
+from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.training_data import SAMPLINGS, cached_runs, load_runs, make_pairs, record_runs
 from saferedir_torch.training_run import Schedule, TrainingError, run_training
-from saferedir_torch.trajectories import encode
 from saferedir_torch.warm_start import start_from
 
 PEAK_RATE = 1e-3
-#: Single words and the redirector, which are taught alone, bear a higher rate.
-ALONE_RATE = 3e-3
+#: Single words and the redirector, which are taught alone, bear a higher rate; words that were taught before, a lower one.
+ALONE_RATE, ONWARD_RATE = 3e-3, 5e-4
 VALIDATE_EVERY = 250
 WORD_STEPS, ALONE_STEPS = 6000, 3000
 #: What is taught one after another: detector and redirector together, single words, latents without the prompt, and the
 #: redirector again on its own.
 PARTS = ("together", "words", "alone", "redirector")
 RUNS_FILE = "runs.safetensors"
-#: Unsafe runs that rise less above clean ones than this, in logits, are taken to rise this much.
-SMALLEST_PEAK = 0.5
-#: Prompts among which the shortest is looked for.
-REFUGE_DRAWS = 500
 MAKERS = ("saferedir", "torch", "diffusers", "transformers")
-
-
-def new_module(
-    pipeline: StableDiffusionPipeline, replacements: Mapping[str, str], *, refuge: Tensor | None = None, **widths: Any
-) -> SafetyModule:
-    """An untrained safety module that fits `pipeline`, on its device, for concepts and what is drawn in their place.
-
-    `refuge` [N, T, D], such as `refuges` finds, is what it resorts to at last; without it there is no refuge.
-    """
-    config = SafetyConfig(
-        latent_channels=pipeline.unet.config.in_channels,
-        prompt_tokens=pipeline.tokenizer.model_max_length,
-        prompt_width=pipeline.unet.config.cross_attention_dim,
-        prediction_type=pipeline.scheduler.config.prediction_type,
-        concepts=tuple(Concept(name=name, replacement=other, alpha_scale=STRENGTH) for name, other in replacements.items()),
-        text_encoder_sha256=parameters_sha256(pipeline.text_encoder),
-        unet_sha256=parameters_sha256(pipeline.unet),
-        refuge=refuge is not None,
-        **widths,
-    )
-    return _with_refuge(SafetyModule(config).to(pipeline.device), refuge)
-
-
-def _with_refuge(module: SafetyModule, refuge: Tensor | None) -> SafetyModule:
-    if refuge is not None:
-        module.last_branch.refuge.copy_(refuge)
-    return module
-
-
-def extended_module(base: SafetyModule, replacements: Mapping[str, str], *, refuge: Tensor | None = None) -> SafetyModule:
-    """`base` with an untrained branch for further concepts; everything else is copied and frozen.
-
-    The promise on false alarms is dropped: it was for the concepts that were there. `refuge` is the new concepts'.
-
-    Raises:
-        TrainingError: `base` knows one of the concepts already, or has a refuge where they have none, or the other way round.
-    """
-    if base.config.refuge != (refuge is not None):
-        raise TrainingError(f"the module has {'a' if base.config.refuge else 'no'} refuge; the added concepts must do alike")
-    if twice := [name for name in replacements if name in base.config.concept_names]:
-        raise TrainingError(f"the module knows {', '.join(twice)} already; it has {', '.join(base.config.concept_names)}")
-    added = tuple(Concept(name=name, replacement=other, alpha_scale=STRENGTH) for name, other in replacements.items())
-    config = dataclasses.replace(
-        base.config,
-        concepts=base.config.concepts + added,
-        branches=(*base.config.branch_sizes, len(added)),
-        promise=None,
-    )
-    module = SafetyModule(config).to(next(base.parameters()).device)
-    module.load_state_dict(base.state_dict(), strict=False)
-    module.requires_grad_(False)
-    module.last_branch.requires_grad_(True)
-    return _with_refuge(module, refuge)
 
 
 def train(
@@ -125,8 +66,8 @@ def train(
     an interrupted training goes on there.
     With `extend` the concepts are added to that module, whose own weights and thresholds stay as they are.
     With `start`, a module of these concepts, perhaps for another model, its weights are where training begins, as far as they
-    fit; `only` some of the `PARTS` may then be taught, and the others stay as they are, with their levels. Where neither
-    detector nor words are taught, thresholds and strengths stay as well.
+    fit; `only` some of the `PARTS` may then be taught, and the others stay as they are. Where detector and redirector are not
+    taught together, levels, thresholds and strengths stay as well, until calibration.
     Batches hold `batch_scale` times as many cases as what two cores can bear.
     `runs_from` is the folder of another training, of these concepts and perhaps more, whose runs are used as they are.
 
@@ -154,7 +95,7 @@ def train(
         module = extended_module(extend, source.replacements, refuge=refuge if extend.config.refuge else None)
     if start is not None:
         anew = start_from(module, start.state_dict())
-        _with_refuge(module, refuge)  # of this model's text encoder
+        with_refuge(module, refuge)  # of this model's text encoder
         print(json.dumps({"tensors": len(module.state_dict()), "taught_anew": anew}), flush=True)
     check_match(pipeline, module)
 
@@ -165,19 +106,20 @@ def train(
     best_step = None
     # Parts are named by what they follow on, so that a training which is made longer does not go on with what followed the
     # shorter.
-    if "together" in parts or "words" in parts:
-        learner = learner_on(seed)
-        if "together" in parts:
-            best_step = teach_together(module, learner, folder, steps=steps)
-        if "words" in parts:
-            teach_words(module, learner, folder, name=f"words_after_{steps}", steps=min(2 * steps, WORD_STEPS))
+    learner = learner_on(seed if "together" in parts or "words" in parts else seed + 1)
+    if "together" in parts:
+        best_step = teach_together(module, learner, folder, steps=steps)
+    if "words" in parts:
+        rate = ALONE_RATE if "together" in parts else ONWARD_RATE
+        teach_words(module, learner, folder, name=f"words_after_{steps}", steps=min(2 * steps, WORD_STEPS), rate=rate)
+    if "redirector" in parts and ("together" in parts or "words" in parts):
         del learner  # gigabytes, at Stable Diffusion's width
-    learner = learner_on(seed + 1)
+        learner = learner_on(seed + 1)
     if "alone" in parts and module.last_branch.alone is not None:
         teach_alone(module, learner, folder, name=f"alone_after_{steps}", steps=min(2 * steps, ALONE_STEPS))
     if "redirector" in parts:
         teach_redirector(module, learner, folder, name=f"redirector_after_{steps}", steps=2 * steps)
-    if "together" in parts or "words" in parts:
+    if "together" in parts:
         make_comparable(module, learner)
     elif start is not None:
         known = {concept.name: concept for concept in start.config.concepts}
@@ -263,10 +205,12 @@ def optimise(
     module.eval()
 
 
-def teach_words(module: SafetyModule, learner: Learner, folder: Path, *, name: str = "words", steps: int) -> None:
+def teach_words(
+    module: SafetyModule, learner: Learner, folder: Path, *, name: str = "words", steps: int, rate: float = ALONE_RATE
+) -> None:
     """Teach the last branch what single words say, all else finished: beside the rest, which learns faster from the prompt
     as a whole, they would be left nothing to learn."""
-    optimise(module.last_branch.detector.words, learner.words_of_step, folder, steps=steps, name=name, rate=ALONE_RATE)
+    optimise(module.last_branch.detector.words, learner.words_of_step, folder, steps=steps, name=name, rate=rate)
 
 
 def teach_alone(module: SafetyModule, learner: Learner, folder: Path, *, name: str = "alone", steps: int) -> None:
@@ -284,36 +228,6 @@ def teach_redirector(module: SafetyModule, learner: Learner, folder: Path, *, na
     optimise(module.last_branch.redirector, learner.redirection_of_step, folder, steps=steps, name=name, rate=ALONE_RATE)
 
 
-def refuges(pipeline: StableDiffusionPipeline, source: PromptSource, seed: int) -> Tensor:
-    """For each concept the embedding of the shortest among many safe prompts that nothing is left of it in, [N, T, D]."""
-    shortest = []
-    for index, concept in enumerate(source.replacements):
-        rng = np.random.default_rng([seed, 24, index])
-        drawn = [source.pair(concept, rng) for _ in range(REFUGE_DRAWS)]
-        clean = [pair.safe for pair in drawn if set(pair.asked) <= set(pair.replaced)]
-        shortest.append(min(clean, key=lambda prompt: (len(prompt), prompt)))
-    return encode(pipeline, shortest)[1].to(pipeline.device)
-
-
-def make_comparable(module: SafetyModule, learner: Learner) -> None:
-    """Set levels and gains of the last branch by held-out runs, and the thresholds of its concepts half-way between clean
-    and unsafe ones, where they stay until calibration moves them."""
-    branch = module.last_branch
-    branch.levels.copy_(learner.clean_levels())
-    branch.gains.copy_(REACH / learner.unsafe_peaks().clamp(min=SMALLEST_PEAK))
-    own = len(branch.gains)
-    threshold = round(1 / (1 + math.exp(-REACH / 2)), 6)
-    named = tuple(dataclasses.replace(concept, threshold=threshold) for concept in module.config.concepts[-own:])
-    module.config = dataclasses.replace(module.config, concepts=module.config.concepts[:-own] + named)
-
-
-def make_comparable_alone(module: SafetyModule, learner: Learner) -> None:
-    """The same of levels and gains for latents without the prompt, where half of the unsafe runs are to rise so far."""
-    branch = module.last_branch
-    branch.alone_levels.copy_(learner.clean_levels(alone=True))
-    branch.alone_gains.copy_(REACH / learner.unsafe_peaks(alone=True).clamp(min=SMALLEST_PEAK))
-
-
 def _best(path: Path) -> dict[str, Any]:
     try:
         kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
@@ -322,19 +236,8 @@ def _best(path: Path) -> dict[str, Any]:
         raise TrainingError(f"{path} is cut short or of another kind ({error}); delete it to train on") from error
 
 
-def refuse_unconditional(pipeline: StableDiffusionPipeline) -> None:
-    """Raise `TrainingError` where the denoiser has no cross-attention of one width over prompt tokens."""
-    width = pipeline.unet.config.get("cross_attention_dim")
-    attends = any(name.endswith("attn2") for name, _ in pipeline.unet.named_modules())
-    if not isinstance(width, int) or not attends:
-        raise TrainingError(
-            f"the denoiser {type(pipeline.unet).__name__} has no cross-attention over prompt tokens; "
-            "redirection moves what that attention reads, so it cannot protect this model"
-        )
-
-
 def _say(done: int, total: int) -> None:
     print(json.dumps({"recorded": done, "of": total}), flush=True)
 
 
-__all__ = ["TrainingError", "new_module", "train"]
+__all__ = ["TrainingError", "train"]

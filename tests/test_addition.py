@@ -16,8 +16,8 @@ from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir_torch.config import SafetyConfigError
 from saferedir_torch.learner import Learner
 from saferedir_torch.models import SHIPPED_SAFETY
+from saferedir_torch.new_module import extended_module
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
-from saferedir_torch.train import extended_module
 from saferedir_torch.training_data import LatentBank, PairBank
 from saferedir_torch.training_run import TrainingError
 from saferedir_torch.world.source import AddedPrompts

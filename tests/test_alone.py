@@ -12,12 +12,14 @@ import torch
 from small_module import TOKENS, WIDTH, small_module
 
 from saferedir_torch.calibration import RATE, highest_logits, set_levels, tail_level
+from saferedir_torch.comparable import make_comparable_alone
 from saferedir_torch.controller import Controller, Policy, State
 from saferedir_torch.learner import Learner
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.new_module import extended_module
 from saferedir_torch.recording import RecordedRuns
 from saferedir_torch.safety_module import KNOTS, SafetyModule, near_knots
-from saferedir_torch.train import extended_module, make_comparable_alone, teach_alone, train
+from saferedir_torch.train import teach_alone, train
 from saferedir_torch.training_data import LatentBank, PairBank
 from saferedir_torch.training_run import TrainingError
 from saferedir_torch.world.source import WorldPrompts

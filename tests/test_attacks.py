@@ -21,7 +21,7 @@ from saferedir_torch.attacks.evolution import Evolution, evolve
 from saferedir_torch.attacks.suite import UNCHANGED, Attempts, Pixels, attack, attempts
 from saferedir_torch.attacks.techniques import TechniqueError, drawing_with, load_technique
 from saferedir_torch.attacks.text_families import FAMILIES, LOOKALIKES, WORD_FAMILIES, Target
-from saferedir_torch.models import SHIPPED_MODEL
+from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
 from saferedir_torch.world.prompts import CONCEPTS
 
 TARGET = Target("a cat next to a parish church on blue", "a parish church")
@@ -59,7 +59,13 @@ def test_families_do_what_they_say() -> None:
     assert len(written("letter insertion")) > len(TARGET.prompt)
     assert TARGET.prompt in written("injection")
     assert written("buried").endswith(TARGET.prompt)
-    assert len(written("buried").split()) > 25
+    assert len(written("buried").split()) > 12
+
+
+def test_a_buried_prompt_is_read_to_its_end() -> None:
+    tokenizer = load_pipeline().tokenizer
+    lengths = [len(tokenizer(written("buried", seed)).input_ids) for seed in range(100)]
+    assert max(lengths) <= tokenizer.model_max_length
 
 
 def test_evolution_keeps_what_gets_through() -> None:

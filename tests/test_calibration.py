@@ -27,9 +27,9 @@ from saferedir_torch.calibration import (
     tail_level,
 )
 from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.new_module import extended_module
 from saferedir_torch.recording import RecordedRuns, RecordingError, record
 from saferedir_torch.safety_module import SafetyModule
-from saferedir_torch.train import extended_module
 
 PROMPTS = ["a cat", "a dog on blue", "a house"]
 

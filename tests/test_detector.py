@@ -76,7 +76,7 @@ def test_a_word_that_tells_by_itself_is_moved_and_what_stands_beside_it_stays() 
     never = torch.zeros_like(active)
     mask = module.redirect(embeds, joint, active, torch.full(active.shape, 1.5), never).token_mask[:, weapons]
     assert (mask[:2, 2] > 0.95).all()
-    assert (mask[:2, 5] < 0.05).all()  # the hammer and the guitar beside it stay
+    assert (mask[:2, 5] < 0.1).all()  # the hammer and the guitar beside it stay
     assert mask[2].max() < 0.5
     active = active.roll(1, dims=1)  # another concept
     part = module.prompt_part(embeds)

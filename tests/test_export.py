@@ -25,9 +25,9 @@ from saferedir.export.onnx_export import ExportError
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
+from saferedir_torch.new_module import extended_module, new_module
 from saferedir_torch.protect import SafetyMismatchError as EagerMismatchError
 from saferedir_torch.safety_module import SafetyModule
-from saferedir_torch.train import extended_module, new_module
 
 TWO_CONCEPTS = {"church": "house", "castle": "tent"}
 

@@ -25,8 +25,8 @@ from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.tokenizer import PromptTokenizer
 from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
+from saferedir_torch.new_module import new_module
 from saferedir_torch.safety_module import SafetyModule
-from saferedir_torch.train import new_module
 
 
 def exported(folder: Path, save_model: Callable[[Path], Path]) -> Path:

@@ -24,7 +24,7 @@ from saferedir.export.rounded import MAGNITUDES, load_rounded, rounded, tensor_t
 from saferedir.runtime import Pipeline
 from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import load_pipeline
-from saferedir_torch.train import new_module
+from saferedir_torch.new_module import new_module
 
 HALVES = ("fp16", "bf16")
 PRODUCTS = ("Conv", "MatMul", "Gemm")

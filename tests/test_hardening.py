@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,21 +12,21 @@ from hypothesis import strategies as st
 
 from saferedir.runtime import Pipeline
 from saferedir_torch.attacks.hardening import ALL_FAMILIES, ALL_WORD_FAMILIES, HardenedPrompts, changed_words
-from saferedir_torch.attacks.long_prompts import DID, FRAMES, WHAT, WHEN, WHO
+from saferedir_torch.attacks.long_prompts import DID, EVERYDAY_WORDS, FRAMES, WHAT, WHEN, WHO
 from saferedir_torch.attacks.respelling import MARKS, accents
 from saferedir_torch.attacks.text_families import GAPS, INJECTIONS, LOOKALIKES, SMALL_TALK
 from saferedir_torch.meaning import confirmed, still_means
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.new_module import refuges
 from saferedir_torch.prompt_source import TrainingPair
 from saferedir_torch.safety_module import SafetyModule
-from saferedir_torch.train import refuges
 from saferedir_torch.trajectories import encode
 from saferedir_torch.world.captions import all_names
 from saferedir_torch.world.source import WorldPrompts
 from saferedir_torch.world.split import load_split
 
 #: Words of a prompt that leaves room for a sentence more.
-ROOMY = 34
+ROOMY = 27
 #: Families that leave some words as they are.
 ALIKE = ("sounds", "scrambled")
 SOURCE = WorldPrompts(["church", "weapons"], load_split())
@@ -48,11 +50,11 @@ def test_a_pair_is_rewritten_and_its_rewrite_still_changes_the_same(family: str,
         assert hard.unsafe != plain.unsafe
     assert changed_words(hard.unsafe, hard.safe)
     if family in ALL_WORD_FAMILIES:
-        assert (hard.safe, hard.plain) == (plain.safe, plain.unsafe)
+        assert hard.safe == plain.safe
     else:
         assert plain.unsafe in hard.unsafe
         assert plain.safe in hard.safe
-        assert not hard.plain
+    assert (hard.plain, hard.plain_safe) == (plain.unsafe, plain.safe)
 
 
 def test_what_is_written_around_prompts_in_training_is_not_what_attacks_are_tested_with() -> None:
@@ -60,6 +62,8 @@ def test_what_is_written_around_prompts_in_training_is_not_what_attacks_are_test
     assert not sentences & set(SMALL_TALK)
     assert not any(part in text for part in (*WHAT, *WHEN) for text in SMALL_TALK)
     assert not set(FRAMES) & set(INJECTIONS)
+    tested = set(re.findall("[a-z]+", " ".join((*SMALL_TALK, *INJECTIONS))))
+    assert not tested & set(EVERYDAY_WORDS)
 
 
 def test_training_writes_words_in_no_way_that_attacks_are_tested_with() -> None:
@@ -73,6 +77,7 @@ def test_what_is_written_around_prompts_names_nothing_that_the_world_draws() -> 
     named = {name.split(" ", 1)[-1] for names in all_names().values() for name in names}
     said = " ".join(f" {text} " for text in (*WHO, *DID, *WHAT, *WHEN, *FRAMES))
     assert not {name for name in named if f" {name} " in said}
+    assert not {word for name in named for word in name.split()} & set(EVERYDAY_WORDS)
 
 
 def test_a_share_is_rewritten_and_benign_prompts_alike() -> None:
@@ -96,24 +101,35 @@ def test_pictures_are_drawn_of_plain_prompts() -> None:
         assert hard.benign(np.random.default_rng(seed)) == SOURCE.benign(np.random.default_rng(seed))
 
 
-def test_a_respelling_that_no_longer_asks_is_taken_back() -> None:
+def test_a_prompt_that_no_longer_asks_is_taken_back() -> None:
+    church, house = "a church on blue", "a house on blue"
+    cut = "and so on and on " * 10
+
+    def pair(unsafe: str, safe: str = house, plain: str = church, plain_safe: str = house) -> TrainingPair:
+        return TrainingPair(unsafe, safe, ("church",), ("church",), plain=plain, plain_safe=plain_safe)
+
     pairs = [
-        TrainingPair("a churchh on blue", "a house on blue", ("church",), ("church",), plain="a church on blue"),
-        TrainingPair("a hxouzse on blue", "a house on blue", ("church",), ("church",), plain="a church on blue"),
-        TrainingPair("a church on blue", "a house on blue", ("church",), ("church",)),
+        pair("a churchh on blue"),
+        pair("a hxouzse on blue"),
+        pair(church, plain="", plain_safe=""),
+        pair(f"please draw {church}", f"please draw {house}"),
+        pair(cut + church, cut + house),
     ]
     found = confirmed(load_pipeline(), pairs)
-    assert [pair.unsafe for pair in found] == ["a churchh on blue", "a church on blue", "a church on blue"]
-    assert [pair.plain for pair in found] == ["a church on blue", "", ""]
-    assert confirmed(load_pipeline(), pairs[2:]) == pairs[2:]
+    assert [found[row] for row in (0, 2, 3)] == [pairs[row] for row in (0, 2, 3)]
+    assert found[1] == found[4] == pairs[2]
+    assert confirmed(load_pipeline(), pairs[2:3]) == pairs[2:3]
 
 
 def test_what_says_the_same_means_the_same() -> None:
-    embeds = encode(load_pipeline(), ["a church on blue", "a house on blue", "a chapel on blue"])[1]
-    church, house, chapel = embeds[:, None]
-    assert still_means(load_pipeline(), church, church, house).tolist() == [True]
-    assert still_means(load_pipeline(), chapel, church, house).tolist() == [True]
-    assert still_means(load_pipeline(), house, church, house).tolist() == [False]
+    model = load_pipeline()
+    church, house, chapel, lost, lost_safe = encode(model, [
+        "a church on blue", "a house on blue", "a chapel on blue", "one two three and nothing else", "one two three, nothing",
+    ])[1][:, None]  # fmt: skip
+    assert still_means(model, church, house, church, house).tolist() == [True]
+    assert still_means(model, chapel, house, church, house).tolist() == [True]
+    assert still_means(model, house, house, church, house).tolist() == [False]
+    assert still_means(model, lost, lost_safe, church, house).tolist() == [False]
 
 
 def test_unknown_families_are_named() -> None:

@@ -22,7 +22,7 @@ from saferedir.export.model_changes import ModelChanges, change, with_words
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import load_pipeline
-from saferedir_torch.train import new_module
+from saferedir_torch.new_module import new_module
 
 PROMPT = "a church beside a cat"
 

@@ -32,8 +32,8 @@ from saferedir.export.safety_graphs import safety_graphs
 from saferedir.runtime.plan_inspection import count_types
 from saferedir.runtime.tensorrt import TensorRtBackend, check_profile, find_plans
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.new_module import new_module
 from saferedir_torch.safety_module import SafetyModule
-from saferedir_torch.train import new_module
 
 KEY = PlanKey(
     engine="step", onnx_sha256="a" * 64, weights_sha256=("b" * 64,), precision="float32", builder="tensorrt-rtx",

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from benchmarks.evaluate import app
 from benchmarks.html_report import write_report
 from saferedir_torch.models import load_pipeline
-from saferedir_torch.train import new_module
+from saferedir_torch.new_module import new_module
 from saferedir_torch.world.captions import all_names
 from saferedir_torch.world.relation import KINDS, Kind, RelationPrompts, animals_of, harmless, relation_tests
 from saferedir_torch.world.split import load_split

@@ -24,8 +24,8 @@ from saferedir.runtime.command_line.picture_size import picture_size
 from saferedir.runtime.replay import Runs
 from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import load_pipeline
+from saferedir_torch.new_module import new_module
 from saferedir_torch.pixart import TOLD_ITS_SIZE, Denoiser
-from saferedir_torch.train import new_module
 
 #: The model's own pictures are of 32x32 pixels, a pixel of the latent covers 2x2.
 WIDE = (32, 48)

@@ -23,14 +23,16 @@ from saferedir.engines import open_bundle
 from saferedir.export.bundle_export import safety_info
 from saferedir.runtime import Pipeline
 from saferedir_torch.alignment import changed_tokens
+from saferedir_torch.comparable import make_comparable
 from saferedir_torch.config import SafetyConfig
 from saferedir_torch.evaluation.features import Features
 from saferedir_torch.evaluation.intervals import clustered_mean, clustered_share
 from saferedir_torch.learner import PAIR_BATCH, STRENGTH, TAU, Learner
+from saferedir_torch.new_module import new_module
 from saferedir_torch.published import PublishedNetwork, published_step
 from saferedir_torch.redirector import Redirection
 from saferedir_torch.safety_module import Branch, PromptPart, SafetyModule
-from saferedir_torch.train import RUNS_FILE, make_comparable, new_module, optimise, teach_redirector, teach_words
+from saferedir_torch.train import RUNS_FILE, optimise, teach_redirector, teach_words
 from saferedir_torch.training_data import LatentBank, PairBank, load_runs, make_pairs
 from saferedir_torch.world.prompts import CONCEPTS
 from saferedir_torch.world.source import WorldPrompts

@@ -13,9 +13,10 @@ from torchmetrics.functional.classification import binary_auroc
 
 from saferedir_torch.evaluation.intervals import bootstrap
 from saferedir_torch.learner import Learner
+from saferedir_torch.new_module import new_module
 from saferedir_torch.recording import RecordedRuns, record
 from saferedir_torch.safety_module import SafetyModule
-from saferedir_torch.train import RUNS_FILE, new_module, optimise, teach_words
+from saferedir_torch.train import RUNS_FILE, optimise, teach_words
 from saferedir_torch.training_data import load_runs, make_pairs
 from saferedir_torch.world.captions import misspell
 from saferedir_torch.world.prompts import CONCEPTS, benign_set, evaluation_pairs

@@ -14,11 +14,13 @@ from benchmarks.drawing import PLAIN, Studio
 from benchmarks.hybrid import hybrid_pipeline
 from benchmarks.tables.forgetting import PARTS, Judges, plain_of
 from benchmarks.test_sets import unsafe_set
+from saferedir_torch.comparable import make_comparable
 from saferedir_torch.evaluation.intervals import clustered_share
 from saferedir_torch.learner import Learner
+from saferedir_torch.new_module import new_module, refuges
 from saferedir_torch.prompt_source import PromptSource
 from saferedir_torch.safety_module import SafetyModule
-from saferedir_torch.train import RUNS_FILE, make_comparable, new_module, optimise, refuges, teach_redirector, teach_words
+from saferedir_torch.train import RUNS_FILE, optimise, teach_redirector, teach_words
 from saferedir_torch.training_data import LatentBank, cached_runs, load_runs, make_pairs, record_runs
 from saferedir_torch.world.prompts import CONCEPTS
 from saferedir_torch.world.source import WorldPrompts

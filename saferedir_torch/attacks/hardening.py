@@ -32,8 +32,8 @@ class HardenedPrompts:
     """The prompts of `source`, some of them rewritten by one of `families`.
 
     What asks for a concept is what a pair's rewrite changes. Benign prompts are rewritten at any word, so that strange
-    spelling by itself means nothing. Families that put words around a prompt put them around the rewrite as well. Whether a
-    respelling still asks for the concept is for `meaning.confirmed` to find out.
+    spelling by itself means nothing. Families that put words around a prompt put them around the rewrite as well. Whether what
+    comes of it still asks for the concept is for `meaning.confirmed` to find out.
     """
 
     def __init__(self, source: PromptSource, families: Sequence[str], share: float = ATTACKED_SHARE) -> None:
@@ -72,14 +72,14 @@ class HardenedPrompts:
             unsafe = pair.unsafe
             for words in spans:
                 unsafe = unsafe.replace(words, ALL_WORD_FAMILIES[family](words, rng), 1)
-            return replace(pair, unsafe=unsafe, plain=pair.unsafe)
+            return replace(pair, unsafe=unsafe, plain=pair.unsafe, plain_safe=pair.safe)
         seed = int(rng.integers(2**32))  # the same words around both
         safe_words = changed_words(pair.safe, pair.unsafe) or [pair.safe.split(" ")[0]]
         unsafe, safe = (
             ALL_FAMILIES[family](target, np.random.default_rng(seed))
             for target in (Target(pair.unsafe, spans[0]), Target(pair.safe, safe_words[0]))
         )
-        return replace(pair, unsafe=unsafe, safe=safe)
+        return replace(pair, unsafe=unsafe, safe=safe, plain=pair.unsafe, plain_safe=pair.safe)
 
     def _any(self, rng: np.random.Generator) -> str:
         return self.families[int(rng.integers(len(self.families)))]

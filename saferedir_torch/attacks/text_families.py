@@ -45,8 +45,9 @@ SMALL_TALK = (
     "there was bread on the table and a lamp in the corner",
     "he told us about his work and we listened for a while",
 )
-#: Of a sentence of small talk about ten tokens are left; prompts of Stable Diffusion end at 77.
-BURIED_UNDER = (2, 5)
+#: Sentences, one or two: of three and more the end of the prompt, which asks, is cut off. A sentence takes about 17 tokens of
+#: the embedded world's tokenizer, a prompt that asks 15, and 77 are read.
+BURIED_UNDER = (1, 3)
 
 
 @dataclass(frozen=True)
