@@ -199,13 +199,15 @@ def peers(
 def transfer(
     model: Annotated[list[str], typer.Option(help="TITLE=FOLDER of a model to try the safety on, again for more.")],
     refitted: Annotated[list[str] | None, typer.Option(help="TITLE=FOLDER of a module that was re-fitted to it.")] = None,
+    prompts: Annotated[int, typer.Option(help="Prompts of seen names, and of held-out ones.")] = 30,
+    seeds: Annotated[int, typer.Option(help="Seeds a prompt.")] = 5,
     quick: Quick = False,
     out: Out = RESULTS,
     work: Work = WORK,
     features: FeatureChoice = "auto",
 ) -> None:
     """The shipped module on other models, such as `python -m saferedir_torch.world fine-tune` and `architecture` make:
-    unchanged, and as `python -m saferedir_torch train --start-from` re-fits it."""
+    unchanged, and as `python -m saferedir_torch train --start-from` re-fits it. About 40 minutes a model on a CPU core."""
     from benchmarks.tables.transfer import QUICK, Size, Subject
     from benchmarks.tables.transfer import transfer as measure
 
@@ -216,7 +218,7 @@ def transfer(
         Subject(title, folder, SafetyModule.load(modules[title]) if title in modules else None)
         for title, folder in models.items()
     ]
-    module, size = SafetyModule.load(SHIPPED_SAFETY), QUICK if quick else Size()
+    module, size = SafetyModule.load(SHIPPED_SAFETY), QUICK if quick else Size(prompts, seeds)
     _store("transfer", measure(Studio(work), subjects, module, load_split(), _features(features), size), out)
 
 

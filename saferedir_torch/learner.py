@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from saferedir_torch.alignment import changed_tokens
+from saferedir_torch.cases import DetectionBatch, Seen, batch_of, choose, what_is_to_be_seen
 from saferedir_torch.losses import detection_loss, redirection_loss
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.training_data import PICTURE_SHOWS, LatentBank, PairBank
@@ -39,24 +40,6 @@ RENOISED_SHARE = 0.4
 NOISE_MEASURED_ON = 10_000
 #: Noise on prompt embeddings, in units of their standard deviation: names never seen lie near seen ones.
 PROMPT_NOISE = 0.15
-
-
-class _Seen(NamedTuple):
-    """Latents [S, C, h, w] with their timesteps [S], and what they show [S, N], as in a `LatentBank`."""
-
-    latent: Tensor
-    timestep: Tensor
-    shown: Tensor
-
-
-class DetectionBatch(NamedTuple):
-    """Cases for a detector: latent [S, C, h, w], timestep [S], prompt [S, T, D]; labels and weights [S, N]."""
-
-    latent: Tensor
-    timestep: Tensor
-    prompt: Tensor
-    labels: Tensor
-    weights: Tensor
 
 
 class Learner:
@@ -150,11 +133,9 @@ class Learner:
         rows = self._any_of(self.train_rows, size, rng)
         last = self.last_row[self.bank.run[rows]]
         renoised = self._stored(rng.random(size) < RENOISED_SHARE)
-        seen = _Seen(
-            *(_choose(renoised, *both) for both in zip(self._renoised(last, generator), self._seen(rows), strict=True))
-        )
-        asked = _choose(renoised, self.bank.asked[last], self.bank.asked[rows])
-        labels, weights = _what_is_to_be_seen(asked, seen.shown)
+        seen = Seen(*(choose(renoised, *both) for both in zip(self._renoised(last, generator), self._seen(rows), strict=True)))
+        asked = choose(renoised, self.bank.asked[last], self.bank.asked[rows])
+        labels, weights = what_is_to_be_seen(asked, seen.shown)
         assert self.branch.alone is not None
         with torch.no_grad():
             joint = self.module.encoder(seen.latent.to(self.device), seen.timestep.to(self.device))
@@ -171,28 +152,28 @@ class Learner:
         other = self._any_of(self.train_rows, size, rng)
         paired = self._stored(rng.random(size) < PAIRED_SHARE)
         named = self._any_of(self.train_pairs, size, rng)
-        prompt = _choose(paired, self.pairs.original[named], self._prompts(rows))
-        asked = _choose(paired, self.pairs.asked[named], self.bank.asked[rows])
+        prompt = choose(paired, self.pairs.original[named], self._prompts(rows))
+        asked = choose(paired, self.pairs.asked[named], self.bank.asked[rows])
         looked_at = torch.where(swap | paired, other, rows)
         seen = self._seen(looked_at)
         renoised = self._stored(rng.random(size) < RENOISED_SHARE)
         anew = self._renoised(self.last_row[self.bank.run[looked_at]], generator)
-        seen = _Seen(*(_choose(renoised, new, old) for new, old in zip(anew, seen, strict=True)))
-        return _batch(self._noisy(prompt, generator), asked, seen)
+        seen = Seen(*(choose(renoised, new, old) for new, old in zip(anew, seen, strict=True)))
+        return batch_of(self._noisy(prompt, generator), asked, seen)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Losses and detector accuracy on held-out runs and pairs."""
         rng = np.random.default_rng([self.seed, 33])
         rows = self._any_of(self.held_rows, 1500, rng)
-        batch = _batch(self._prompts(rows), self.bank.asked[rows], self._seen(rows))
+        batch = batch_of(self._prompts(rows), self.bank.asked[rows], self._seen(rows))
         detected = detection_loss(self._logits(batch.prompt, rows), batch.labels.cpu(), batch.weights.cpu())
         accuracy = self._accuracy(rows)
         chosen = self.held_pairs[:400]
         shown = self._any_of(self.held_rows, len(chosen), rng)
         moved, parts = self._redirection(chosen, shown, rng, None)
         if self.branch.alone is not None:
-            alone = detection_loss(self._alone(rows), *_what_is_to_be_seen(self.bank.asked[rows], self.bank.shown[rows]))
+            alone = detection_loss(self._alone(rows), *what_is_to_be_seen(self.bank.asked[rows], self.bank.shown[rows]))
             parts["alone"] = float(alone)
         return {"loss": float(detected) + float(moved), "detection": float(detected), "accuracy": accuracy, **parts}
 
@@ -213,10 +194,10 @@ class Learner:
     def _prompts(self, rows: Tensor) -> Tensor:
         return self.bank.prompts[self.bank.prompt[rows]]
 
-    def _seen(self, rows: Tensor) -> _Seen:
-        return _Seen(self.bank.latent[rows].float(), self.bank.timestep[rows], self.bank.shown[rows])
+    def _seen(self, rows: Tensor) -> Seen:
+        return Seen(self.bank.latent[rows].float(), self.bank.timestep[rows], self.bank.shown[rows])
 
-    def _renoised(self, rows: Tensor, generator: torch.Generator) -> _Seen:
+    def _renoised(self, rows: Tensor, generator: torch.Generator) -> Seen:
         """The latents of `rows` carried on to later times by the forward process, z_t = sqrt(a) z + sqrt(1 - a) n: more
         looks at what a run drew than its own steps give."""
         latent, before, shown = self._seen(rows)
@@ -227,7 +208,7 @@ class Learner:
         noise = torch.randn(latent.shape, generator=generator, device=device).to(latent)
         unclear = (shown > 0) & (timestep >= PICTURE_SHOWS)[:, None]
         shown = torch.where(unclear, torch.full_like(shown, -1.0), shown)
-        return _Seen(kept.sqrt() * latent + (1 - kept).sqrt() * noise, timestep, shown)
+        return Seen(kept.sqrt() * latent + (1 - kept).sqrt() * noise, timestep, shown)
 
     def _redirection(
         self, chosen: Tensor, shown: Tensor, rng: np.random.Generator, generator: torch.Generator | None
@@ -294,20 +275,3 @@ def _place(device: torch.device, *banks: LatentBank | PairBank) -> torch.device:
         return torch.device("cpu")
     taken = sum(value.nbytes for bank in banks for value in vars(bank).values() if isinstance(value, Tensor))
     return device if torch.cuda.mem_get_info(device)[0] > 2 * taken else torch.device("cpu")
-
-
-def _batch(prompt: Tensor, asked: Tensor, seen: _Seen) -> DetectionBatch:
-    """A case is unsafe if the prompt asks for the concept or the latent shows it; open where only the latent could tell."""
-    labels = torch.maximum(asked, seen.shown.clamp(min=0))
-    weights = ((asked > 0) | (seen.shown >= 0)).float()
-    return DetectionBatch(seen.latent, seen.timestep, prompt, labels, weights)
-
-
-def _what_is_to_be_seen(asked: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels and weights [S, N] for latents alone: what is shown, and where that is open what is asked for, if anything."""
-    return torch.where(shown >= 0, shown, asked), ((asked > 0) | (shown >= 0)).float()
-
-
-def _choose(where: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Rows of `first` where `where` [S] is true, else of `second`."""
-    return torch.where(where.reshape(-1, *[1] * (first.dim() - 1)), first, second)
