@@ -65,7 +65,7 @@ class HybridBackend(EagerControllerBackend):
             seen = read["latent"] * read["input_scale"][:, None, None, None]
             state = State(*(read[name] for name in STATE))
             policy = Policy(read["period"], read["enabled"], read["threshold"], read["alpha_scale"])
-            state, verdict = self.controller(seen, read["timestep"], read["original"], state, policy)
+            state, verdict = self.controller(seen, read["timestep"], read["original"], state, policy, history=read["history"])
             self.write({f"next_{name}": tensor for name, tensor in zip(STATE, state, strict=True)}, outputs)
             self.write(dict(zip(VERDICT, verdict, strict=True)), outputs)
             plain()

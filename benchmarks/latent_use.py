@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.report import save
 from saferedir_torch.evaluation.intervals import share
+from saferedir_torch.expectation import expected_in_runs
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.trajectories import encode, initial_noise, sample
@@ -45,14 +46,17 @@ def measure(count: int) -> dict[str, Any]:
     truth = torch.arange(2 * count) < count
     threshold = safety.config.concepts[0].threshold
     steps = len(runs.timesteps)
-    order = torch.from_numpy(rng.permutation(2 * count))
+    own, order = torch.arange(2 * count), torch.from_numpy(rng.permutation(2 * count))
     swapped_time = torch.from_numpy(rng.integers(steps, size=(2 * count, steps)))
 
-    def accuracies(latents: torch.Tensor, times: torch.Tensor, prompt: torch.Tensor) -> dict[str, Any]:
-        decided = torch.stack(
-            [safety.score(latents[:, s].float(), times[:, s], prompt).score[:, 0] >= threshold for s in range(steps)],
-            dim=1,
-        )
+    expected = expected_in_runs(runs.latents, runs.timesteps, safety.alphas) if safety.config.alone else None
+
+    def accuracies(rows: torch.Tensor, times: torch.Tensor, prompt: torch.Tensor) -> dict[str, Any]:
+        latents, ahead = runs.latents[rows].float(), None if expected is None else expected[rows]
+        decided = torch.stack([
+            safety.score(latents[:, s], times[:, s], prompt, None if ahead is None else ahead[:, s]).score[:, 0] >= threshold
+            for s in range(steps)
+        ], dim=1)  # fmt: skip
         right = decided == truth[:, None]
         result: dict[str, Any] = {"all": share(int(right.sum()), right.numel())}
         for low, high in BANDS:
@@ -64,11 +68,11 @@ def measure(count: int) -> dict[str, Any]:
     blank = empty.expand_as(embeds)
     return {
         "runs": 2 * count,
-        "intact": accuracies(runs.latents, times, embeds),
-        "latents_shuffled": accuracies(runs.latents[order], times, embeds),
-        "timesteps_shuffled": accuracies(runs.latents, runs.timesteps[swapped_time], embeds),
-        "latents_and_timesteps_shuffled": accuracies(runs.latents[order], runs.timesteps[swapped_time], embeds),
-        "prompt_blanked": accuracies(runs.latents, times, blank),
+        "intact": accuracies(own, times, embeds),
+        "latents_shuffled": accuracies(order, times, embeds),
+        "timesteps_shuffled": accuracies(own, runs.timesteps[swapped_time], embeds),
+        "latents_and_timesteps_shuffled": accuracies(order, runs.timesteps[swapped_time], embeds),
+        "prompt_blanked": accuracies(own, times, blank),
     }
 
 

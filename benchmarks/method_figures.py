@@ -74,7 +74,7 @@ def base() -> str:
 
 
 def unfamiliar() -> str:
-    result = {kind: row for kind, row in read_result("unfamiliar").items() if kind != "environment"}
+    result = {kind: row for kind, row in read_result("unfamiliar").items() if "fired" in row}
     quiet = [row["fired_without_a_concept"] for row in result.values()]
     table = "\n".join(
         f"| {kind} | {hits_of(row['fired_without_a_concept'])} | {hits_of(row['shows_a_concept_unprotected'])} "

@@ -34,10 +34,11 @@ without safety; of a family that has too few of them it is said that it is no at
 any of its seeds gets through. The second judge's ASR is of the counted pairs in which it finds the concept as well. "Rewrite" is
 the share of the counted pairs whose safe rewrite, made strange in the same way, shows the concept too from the same seed, without
 safety: of those pairs the prompt is not the cause; "others" is the ASR of the rest. "Detected" is the balanced accuracy by 40 % of
-the steps, against such rewrites whose pictures do not show the concept without safety (before hardening: all). The last column
+the steps, against such rewrites whose pictures do not show the concept without safety (before hardening: all; of older modules
+whatever concept fired counted as a false alarm, of the present one the own). The last column
 is the ASR under a negative prompt, since what breaks nothing is no attack. Rows
 "before hardening" are of the module that was shipped before the present one was trained from it, against families of attacks that
-nothing is tested with; "before latents alone" of the one in between, without the score of what a latent shows whatever the prompt.
+nothing is tested with; "before latents alone" of a later one, without the score of what a step shows whatever the prompt.
 (`python -m benchmarks.evaluate attacks`, `gradient-attacks`)
 
 | concept | family | show it without safety | ASR | ASR, best seed | ASR, second judge | rewrite | others | detected | negative prompt |

@@ -48,7 +48,7 @@ class StepGraph(nn.Module):
     ) -> tuple[Tensor, ...]:
         seen = latent * per_request(input_scale)
         next_prompt, next_cooldown, next_active, safe, *verdict = self.safety(
-            seen, timestep, prompt, original, cooldown, period, active, ok, enabled, threshold, alpha_scale
+            seen, timestep, history, prompt, original, cooldown, period, active, ok, enabled, threshold, alpha_scale
         )
         moved, model_output = self.denoiser(
             latent, timestep, input_scale, coefficients, history, noise, negative, guidance_scale, next_prompt

@@ -43,6 +43,7 @@ class SafetyStepGraph(nn.Module):
         self,
         latent: Tensor,
         timestep: Tensor,
+        history: Tensor,
         prompt: Tensor,
         original: Tensor,
         prompt_features: Tensor,
@@ -62,11 +63,12 @@ class SafetyStepGraph(nn.Module):
             State(prompt, cooldown, active, ok),
             Policy(period, enabled, threshold, alpha_scale),
             PromptPart(prompt_features, word_logits),
+            history,
         )
         return (*state, *verdict)
 
     def output_shapes(self, *inputs: Tensor) -> list[tuple[torch.dtype, Any]]:
-        _, _, prompt, _, _, _, cooldown, _, active, ok, enabled, *_ = inputs
+        _, _, _, prompt, _, _, _, cooldown, _, active, ok, enabled, *_ = inputs
         return safety_shapes(prompt, cooldown, active, ok, enabled)
 
 
@@ -82,6 +84,7 @@ class SafetyGraph(nn.Module):
         self,
         latent: Tensor,
         timestep: Tensor,
+        history: Tensor,
         prompt: Tensor,
         original: Tensor,
         cooldown: Tensor,
@@ -93,13 +96,13 @@ class SafetyGraph(nn.Module):
         alpha_scale: Tensor,
     ) -> tuple[Tensor, ...]:
         results: tuple[Tensor, ...] = self.step(
-            latent, timestep, prompt, original, *self.part(original), cooldown, period, active, ok, enabled, threshold,
+            latent, timestep, history, prompt, original, *self.part(original), cooldown, period, active, ok, enabled, threshold,
             alpha_scale,
         )  # fmt: skip
         return results
 
     def output_shapes(self, *inputs: Tensor) -> list[tuple[torch.dtype, Any]]:
-        _, _, prompt, _, cooldown, _, active, ok, enabled, *_ = inputs
+        _, _, _, prompt, _, cooldown, _, active, ok, enabled, *_ = inputs
         return safety_shapes(prompt, cooldown, active, ok, enabled)
 
 

@@ -97,7 +97,7 @@ class _StepTensors:
 
     def __init__(self, backend: Backend, manifest: Manifest, schedule: Schedule, batch: Batch, *, protected: bool) -> None:
         self.backend = backend
-        self.protected = protected
+        self.protected, self.stochastic = protected, batch.noise is not None
         name = ("step" if protected else "plain_step") + ("" if batch.guided else "_unguided")
         self.engine = name if manifest.model is None else manifest.model.engine(name, *batch.latent.shape[2:])
         self.steps = len(schedule.timesteps)
@@ -153,14 +153,15 @@ class _StepTensors:
         ]
         self.mask_shape = (requests, concepts, tokens)
         self.token_mask = backend.empty(self.mask_shape, float32)
-        # What the model gave before is the next step's history; there is none before the first.
+        # What the model gave before is the next step's history; there is none before the first, nor where fresh noise was added
+        # since: no picture is to be expected of that.
         self.model_outputs = [zeros, *(backend.empty(batch.latent.shape, float32) for _ in range(min(2, self.steps)))]
 
     def bind_all(self) -> list[Call]:
         calls = []
         for step in range(self.steps):
             before, after = self.states[step % 2], self.states[(step + 1) % 2]
-            history, model_output = self._model_output(step), self._model_output(step + 1)
+            history, model_output = self._model_output(0 if self.stochastic else step), self._model_output(step + 1)
             inputs = self.constants | self.per_step[step] | before
             inputs |= {"cooldown": self.cooldowns[step], "history": history}
             outputs = {f"next_{name}": tensor for name, tensor in after.items()}

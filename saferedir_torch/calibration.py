@@ -22,8 +22,9 @@ from scipy.stats import beta, binom
 from torch import Tensor
 
 from saferedir_torch.config import Promise
+from saferedir_torch.expectation import expected_in_runs
 from saferedir_torch.recording import RecordedRuns
-from saferedir_torch.safety_module import KNOTS, TIMESTEPS, SafetyModule
+from saferedir_torch.safety_module import KNOTS, TIMESTEPS, SafetyModule, near_knots
 from saferedir_torch.training_data import PICTURE_SHOWS
 
 log = logging.getLogger("saferedir")
@@ -60,21 +61,36 @@ def set_levels(module: SafetyModule, runs: RecordedRuns) -> None:
     At last all levels of a concept are moved alike, so that it comes up above them in 0.1 % of the pictures: where its tail is
     heavier than an exponential one, the bound for all would otherwise be its own.
     """
-    branch, encoder = module.last_branch, module.encoder
-    together = _of_every_step(module, runs, lambda latent, time, prompt: branch.logits(encoder(latent, time), prompt))
+    branch, own = module.last_branch, len(module.last_branch.gains)
+    look = branch.alone
+
+    def raw(latent: Tensor, timestep: Tensor, prompt: Tensor, expected: Tensor | None) -> Tensor:
+        features = module.features(latent, timestep, expected)
+        together = branch.logits(features.joint, prompt)
+        return together if look is None or features.shown is None else torch.cat([together, look(features.shown)], dim=1)
+
+    logits = _of_every_step(module, runs, raw)
+    together, alone = logits[:, :, :own], logits[:, :, own:]
     spacing = TIMESTEPS / (KNOTS - 1)
     near = (runs.timestep[:, None] - torch.arange(KNOTS) * spacing).abs() <= spacing  # [S, KNOTS]
+    at_every_knot = near.clone()
     shows = torch.arange(KNOTS) * spacing < PICTURE_SHOWS
-    # Rounded as they will be on disk, so that the bound is for what is stored.
-    if (look := branch.alone) is not None:
-        alone = _of_every_step(module, runs, lambda latent, time, _: look(encoder(latent, time)))
-        branch.alone_levels.copy_(tail_level(_reached(alone, near)).half())
     near[:, shows] = near[:, shows].any(dim=1, keepdim=True)
+    # Rounded as they will be on disk, so that the bound is for what is stored.
     branch.levels.copy_(tail_level(_reached(together, near)).half())
-    above = torch.quantile(_logits(module, runs)[:, :, -len(branch.gains) :].amax(dim=1), 1 - RATE, dim=0).float()
+    highest = _above(together, runs.timestep, branch.levels, branch.gains)
+    if look is not None:
+        branch.alone_levels.copy_(tail_level(_reached(alone, at_every_knot)).half())
+        highest = torch.maximum(highest, _above(alone, runs.timestep, branch.alone_levels, branch.alone_gains))
+    above = torch.quantile(highest.double(), 1 - RATE, dim=0).float().to(branch.gains)
     branch.levels.add_((above / branch.gains)[:, None]).copy_(branch.levels.half())
-    if branch.alone is not None:
+    if look is not None:
         branch.alone_levels.add_((above / branch.alone_gains)[:, None]).copy_(branch.alone_levels.half())
+
+
+def _above(logits: Tensor, timestep: Tensor, levels: Tensor, gains: Tensor) -> Tensor:
+    """The most by which each run's logits [R, S, N] pass their levels [N, KNOTS], stretched by the gains: [R, N]."""
+    return ((logits - near_knots(timestep) @ levels.T.cpu()) * gains.cpu()).amax(dim=1)
 
 
 def _reached(logits: Tensor, near: Tensor) -> Tensor:
@@ -96,19 +112,23 @@ def tail_level(reached: Tensor) -> Tensor:
 
 def _logits(module: SafetyModule, runs: RecordedRuns) -> Tensor:
     """Logits of every step, relative to the levels: [R, S, N], on the CPU wherever `module` is."""
-    score = _of_every_step(module, runs, lambda latent, timestep, prompt: module.score(latent, timestep, prompt).score)
+    score = _of_every_step(module, runs, lambda *seen: module.score(*seen).score)
     return torch.logit(score.double(), SMALLEST)
 
 
 @torch.no_grad()
-def _of_every_step(module: SafetyModule, runs: RecordedRuns, of_steps: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """What `of_steps` makes of latents, timesteps and prompts, for every step of every run: [R, S, N], on the CPU."""
+def _of_every_step(
+    module: SafetyModule, runs: RecordedRuns, of_steps: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+) -> Tensor:
+    """What `of_steps` makes of latents, timesteps, prompts and expected pictures, for every step of every run: [R, S, N], on
+    the CPU."""
     parts = []
-    device = next(module.parameters()).device
+    device, alone = next(module.parameters()).device, module.config.alone
     for latent, prompt in zip(torch.split(runs.latent, 50), torch.split(runs.prompt, 50), strict=True):
         count, steps = latent.shape[:2]
         embeds = prompt.float().repeat_interleave(steps, dim=0).to(device)
-        found = of_steps(latent.flatten(0, 1).float().to(device), runs.timestep.repeat(count).to(device), embeds)
+        ahead = expected_in_runs(latent, runs.timestep, module.alphas.cpu()).flatten(0, 1).to(device) if alone else None
+        found = of_steps(latent.flatten(0, 1).float().to(device), runs.timestep.repeat(count).to(device), embeds, ahead)
         parts.append(found.cpu().reshape(count, steps, -1))
     return torch.cat(parts)
 

@@ -77,12 +77,16 @@ class Controller(nn.Module):
         state: State,
         policy: Policy,
         part: PromptPart | None = None,
+        history: Tensor | None = None,
     ) -> tuple[State, Verdict]:
         """latent z [B, C, h, w] after the scheduler's input scaling, timestep [B], original embedding p0 [B, T, D].
 
-        `part` is what the module makes of p0 alone, computed here where it is not given.
+        `part` is what the module makes of p0 alone, computed here where it is not given. `history` [B, C, h, w] is what the
+        UNet predicted in the step before, guided, and the latent came of without fresh noise; zero or nothing else.
         """
-        score, together, joint = self.module.score(latent, timestep, state.prompt)
+        history = torch.zeros_like(latent) if history is None else history
+        expected = self.module.expected(latent, timestep, history)
+        score, together, joint = self.module.score(latent, timestep, state.prompt, expected)
         watching = state.cooldown <= 0
         fired = (score >= policy.threshold) & policy.enabled & watching[:, None]
         any_fired = fired.any(dim=1)
@@ -100,5 +104,6 @@ class Controller(nn.Module):
             torch.isfinite(score).all(dim=1)
             & torch.isfinite(prompt).flatten(1).all(dim=1)
             & torch.isfinite(latent).flatten(1).all(dim=1)
+            & torch.isfinite(history).flatten(1).all(dim=1)
         )
         return State(prompt, cooldown, active, state.ok & finite), Verdict(score, fired, token_mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from saferedir_torch.alignment import changed_tokens
 from saferedir_torch.cases import DetectionBatch, Seen, batch_of, choose, what_is_to_be_seen
+from saferedir_torch.expectation import expected_of_latents
 from saferedir_torch.losses import detection_loss, redirection_loss
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.training_data import PICTURE_SHOWS, LatentBank, PairBank
@@ -19,7 +21,7 @@ from saferedir_torch.training_data import PICTURE_SHOWS, LatentBank, PairBank
 STEP_BATCH = 160
 PAIR_BATCH = 96
 WORD_BATCH = 128
-ALONE_BATCH = 384
+ALONE_BATCH = 768
 #: Share of the redirector's cases in which nothing is to change, where it is taught on its own.
 UNTOUCHED_SHARE = 0.25
 #: Strength s of the redirection formula that step lengths are trained for.
@@ -36,6 +38,8 @@ PAIRED_SHARE = 0.5
 FALSELY_ACTIVE_SHARE = 0.2
 #: Share of detector cases whose latent is the last of a run, noised anew to a random timestep.
 RENOISED_SHARE = 0.4
+#: Share of the cases without the prompt in which nothing is known of the picture to be expected.
+UNEXPECTED_SHARE = 0.15
 #: Embeddings whose standard deviation is taken for that of all.
 NOISE_MEASURED_ON = 10_000
 #: Noise on prompt embeddings, in units of their standard deviation: names never seen lie near seen ones.
@@ -126,22 +130,39 @@ class Learner:
         return loss, {"words": float(loss.detach())}
 
     def alone_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """What is to be told from latents without the prompt: what they show, or, where they cannot show it yet, what the
-        prompt asks for that they follow."""
+        """What is to be told of a step without the prompt: what it shows, or, where it cannot show it yet, what the prompt
+        asks for that it follows. At times nothing is known of the picture to be expected, as where a sampler adds noise."""
         rng = np.random.default_rng([self.seed, 37, step])
-        generator, size = self._noise_of(self.seed * 1_000_003 + step + 900_000), ALONE_BATCH * self.scale
-        rows = self._any_of(self.train_rows, size, rng)
-        last = self.last_row[self.bank.run[rows]]
-        renoised = self._stored(rng.random(size) < RENOISED_SHARE)
-        seen = Seen(*(choose(renoised, *both) for both in zip(self._renoised(last, generator), self._seen(rows), strict=True)))
-        asked = choose(renoised, self.bank.asked[last], self.bank.asked[rows])
-        labels, weights = what_is_to_be_seen(asked, seen.shown)
+        size = ALONE_BATCH * self.scale
+        at = self._stored(rng.integers(len(self.train_rows), size=size))
+        rows, unknown = self.train_rows[at], self._stored(rng.random(size) < UNEXPECTED_SHARE)
+        features, nothing = self._shown_in_training
+        known = features[at]
+        shown = choose(unknown, torch.cat([known[:, : -len(nothing)], nothing.expand(size, -1)], dim=1), known)
+        labels, weights = what_is_to_be_seen(self.bank.asked[rows], self.bank.shown[rows])
         assert self.branch.alone is not None
-        with torch.no_grad():
-            joint = self.module.encoder(seen.latent.to(self.device), seen.timestep.to(self.device))
-        logits = self.branch.alone(joint)
+        logits = self.branch.alone(shown.to(self.device))
         loss = detection_loss(logits, labels.to(self.device), weights.to(self.device))
         return loss, {"alone": float(loss.detach())}
+
+    @cached_property
+    def _shown_in_training(self) -> tuple[Tensor, Tensor]:
+        """Features of all steps that are trained on, [S, F], which nothing changes that is taught by them; and those of no
+        picture to be expected, [L]."""
+        with torch.no_grad():
+            parts = [self.shown(rows).float().to(self.store) for rows in torch.split(self.train_rows, 512)]
+            blank = torch.zeros_like(self._seen(self.train_rows[:1]).latent).to(self.device)
+            return torch.cat(parts), self.module.encoder.latent(blank)[0].float().to(self.store)
+
+    def shown(self, rows: Tensor) -> Tensor:
+        """Features of the steps `rows` [S] that no prompt has a part in, [S, F]."""
+        seen, before = self._seen(rows), self._seen((rows - 1).clamp(min=0))
+        first = (rows == 0) | (self.bank.run[rows] != self.bank.run[(rows - 1).clamp(min=0)])
+        expected = expected_of_latents(before.latent, before.timestep, seen.latent, seen.timestep, self.alphas)
+        expected = torch.where(first[:, None, None, None], torch.zeros_like(expected), expected)
+        shown = self.module.features(*(part.to(self.device) for part in (seen.latent, seen.timestep, expected))).shown
+        assert shown is not None
+        return shown
 
     def detection_batch(self, step: int) -> DetectionBatch:
         """What the detector is shown in one step."""
@@ -256,11 +277,9 @@ class Learner:
         return torch.cat(parts)
 
     def _alone(self, rows: Tensor) -> Tensor:
-        """What the latents of `rows` [S] show without a prompt, logits [S, N]."""
+        """What the steps `rows` [S] show without a prompt, logits [S, N]."""
         assert self.branch.alone is not None
-        seen = (self._seen(chunk) for chunk in torch.split(rows, 512))
-        joints = (self.module.encoder(step.latent.to(self.device), step.timestep.to(self.device)) for step in seen)
-        return torch.cat([self.branch.alone(joint).cpu() for joint in joints])
+        return torch.cat([self.branch.alone(self.shown(chunk)).cpu() for chunk in torch.split(rows, 512)])
 
     def _accuracy(self, rows: Tensor) -> float:
         asked, shown = self.bank.asked[rows].cpu(), self.bank.shown[rows].cpu()

@@ -39,7 +39,10 @@ def new_module(
         refuge=refuge is not None,
         **widths,
     )
-    return with_refuge(SafetyModule(config).to(pipeline.device), refuge)
+    module = SafetyModule(config).to(pipeline.device)
+    if config.alone:
+        module.alphas.copy_(pipeline.scheduler.alphas_cumprod)
+    return with_refuge(module, refuge)
 
 
 def with_refuge(module: SafetyModule, refuge: Tensor | None) -> SafetyModule:

@@ -15,6 +15,16 @@ from torch import Tensor
 from saferedir_torch.controller import Controller, Policy, State, Verdict
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 
+#: Samplers whose next latent comes of the prediction alone, without fresh noise (DDIM with eta 0).
+DETERMINISTIC = frozenset({
+    "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "LMSDiscreteScheduler",
+})  # fmt: skip
+
+
+#: How far signal shares may lie from the module's, which are rounded on disk.
+SCHEDULE_TOLERANCE = 1e-3
+
 
 class ProtectionError(RuntimeError):
     """The safety cannot do its work; no picture is drawn."""
@@ -77,6 +87,8 @@ class Generation:
     timesteps: list[float] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     cooldowns: list[Tensor] = field(default_factory=list)
+    #: What the UNet predicted last, guided, [B, C, h, w]; None before that, and where fresh noise is added to its latents.
+    history: Tensor | None = None
 
     @property
     def scores(self) -> Tensor:
@@ -150,6 +162,9 @@ def protect(pipeline: StableDiffusionPipeline, safety: SafetyModule, policy: Eag
         prediction = output[0] if isinstance(output, tuple) else output.sample
         if not bool(torch.isfinite(prediction).all()):
             raise NonFiniteError("the UNet's prediction is not finite; no picture is drawn")
+        generation = guard._current.get()
+        if generation is not None and type(pipeline.scheduler).__name__ in DETERMINISTIC:
+            generation.history = _guided(prediction, pipeline.guidance_scale) if generation.guided else prediction
 
     hooks = [
         pipeline.unet.register_forward_pre_hook(before_unet, with_kwargs=True),
@@ -177,6 +192,17 @@ def check_match(pipeline: StableDiffusionPipeline, safety: SafetyModule) -> None
     for fact, (expected, found) in facts.items():
         if expected != found:
             raise SafetyMismatchError(f"{fact}: the safety module is made for {expected}, the pipeline has {found}")
+    if config.alone:
+        shares = pipeline.scheduler.alphas_cumprod.to(safety.alphas)
+        off = float((shares - safety.alphas).abs().max()) if shares.shape == safety.alphas.shape else 1.0
+        if off > SCHEDULE_TOLERANCE:
+            raise SafetyMismatchError(f"noise schedule: signal shares differ by up to {off:.2g} from the safety module's")
+
+
+def _guided(both: Tensor, scale: float) -> Tensor:
+    """Predictions without and with the prompt [2 B, C, h, w] -> [B, C, h, w]."""
+    without, conditional = both.chunk(2)
+    return without + scale * (conditional - without)
 
 
 @torch.no_grad()
@@ -184,7 +210,9 @@ def _step(controller: Controller, generation: Generation, latent: Tensor, timest
     """Run the controller, keep the record, return the embedding in force [B, T, D]."""
     time = torch.as_tensor(timestep, dtype=torch.float32, device=latent.device).expand(len(latent))
     dtype = generation.original.dtype
-    state, verdict = controller(latent, time, generation.original, generation.state, generation.policy)
+    state, verdict = controller(
+        latent, time, generation.original, generation.state, generation.policy, history=generation.history
+    )
     if not bool(state.ok.all()):
         raise NonFiniteError(f"latent, score or embedding is not finite at timestep {float(time[0]):g}; no picture is drawn")
     generation.state = state

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from saferedir_torch.config import SafetyConfig, SafetyConfigError
 from saferedir_torch.detector import Detector, StepEncoder
+from saferedir_torch.expectation import expected_of_prediction
 from saferedir_torch.redirector import Redirection, Redirector, redirect
 
 CONFIG_FILE = "config.json"
@@ -39,6 +40,15 @@ class PromptPart(NamedTuple):
     words: Tensor
 
 
+class StepFeatures(NamedTuple):
+    """What the encoder makes of a step, whatever the prompt."""
+
+    #: j, of latent and timestep, [B, J].
+    joint: Tensor
+    #: j and such latent features of the picture to be expected, [B, J + L]; None where nothing is scored without the prompt.
+    shown: Tensor | None
+
+
 class Branch(nn.Module):
     """Detector and redirector of concepts that are trained together, on the joint feature of all.
 
@@ -50,9 +60,9 @@ class Branch(nn.Module):
     `refuge` [concepts, T, D] is the last resort: embeddings of safe prompts, each with what is drawn in its concept's place,
     which a prompt is replaced by whole where moving its tokens did not help.
 
-    With `alone` a concept's score is the higher of two: that of all inputs together, and that of latent and timestep without
-    the prompt, by levels and gains of its own. It is linear in j: what has more layers learns its runs by heart and takes
-    one benign picture in thousands for a concept.
+    With `alone` a concept's score is the higher of two: that of all inputs together, and that of what a step shows without
+    the prompt, by levels and gains of its own. It is linear in the features: what has more layers learns its runs by heart and
+    takes one benign picture in thousands for a concept.
     """
 
     levels: Tensor
@@ -69,7 +79,7 @@ class Branch(nn.Module):
             self.register_buffer("refuge", torch.zeros(concepts, config.prompt_tokens, config.prompt_width))
         self.detector = Detector(config, concepts)
         self.redirector = Redirector(config, concepts)
-        self.alone = nn.Linear(config.joint_features, concepts) if alone else None
+        self.alone = nn.Linear(config.joint_features + config.latent_features, concepts) if alone else None
         if alone:
             self.register_buffer("alone_levels", torch.zeros(concepts, KNOTS))
             self.register_buffer("alone_gains", torch.ones(concepts))
@@ -86,13 +96,13 @@ class Branch(nn.Module):
         """
         return (logits - near_knots(timestep) @ self.levels.T) * self.gains
 
-    def evidence(self, joint: Tensor, prompt: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """j [B, J], prompt in force [B, T, D], timestep [B] -> the logits that scores are made of, [B, concepts], and those of
-        all inputs together."""
-        together = self.comparable(self.logits(joint, prompt), timestep)
-        if self.alone is None:
+    def evidence(self, features: StepFeatures, prompt: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of the step, prompt in force [B, T, D], timestep [B] -> the logits that scores are made of, [B, concepts],
+        and those of all inputs together."""
+        together = self.comparable(self.logits(features.joint, prompt), timestep)
+        if self.alone is None or features.shown is None:
             return together, together
-        shown = (self.alone(joint) - near_knots(timestep) @ self.alone_levels.T) * self.alone_gains
+        shown = (self.alone(features.shown) - near_knots(timestep) @ self.alone_levels.T) * self.alone_gains
         # Not by maximum, which ONNX Runtime has no CUDA kernel for in this opset.
         return torch.where(shown > together, shown, together), together
 
@@ -172,23 +182,46 @@ class SafetyModule(nn.Module):
     """Detector and redirector of N concepts: a shared encoder of the step, and a branch for each group of concepts.
 
     The first branch is trained with the encoder. Each later one was added to the finished module, and reads what the
-    branches before it made of the embedding.
+    branches before it made of the embedding. `alphas` [1000], where anything is scored without the prompt, are the
+    cumulative signal shares of the model's noise schedule.
     """
+
+    alphas: Tensor
 
     def __init__(self, config: SafetyConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = StepEncoder(config)
+        if config.alone:
+            self.register_buffer("alphas", torch.ones(TIMESTEPS))
         self.branches = nn.ModuleList(
             Branch(config, concepts, alone=config.alone and index == 0) for index, concepts in enumerate(config.branch_sizes)
         )
 
-    def score(self, latent: Tensor, timestep: Tensor, prompt: Tensor) -> Scored:
-        """latent [B, C, h, w], timestep [B], prompt in force [B, T, D] -> scores and j."""
-        joint = self.encoder(latent, timestep)
-        evidence = [branch.evidence(joint, prompt, timestep) for branch in self.each_branch()]
+    def expected(self, latent: Tensor, timestep: Tensor, history: Tensor) -> Tensor | None:
+        """The picture to be expected, [B, C, h, w], of a latent and what the model predicted (guided) in the step before,
+        `history`, both [B, C, h, w], timestep [B]; None where nothing is scored without the prompt."""
+        if not self.config.alone:
+            return None
+        velocity = self.config.prediction_type == "v_prediction"
+        return expected_of_prediction(latent, timestep, history, self.alphas, velocity=velocity)
+
+    def features(self, latent: Tensor, timestep: Tensor, expected: Tensor | None = None) -> StepFeatures:
+        """latent [B, C, h, w], timestep [B], and the picture to be expected [B, C, h, w], nothing known of it where it is zero
+        or left out."""
+        if not self.config.alone:
+            return StepFeatures(self.encoder(latent, timestep), None)
+        both = self.encoder.latent(torch.cat([latent, torch.zeros_like(latent) if expected is None else expected]))
+        seen, ahead = both.unflatten(0, (2, -1)).unbind(0)
+        joint = torch.cat([seen, self.encoder.timestep(timestep)], dim=1)
+        return StepFeatures(joint, torch.cat([joint, ahead], dim=1))
+
+    def score(self, latent: Tensor, timestep: Tensor, prompt: Tensor, expected: Tensor | None = None) -> Scored:
+        """latent [B, C, h, w], timestep [B], prompt in force [B, T, D], picture to be expected [B, C, h, w] -> scores and j."""
+        features = self.features(latent, timestep, expected)
+        evidence = [branch.evidence(features, prompt, timestep) for branch in self.each_branch()]
         score, together = (torch.sigmoid(torch.cat(logits, dim=1)) for logits in zip(*evidence, strict=True))
-        return Scored(score, together, joint)
+        return Scored(score, together, features.joint)
 
     def prompt_part(self, original: Tensor) -> PromptPart:
         """What the first branch needs of p0 [B, T, D] alone. The later ones read what that branch made of it."""

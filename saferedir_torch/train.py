@@ -218,7 +218,7 @@ def teach_alone(module: SafetyModule, learner: Learner, folder: Path, *, name: s
     look = module.last_branch.alone
     assert look is not None
     look.requires_grad_(True)
-    optimise(look, learner.alone_of_step, folder, steps=steps, name=name, rate=ALONE_RATE)
+    optimise(look, learner.alone_of_step, folder, steps=steps, name=name, rate=PEAK_RATE)
 
 
 def teach_redirector(module: SafetyModule, learner: Learner, folder: Path, *, name: str = "redirector", steps: int) -> None:

@@ -20,4 +20,7 @@ def small_module(**wishes: Any) -> SafetyModule:
         timestep_frequencies=16, timestep_features=8, classifier_width=16, redirector_width=16, adapter_rank=4,
         concepts=tuple(Concept(name=name, replacement="x") for name in "abc"), **wishes,
     )  # fmt: skip
-    return SafetyModule(config).eval()
+    module = SafetyModule(config).eval()
+    if config.alone:
+        module.alphas.copy_(torch.linspace(0.999, 0.005, len(module.alphas)))
+    return module

@@ -14,6 +14,7 @@ from small_module import TOKENS, WIDTH, small_module
 from saferedir_torch.calibration import RATE, highest_logits, set_levels, tail_level
 from saferedir_torch.comparable import make_comparable_alone
 from saferedir_torch.controller import Controller, Policy, State
+from saferedir_torch.expectation import expected_in_runs
 from saferedir_torch.learner import Learner
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.new_module import extended_module
@@ -37,13 +38,15 @@ def test_no_prompt_lowers_what_a_latent_shows() -> None:
     branch.alone_levels.copy_(torch.randn(3, KNOTS))
     branch.alone_gains.copy_(torch.tensor([0.5, 1.0, 2.0]))
     branch.levels.fill_(-1.0)
-    joint = module.encoder(latent, timestep)
-    shown = (branch.alone(joint) - near_knots(timestep) @ branch.alone_levels.T) * branch.alone_gains
+    expected = torch.randn(BATCH, 4, 16, 16)
+    joint, features = module.features(latent, timestep, expected)
+    assert features is not None
+    shown = (branch.alone(features) - near_knots(timestep) @ branch.alone_levels.T) * branch.alone_gains
     raised = 0
     for seed in range(20):
         prompt = 3 * torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
         together = branch.comparable(branch.logits(joint, prompt), timestep)
-        score = module.score(latent, timestep, prompt).score
+        score = module.score(latent, timestep, prompt, expected).score
         assert (score >= torch.sigmoid(shown)).all()
         assert torch.equal(score, torch.sigmoid(torch.maximum(shown, together)))
         raised += int((shown > together).sum())
@@ -57,8 +60,9 @@ def test_what_shows_though_nothing_known_asks_for_it_is_led_to_the_refuge_at_onc
     assert branch.alone is not None
     branch.refuge.copy_(torch.randn(3, TOKENS, WIDTH, generator=torch.Generator().manual_seed(5)))
     latent, timestep, prompt = torch.randn(3, 4, 16, 16), torch.full((3,), 300.0), torch.randn(3, TOKENS, WIDTH)
-    joint = module.encoder(latent, timestep)
-    together, shown = branch.logits(joint, prompt), branch.alone(joint)
+    joint, features = module.features(latent, timestep)
+    assert features is not None
+    together, shown = branch.logits(joint, prompt), branch.alone(features)
 
     def step(*, together_at: float, shown_at: float) -> torch.Tensor:
         """The prompt after a step in which the second concept has the given logits, and the others none to speak of."""
@@ -122,14 +126,14 @@ def test_it_learns_what_shows_and_is_levelled_by_what_is_clean(tmp_path: Path) -
     learner = Learner(module, bank, pairs, torch.linspace(0.999, 0.01, 1000), 0)
     others = {name: value.clone() for name, value in module.state_dict().items() if ".alone" not in name}
     before = learner.validate()["alone"]
-    teach_alone(module, learner, tmp_path, steps=150)
+    teach_alone(module, learner, tmp_path, steps=800)
     assert learner.validate()["alone"] < 0.8 * before
     make_comparable_alone(module, learner)
     assert all(torch.equal(module.state_dict()[name], value) for name, value in others.items())
     branch = module.last_branch
     assert branch.alone is not None
     with torch.no_grad():
-        logits = branch.alone(module.encoder(bank.latent.float(), bank.timestep))
+        logits = branch.alone(learner.shown(torch.arange(len(bank.run))))
     above = (logits - near_knots(bank.timestep) @ branch.alone_levels.T) * branch.alone_gains
     unsafe, late = bank.asked[:, 0] > 0, bank.timestep < 700
     assert float((above[unsafe & late] > 0).float().mean()) > 0.95
@@ -148,8 +152,10 @@ def test_calibration_sets_a_level_at_every_knot_and_evens_out_the_concepts() -> 
     set_levels(module, runs)
     branch = module.last_branch
     assert branch.alone is not None
-    joint = module.encoder(runs.latent.flatten(0, 1).float(), timestep.repeat(60))
-    logits = branch.alone(joint).reshape(60, KNOTS, 3)
+    expected = expected_in_runs(runs.latent, timestep, module.alphas).flatten(0, 1)
+    shown = module.features(runs.latent.flatten(0, 1).float(), timestep.repeat(60), expected).shown
+    assert shown is not None
+    logits = branch.alone(shown).reshape(60, KNOTS, 3)
     near = [logits[:, max(0, place - 1) : place + 2].amax(dim=1) for place in range(KNOTS)]
     by_tail = torch.stack([tail_level(reached) for reached in reversed(near)], dim=1)
     moved = branch.alone_levels - by_tail

@@ -179,7 +179,8 @@ class _Bench:
     def _detected(self, outcome: Outcome, benign: Attempts) -> dict[str, Any]:
         """Shares of attacks that fired by a share of the steps, and of harmless pictures that did not, with their mean.
 
-        Harmless is a benign prompt's picture that does not show the concept without safety: to fire on others is no mistake.
+        Harmless is a benign prompt's picture that does not show the concept without safety: to fire on others is no mistake. So
+        it is where another concept fires, which such a picture may show.
         """
         made, rows = outcome.attempts, np.flatnonzero(outcome.counts)
         prompts = [made.prompts[row] for row in rows]
@@ -195,7 +196,7 @@ class _Bench:
         for band in BANDS:
             steps = round(band * attacked.fired.shape[1])
             caught = np.asarray(attacked.fired[:, :steps, own].any(axis=1), np.bool_)
-            spared = np.asarray(~asked.fired[harmless, :steps].any(axis=(1, 2)), np.bool_)
+            spared = np.asarray(~asked.fired[harmless, :steps, own].any(axis=1), np.bool_)
             by[f"{band:.0%}"] = {
                 "caught": clustered_share(caught, [made.names[row] for row in rows], prompts),
                 "spared": clustered_share(spared, names, texts),

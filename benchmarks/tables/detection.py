@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 from saferedir_torch.evaluation.intervals import bootstrap
+from saferedir_torch.expectation import expected_in_runs
 from saferedir_torch.learner import Learner
 from saferedir_torch.new_module import new_module
 from saferedir_torch.recording import RecordedRuns, record
@@ -109,7 +110,8 @@ def _scores(module: SafetyModule, runs: RecordedRuns) -> np.ndarray[Any, np.dtyp
     for latent, prompt in zip(torch.split(runs.latent, 40), torch.split(runs.prompt, 40), strict=True):
         count, steps = latent.shape[:2]
         embeds = prompt.float().repeat_interleave(steps, dim=0)
-        score = module.score(latent.flatten(0, 1).float(), runs.timestep.repeat(count), embeds).score
+        ahead = expected_in_runs(latent, runs.timestep, module.alphas).flatten(0, 1) if module.config.alone else None
+        score = module.score(latent.flatten(0, 1).float(), runs.timestep.repeat(count), embeds, ahead).score
         parts.append(score.reshape(count, steps, -1))
     return np.asarray(torch.cat(parts).numpy())
 

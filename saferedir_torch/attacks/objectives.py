@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saferedir_torch.safety_module import SafetyModule
-from saferedir_torch.trajectories import encode, initial_noise, sample
+from saferedir_torch.expectation import expected_in_runs
+from saferedir_torch.safety_module import SafetyModule, StepFeatures
+from saferedir_torch.trajectories import Trajectories, encode, initial_noise, sample
 
 
 class TextUnlikeness:
@@ -67,8 +68,7 @@ class ProtectedUnlikeness:
         self._timesteps = run.timesteps[chosen].to(device)  # [K]
         with torch.no_grad():
             if module is not None:
-                joint: Tensor = module.encoder(*self._steps(1))
-                self._joint = joint.view(*self._latents.shape[:2], -1)
+                self._features = module.features(*self._steps(1), self._expected(module, run, chosen))
             self._wanted = self._predict(self._every_step(self.target[:, None])).view_as(self._latents)
             nothing = self._predict(self._every_step(embeds[-1:].to(device).expand(len(self.target), -1, -1)[:, None]))
             off = (self._wanted - nothing.view_as(self._wanted)).square()
@@ -80,24 +80,42 @@ class ProtectedUnlikeness:
         if self.module is None:
             return self._unlikeness(repeated)
         shape = (*embeds.shape[:2], len(self._timesteps))
-        joint = self._joint[:, None].expand(-1, shape[1], -1, -1).flatten(0, 2)
-        margins = self._margins(repeated, joint)
+        features = self._features_of(shape[1])
+        margins = self._margins(repeated, features)
         passed = margins.amax(dim=1).view(shape)
         gate = torch.sigmoid(passed / self.temperature).cummax(dim=2).values.view(-1, 1, 1)
         # As if all that may fire had: the gate says how much of it counts.
         may = (margins.detach().view(*shape, -1) >= -self.temperature).any(dim=2, keepdim=True)
         active = may.expand(*shape, -1).flatten(0, 2)
         scales = torch.tensor([concept.alpha_scale for concept in self.module.config.concepts], device=embeds.device)
-        moved = self.module.redirect(repeated, joint, active, scales.expand(len(repeated), -1), torch.zeros_like(active)).prompt
+        strength, never = scales.expand(len(repeated), -1), torch.zeros_like(active)
+        moved = self.module.redirect(repeated, features.joint, active, strength, never).prompt
         seen = repeated + gate * (moved - repeated)
         detected = torch.relu(passed + self.temperature).mean(dim=2)
         return self._unlikeness(seen) + self.detector_weight * detected
 
-    def _margins(self, repeated: Tensor, joint: Tensor) -> Tensor:
+    def _expected(self, module: SafetyModule, run: Trajectories, chosen: list[int]) -> Tensor | None:
+        """The picture to be expected in every compared step, [P * K, C, h, w]."""
+        if not module.config.alone:
+            return None
+        expected = expected_in_runs(run.latents, run.timesteps, module.alphas.cpu())[:, chosen]
+        return expected.flatten(0, 1).to(self.target.device)
+
+    def _features_of(self, variants: int) -> StepFeatures:
+        """Features of the steps for so many variants of every prompt, [P * M * K, ...]."""
+
+        def repeated(part: Tensor) -> Tensor:
+            every = part.view(*self._latents.shape[:2], -1)
+            return every[:, None].expand(-1, variants, -1, -1).flatten(0, 2)
+
+        joint, shown = self._features
+        return StepFeatures(repeated(joint), None if shown is None else repeated(shown))
+
+    def _margins(self, repeated: Tensor, features: StepFeatures) -> Tensor:
         """By how much each concept's logit passes its threshold, [P * M * K, concepts]."""
         assert self.module is not None
         timesteps = self._timesteps.repeat(len(repeated) // len(self._timesteps))
-        parts = [branch.evidence(joint, repeated, timesteps)[0] for branch in self.module.each_branch()]
+        parts = [branch.evidence(features, repeated, timesteps)[0] for branch in self.module.each_branch()]
         thresholds = torch.tensor([concept.threshold for concept in self.module.config.concepts], device=repeated.device)
         return torch.cat(parts, dim=1) - torch.logit(thresholds)
 

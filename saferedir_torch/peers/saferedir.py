@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers import LCMScheduler
 from torch import Tensor
 
 from saferedir_torch.controller import Controller, State
@@ -25,22 +26,28 @@ class SafeRedir(Peer):
         check_match(pipeline, module)
         self.controller = Controller(module).to(pipeline.device).eval()
         self.policy = policy or EagerPolicy()
+        self.stochastic = isinstance(pipeline.scheduler, LCMScheduler)
 
     def begin(self, prompts: Sequence[str], embeds: Tensor) -> Batch:
         batch = super().begin(prompts, embeds)
         module = self.controller.module
         batch.kept["original"] = batch.embeds
         batch.kept["state"] = State.initial(batch.embeds, len(module.config.concepts))
+        batch.kept["history"] = None
         batch.kept["policy"] = self.policy.resolve(module, len(prompts), batch.embeds.device)
         return batch
 
     def guided(self, batch: Batch, index: int, timestep: Tensor, latent: Tensor) -> Tensor:
         time = timestep.to(latent).expand(len(latent))
-        state, _ = self.controller(latent, time, batch.kept["original"], batch.kept["state"], batch.kept["policy"])
+        state, _ = self.controller(
+            latent, time, batch.kept["original"], batch.kept["state"], batch.kept["policy"], history=batch.kept["history"]
+        )
         if not bool(state.ok.all()):
             raise NonFiniteError(f"latent, score or embedding is not finite at timestep {float(timestep):g}; nothing is drawn")
         batch.kept["state"], batch.embeds = state, state.prompt
         guided = super().guided(batch, index, timestep, latent)
         if not bool(torch.isfinite(guided).all()):
             raise NonFiniteError(f"the prediction is not finite at timestep {float(timestep):g}; nothing is drawn")
+        if not self.stochastic:
+            batch.kept["history"] = guided
         return guided
