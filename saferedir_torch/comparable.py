@@ -34,7 +34,7 @@ def make_comparable(module: SafetyModule, learner: Learner) -> None:
 
 
 def make_comparable_alone(module: SafetyModule, learner: Learner) -> None:
-    """The same of levels and gains for latents without the prompt, where half of the unsafe runs are to rise so far."""
+    """The same of levels and gains for steps without the prompt, where half of the unsafe runs are to rise so far."""
     branch, logits = module.last_branch, learner.held_logits(alone=True)
     branch.alone_levels.copy_(clean_levels(learner, logits))
     branch.alone_gains.copy_(REACH / unsafe_peaks(learner, logits, branch.alone_levels, UNSEEN_SHARE))

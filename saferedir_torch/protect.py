@@ -124,11 +124,14 @@ class Guard:
 def protect(pipeline: StableDiffusionPipeline, safety: SafetyModule, policy: EagerPolicy | None = None) -> Iterator[Guard]:
     """Detects and redirects before every UNet call of `pipeline` while the context lasts; then leaves it as it was.
 
+    Under samplers that add fresh noise in a step (lcm, ancestral ones) nothing is known of the picture to be expected, and what
+    nobody asked for in words is seen later.
+
     Works with any batch size, `num_images_per_prompt`, `prompt_embeds`, negative prompts, guidance on and off. State
     belongs to one call of the pipeline and one thread.
 
     Raises:
-        SafetyMismatchError: channels, tokens, width, prediction type or text encoder differ from the module's.
+        SafetyMismatchError: channels, tokens, width, prediction type, noise schedule or text encoder differ from the module's.
         ProtectionError: an unknown concept in the policy; during generation, a UNet call without a prompt.
         NonFiniteError: during generation, NaN or infinity anywhere.
     """
@@ -163,7 +166,7 @@ def protect(pipeline: StableDiffusionPipeline, safety: SafetyModule, policy: Eag
         if not bool(torch.isfinite(prediction).all()):
             raise NonFiniteError("the UNet's prediction is not finite; no picture is drawn")
         generation = guard._current.get()
-        if generation is not None and type(pipeline.scheduler).__name__ in DETERMINISTIC:
+        if generation is not None and is_deterministic(pipeline.scheduler):
             generation.history = _guided(prediction, pipeline.guidance_scale) if generation.guided else prediction
 
     hooks = [
@@ -186,17 +189,23 @@ def check_match(pipeline: StableDiffusionPipeline, safety: SafetyModule) -> None
         "latent channels": (config.latent_channels, pipeline.unet.config.in_channels),
         "prompt tokens": (config.prompt_tokens, pipeline.tokenizer.model_max_length),
         "prompt width": (config.prompt_width, pipeline.unet.config.cross_attention_dim),
-        "prediction type": (config.prediction_type, pipeline.scheduler.config.prediction_type),
+        "prediction type": (config.prediction_type, getattr(pipeline.scheduler.config, "prediction_type", "none")),
         "text encoder": (config.text_encoder_sha256, parameters_sha256(pipeline.text_encoder)),
     }
     for fact, (expected, found) in facts.items():
         if expected != found:
             raise SafetyMismatchError(f"{fact}: the safety module is made for {expected}, the pipeline has {found}")
     if config.alone:
-        shares = pipeline.scheduler.alphas_cumprod.to(safety.alphas)
+        shares = getattr(pipeline.scheduler, "alphas_cumprod", torch.ones(0)).to(safety.alphas)
         off = float((shares - safety.alphas).abs().max()) if shares.shape == safety.alphas.shape else 1.0
         if off > SCHEDULE_TOLERANCE:
             raise SafetyMismatchError(f"noise schedule: signal shares differ by up to {off:.2g} from the safety module's")
+
+
+def is_deterministic(scheduler: Any) -> bool:
+    """Whether its next latent comes of the prediction alone."""
+    stochastic = str(scheduler.config.get("algorithm_type", "")).startswith("sde-")
+    return type(scheduler).__name__ in DETERMINISTIC and not stochastic
 
 
 def _guided(both: Tensor, scale: float) -> Tensor:

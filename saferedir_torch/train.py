@@ -35,7 +35,7 @@ PEAK_RATE = 1e-3
 ALONE_RATE, ONWARD_RATE = 3e-3, 5e-4
 VALIDATE_EVERY = 250
 WORD_STEPS, ALONE_STEPS = 6000, 3000
-#: What is taught one after another: detector and redirector together, single words, latents without the prompt, and the
+#: What is taught one after another: detector and redirector together, single words, a step without the prompt, and the
 #: redirector again on its own.
 PARTS = ("together", "words", "alone", "redirector")
 RUNS_FILE = "runs.safetensors"
@@ -61,7 +61,7 @@ def train(
     """Train on `runs` recorded runs and `pairs` prompt pairs a concept; save the module to `folder/safety`.
 
     Detector and redirector are taught together, and the best of them by validation is kept; then what single words say; then
-    what latents show without the prompt, and the redirector on its own, for twice as many steps and on as many other pairs,
+    what a step shows without the prompt, and the redirector on its own, for twice as many steps and on as many other pairs,
     since it is far from finished when the detector is. Checkpoints, loss logs and the recorded runs are kept in `folder`, and
     an interrupted training goes on there.
     With `extend` the concepts are added to that module, whose own weights and thresholds stay as they are.
@@ -214,7 +214,7 @@ def teach_words(
 
 
 def teach_alone(module: SafetyModule, learner: Learner, folder: Path, *, name: str = "alone", steps: int) -> None:
-    """Teach the last branch what latents show without the prompt, which no other part depends on."""
+    """Teach the last branch what a step shows without the prompt, which no other part depends on."""
     look = module.last_branch.alone
     assert look is not None
     look.requires_grad_(True)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from small_module import CONCEPTS, TOKENS, WIDTH, small_module
 
 from saferedir.runtime import Pipeline, SafetyPolicy
@@ -16,7 +16,7 @@ from saferedir.runtime.replay import RecordingBackend
 from saferedir_torch.controller import Controller, Policy, State
 from saferedir_torch.expectation import FARTHEST, expected_in_runs, expected_of_latents, expected_of_prediction
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
-from saferedir_torch.protect import SafetyMismatchError, check_match
+from saferedir_torch.protect import SafetyMismatchError, check_match, is_deterministic
 from saferedir_torch.safety_module import SafetyModule
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000)
@@ -99,10 +99,20 @@ def test_the_loop_hands_on_what_was_predicted_unless_noise_was_added(scheduler: 
     assert all(bool(given.any()) == known for given in later)
 
 
+def test_samplers_that_add_noise_are_known() -> None:
+    assert is_deterministic(DDIMScheduler())
+    assert is_deterministic(DPMSolverMultistepScheduler())
+    assert not is_deterministic(DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"))
+    assert not is_deterministic(LCMScheduler())
+
+
 def test_another_noise_schedule_is_refused() -> None:
     pipeline, safety = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
     check_match(pipeline, safety)
     changed: Any = DDIMScheduler.from_config(pipeline.scheduler.config, beta_end=0.02)
     pipeline.scheduler = changed
     with pytest.raises(SafetyMismatchError, match=r"noise schedule: signal shares differ by up to 0\.\d+"):
+        check_match(pipeline, safety)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()  # of another kind of model
+    with pytest.raises(SafetyMismatchError, match=r"prediction type: .* made for epsilon, the pipeline has none"):
         check_match(pipeline, safety)
