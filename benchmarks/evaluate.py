@@ -207,7 +207,7 @@ def transfer(
     features: FeatureChoice = "auto",
 ) -> None:
     """The shipped module on other models, such as `python -m saferedir_torch.world fine-tune` and `architecture` make:
-    unchanged, and as `python -m saferedir_torch train --start-from` re-fits it. About 40 minutes a model on a CPU core."""
+    unchanged, and as `python -m saferedir_torch train --start-from` re-fits it."""
     from benchmarks.tables.transfer import QUICK, Size, Subject
     from benchmarks.tables.transfer import transfer as measure
 
