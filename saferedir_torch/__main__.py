@@ -38,6 +38,10 @@ def train(
     seed: Seed = 0,
     steps: Annotated[int, typer.Option(help="Optimisation steps.")] = 4000,
     runs: Annotated[int, typer.Option(help="Unsafe runs to record, a concept; 5 others are recorded for each.")] = 400,
+    short_runs: Annotated[
+        int,
+        typer.Option(help="Unsafe runs of few steps to record besides, which a step's look without the prompt is taught by."),
+    ] = 1000,
     pair_count: Annotated[int, typer.Option(help="Prompt pairs to draw, a concept.")] = 10_000,
     sampling: Annotated[
         list[str] | None, typer.Option(help="STEPS:GUIDANCE to record runs with, again for more; four kinds by default.")
@@ -92,7 +96,7 @@ def train(
     known = [] if base is None else base.config.concept_names
     source = _hardened(_source(pipeline, pairs, concept or [], rewrite or [], split, known), harden or [])
     module = train_module(
-        pipeline, source, out, seed=seed, steps=steps, runs=runs, pairs=pair_count,
+        pipeline, source, out, seed=seed, steps=steps, runs=runs, short=short_runs, pairs=pair_count,
         samplings=[_sampling(text) for text in sampling] if sampling else SAMPLINGS, runs_from=runs_from, extend=base,
         start=start, only=only or (), batch_scale=batch_scale,
     )  # fmt: skip

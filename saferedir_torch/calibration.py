@@ -67,7 +67,7 @@ def set_levels(module: SafetyModule, runs: RecordedRuns) -> None:
     def raw(latent: Tensor, timestep: Tensor, prompt: Tensor, expected: Tensor | None) -> Tensor:
         features = module.features(latent, timestep, expected)
         together = branch.logits(features.joint, prompt)
-        return together if look is None or features.shown is None else torch.cat([together, look(features.shown)], dim=1)
+        return together if look is None or features.shown is None else torch.cat([together, features.shown], dim=1)
 
     logits = _of_every_step(module, runs, raw)
     together, alone = logits[:, :, :own], logits[:, :, own:]

@@ -68,6 +68,8 @@ class SafetyConfig:
     alone: bool = False
     latent_widths: tuple[int, int, int] = (64, 128, 256)
     latent_features: int = 512
+    picture_widths: tuple[int, int, int] = (48, 96, 128)
+    picture_features: int = 256
     timestep_frequencies: int = 320
     timestep_features: int = 64
     context_heads: int = 4
@@ -108,7 +110,9 @@ class SafetyConfig:
         try:
             raw = json.loads(path.read_text())
             raw["concepts"] = tuple(Concept(**concept) for concept in raw["concepts"])
-            raw["latent_widths"] = tuple(raw["latent_widths"])
+            for widths in ("latent_widths", "picture_widths"):
+                if widths in raw:
+                    raw[widths] = tuple(raw[widths])
             raw["branches"] = tuple(raw.get("branches", ()))
             raw["promise"] = Promise(**raw["promise"]) if raw.get("promise") else None
             config = cls(**raw)

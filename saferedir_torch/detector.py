@@ -126,6 +126,42 @@ class PromptContext(nn.Module):
         return fused
 
 
+class PictureEncoder(nn.Module):
+    """Two residual blocks on the picture to be expected, the first at its own resolution and halving it; mean and maximum over
+    places, linear.
+
+    A thing that stands beside another is a few latents wide, and the maximum finds it wherever it is. 0.8 GFLOP at 64x64.
+    """
+
+    def __init__(self, config: SafetyConfig) -> None:
+        super().__init__()
+        first, second, third = config.picture_widths
+        self.stem = nn.Conv2d(config.latent_channels, first, 3, padding=1)
+        self.blocks = nn.Sequential(ResidualSE(first, second, stride=2), ResidualSE(second, third, stride=1))
+        self.project = nn.Linear(2 * third, config.picture_features)
+
+    def forward(self, picture: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, picture_features]."""
+        features = self.blocks(F.silu(self.stem(picture)))
+        pooled = torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1)
+        projected: Tensor = F.silu(self.project(pooled))
+        return projected
+
+
+class AloneEvidence(nn.Module):
+    """What a step shows, whatever the prompt: a logit per concept from the picture to be expected and j."""
+
+    def __init__(self, config: SafetyConfig, concepts: int) -> None:
+        super().__init__()
+        self.picture = PictureEncoder(config)
+        self.head = nn.Linear(config.picture_features + config.joint_features, concepts)
+
+    def forward(self, joint: Tensor, expected: Tensor) -> Tensor:
+        """j [B, J], picture to be expected [B, C, h, w] -> logits [B, concepts]."""
+        logits: Tensor = self.head(torch.cat([self.picture(expected), joint], dim=1))
+        return logits
+
+
 class StepEncoder(nn.Module):
     """What a step looks like: latent and timestep in one joint feature j, shared by all concepts."""
 

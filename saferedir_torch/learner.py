@@ -21,7 +21,7 @@ from saferedir_torch.training_data import PICTURE_SHOWS, LatentBank, PairBank
 STEP_BATCH = 160
 PAIR_BATCH = 96
 WORD_BATCH = 128
-ALONE_BATCH = 768
+ALONE_BATCH = 256
 #: Share of the redirector's cases in which nothing is to change, where it is taught on its own.
 UNTOUCHED_SHARE = 0.25
 #: Strength s of the redirection formula that step lengths are trained for.
@@ -136,31 +136,38 @@ class Learner:
         size = ALONE_BATCH * self.scale
         at = self._stored(rng.integers(len(self.train_rows), size=size))
         rows, unknown = self.train_rows[at], self._stored(rng.random(size) < UNEXPECTED_SHARE)
-        features, nothing = self._shown_in_training
-        known = features[at]
-        shown = choose(unknown, torch.cat([known[:, : -len(nothing)], nothing.expand(size, -1)], dim=1), known)
+        known = self._expected(rows)
+        expected = choose(unknown, torch.zeros_like(known), known)
         labels, weights = what_is_to_be_seen(self.bank.asked[rows], self.bank.shown[rows])
         assert self.branch.alone is not None
-        logits = self.branch.alone(shown.to(self.device))
+        logits = self.branch.alone(self._joint_in_training[at].float().to(self.device), expected.to(self.device))
         loss = detection_loss(logits, labels.to(self.device), weights.to(self.device))
         return loss, {"alone": float(loss.detach())}
 
     @cached_property
-    def _shown_in_training(self) -> tuple[Tensor, Tensor]:
-        """Features of all steps that are trained on, [S, F], which nothing changes that is taught by them; and those of no
-        picture to be expected, [L]."""
-        with torch.no_grad():
-            parts = [self.shown(rows).float().to(self.store) for rows in torch.split(self.train_rows, 512)]
-            blank = torch.zeros_like(self._seen(self.train_rows[:1]).latent).to(self.device)
-            return torch.cat(parts), self.module.encoder.latent(blank)[0].float().to(self.store)
+    def _joint_in_training(self) -> Tensor:
+        """j of all steps that are trained on, [S, J] fp16, which no part changes that is taught by them."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            parts = []
+            for rows in torch.split(self.train_rows, 512):
+                seen = self._seen(rows)
+                joint = self.module.encoder(seen.latent.to(self.device), seen.timestep.to(self.device))
+                parts.append(joint.half().to(self.store))
+            return torch.cat(parts)
 
-    def shown(self, rows: Tensor) -> Tensor:
-        """Features of the steps `rows` [S] that no prompt has a part in, [S, F]."""
+    def _expected(self, rows: Tensor) -> Tensor:
+        """The pictures to be expected in the steps `rows` [S], [S, C, h, w]; zero in the first step of a run."""
         seen, before = self._seen(rows), self._seen((rows - 1).clamp(min=0))
         first = (rows == 0) | (self.bank.run[rows] != self.bank.run[(rows - 1).clamp(min=0)])
         expected = expected_of_latents(before.latent, before.timestep, seen.latent, seen.timestep, self.alphas)
-        expected = torch.where(first[:, None, None, None], torch.zeros_like(expected), expected)
-        shown = self.module.features(*(part.to(self.device) for part in (seen.latent, seen.timestep, expected))).shown
+        return torch.where(first[:, None, None, None], torch.zeros_like(expected), expected)
+
+    def shown(self, rows: Tensor) -> Tensor:
+        """What the steps `rows` [S] show without a prompt, logits [S, N]."""
+        seen = self._seen(rows)
+        shown = self.module.features(
+            *(part.to(self.device) for part in (seen.latent, seen.timestep, self._expected(rows)))
+        ).shown  # fmt: skip
         assert shown is not None
         return shown
 
@@ -277,9 +284,7 @@ class Learner:
         return torch.cat(parts)
 
     def _alone(self, rows: Tensor) -> Tensor:
-        """What the steps `rows` [S] show without a prompt, logits [S, N]."""
-        assert self.branch.alone is not None
-        return torch.cat([self.branch.alone(self.shown(chunk)).cpu() for chunk in torch.split(rows, 512)])
+        return torch.cat([self.shown(chunk).cpu() for chunk in torch.split(rows, 512)])
 
     def _accuracy(self, rows: Tensor) -> float:
         asked, shown = self.bank.asked[rows].cpu(), self.bank.shown[rows].cpu()

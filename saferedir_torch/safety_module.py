@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from saferedir_torch.config import SafetyConfig, SafetyConfigError
-from saferedir_torch.detector import Detector, StepEncoder
+from saferedir_torch.detector import AloneEvidence, Detector, StepEncoder
 from saferedir_torch.expectation import expected_of_prediction
 from saferedir_torch.redirector import Redirection, Redirector, redirect
 
@@ -41,11 +41,12 @@ class PromptPart(NamedTuple):
 
 
 class StepFeatures(NamedTuple):
-    """What the encoder makes of a step, whatever the prompt."""
+    """What is made of a step, whatever the prompt."""
 
     #: j, of latent and timestep, [B, J].
     joint: Tensor
-    #: j and such latent features of the picture to be expected, [B, J + L]; None where nothing is scored without the prompt.
+    #: What the step shows of the first branch's concepts, logits [B, concepts]; None where nothing is scored without the
+    #: prompt.
     shown: Tensor | None
 
 
@@ -61,8 +62,7 @@ class Branch(nn.Module):
     which a prompt is replaced by whole where moving its tokens did not help.
 
     With `alone` a concept's score is the higher of two: that of all inputs together, and that of what a step shows without
-    the prompt, by levels and gains of its own. It is linear in the features: what has more layers learns its runs by heart and
-    takes one benign picture in thousands for a concept.
+    the prompt, by levels and gains of its own.
     """
 
     levels: Tensor
@@ -79,7 +79,7 @@ class Branch(nn.Module):
             self.register_buffer("refuge", torch.zeros(concepts, config.prompt_tokens, config.prompt_width))
         self.detector = Detector(config, concepts)
         self.redirector = Redirector(config, concepts)
-        self.alone = nn.Linear(config.joint_features + config.latent_features, concepts) if alone else None
+        self.alone = AloneEvidence(config, concepts) if alone else None
         if alone:
             self.register_buffer("alone_levels", torch.zeros(concepts, KNOTS))
             self.register_buffer("alone_gains", torch.ones(concepts))
@@ -102,7 +102,7 @@ class Branch(nn.Module):
         together = self.comparable(self.logits(features.joint, prompt), timestep)
         if self.alone is None or features.shown is None:
             return together, together
-        shown = (self.alone(features.shown) - near_knots(timestep) @ self.alone_levels.T) * self.alone_gains
+        shown = (features.shown - near_knots(timestep) @ self.alone_levels.T) * self.alone_gains
         # Not by maximum, which ONNX Runtime has no CUDA kernel for in this opset.
         return torch.where(shown > together, shown, together), together
 
@@ -209,12 +209,11 @@ class SafetyModule(nn.Module):
     def features(self, latent: Tensor, timestep: Tensor, expected: Tensor | None = None) -> StepFeatures:
         """latent [B, C, h, w], timestep [B], and the picture to be expected [B, C, h, w], nothing known of it where it is zero
         or left out."""
-        if not self.config.alone:
-            return StepFeatures(self.encoder(latent, timestep), None)
-        both = self.encoder.latent(torch.cat([latent, torch.zeros_like(latent) if expected is None else expected]))
-        seen, ahead = both.unflatten(0, (2, -1)).unbind(0)
-        joint = torch.cat([seen, self.encoder.timestep(timestep)], dim=1)
-        return StepFeatures(joint, torch.cat([joint, ahead], dim=1))
+        joint = self.encoder(latent, timestep)
+        look = next(self.each_branch()).alone
+        if look is None:
+            return StepFeatures(joint, None)
+        return StepFeatures(joint, look(joint, torch.zeros_like(latent) if expected is None else expected))
 
     def score(self, latent: Tensor, timestep: Tensor, prompt: Tensor, expected: Tensor | None = None) -> Scored:
         """latent [B, C, h, w], timestep [B], prompt in force [B, T, D], picture to be expected [B, C, h, w] -> scores and j."""

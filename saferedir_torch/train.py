@@ -26,6 +26,7 @@ from saferedir_torch.precision import mixed_precision
 from saferedir_torch.prompt_source import PromptSource
 from saferedir_torch.protect import check_match
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
+from saferedir_torch.short_runs import recorded_short_runs, short_runs
 from saferedir_torch.training_data import SAMPLINGS, cached_runs, load_runs, make_pairs, record_runs
 from saferedir_torch.training_run import Schedule, TrainingError, run_training
 from saferedir_torch.warm_start import start_from
@@ -34,7 +35,7 @@ PEAK_RATE = 1e-3
 #: Single words and the redirector, which are taught alone, bear a higher rate; words that were taught before, a lower one.
 ALONE_RATE, ONWARD_RATE = 3e-3, 5e-4
 VALIDATE_EVERY = 250
-WORD_STEPS, ALONE_STEPS = 6000, 3000
+WORD_STEPS, ALONE_STEPS = 6000, 4800
 #: What is taught one after another: detector and redirector together, single words, a step without the prompt, and the
 #: redirector again on its own.
 PARTS = ("together", "words", "alone", "redirector")
@@ -50,6 +51,7 @@ def train(
     seed: int = 0,
     steps: int = 4000,
     runs: int = 400,
+    short: int = 0,
     pairs: int = 10_000,
     samplings: Sequence[tuple[int, float]] = SAMPLINGS,
     runs_from: Path | None = None,
@@ -58,12 +60,13 @@ def train(
     only: Sequence[str] = (),
     batch_scale: int = 1,
 ) -> SafetyModule:
-    """Train on `runs` recorded runs and `pairs` prompt pairs a concept; save the module to `folder/safety`.
+    """Train on `runs` recorded runs, `short` ones of few steps and `pairs` prompt pairs a concept; save the module to
+    `folder/safety`.
 
     Detector and redirector are taught together, and the best of them by validation is kept; then what single words say; then
-    what a step shows without the prompt, and the redirector on its own, for twice as many steps and on as many other pairs,
-    since it is far from finished when the detector is. Checkpoints, loss logs and the recorded runs are kept in `folder`, and
-    an interrupted training goes on there.
+    what a step shows without the prompt, by the short runs as well, and the redirector on its own, for twice as many steps and
+    on as many other pairs, since it is far from finished when the detector is. Checkpoints, loss logs and the recorded runs are
+    kept in `folder`, and an interrupted training goes on there.
     With `extend` the concepts are added to that module, whose own weights and thresholds stay as they are.
     With `start`, a module of these concepts, perhaps for another model, its weights are where training begins, as far as they
     fit; `only` some of the `PARTS` may then be taught, and the others stay as they are. Where detector and redirector are not
@@ -103,6 +106,17 @@ def train(
         drawn = make_pairs(pipeline, source, count=pairs, seed=pair_seed)
         return Learner(module, bank, drawn, pipeline.scheduler.alphas_cumprod, seed, scale=batch_scale)
 
+    def learner_of_short_runs() -> Learner:
+        more = (
+            short_runs(pipeline, source, folder, count=short, seed=seed, on_progress=_say)
+            if runs_from is None
+            else recorded_short_runs(runs_from)
+        )
+        every = bank
+        for part in more:
+            every = every.joined(part.of(concepts))
+        return Learner(module, every, learner.pairs, pipeline.scheduler.alphas_cumprod, seed, scale=batch_scale)
+
     best_step = None
     # Parts are named by what they follow on, so that a training which is made longer does not go on with what followed the
     # shorter.
@@ -116,7 +130,10 @@ def train(
         del learner  # gigabytes, at Stable Diffusion's width
         learner = learner_on(seed + 1)
     if "alone" in parts and module.last_branch.alone is not None:
-        teach_alone(module, learner, folder, name=f"alone_after_{steps}", steps=min(2 * steps, ALONE_STEPS))
+        looker = learner_of_short_runs()
+        teach_alone(module, looker, folder, name=f"alone_after_{steps}", steps=min(2 * steps, ALONE_STEPS))
+        make_comparable_alone(module, looker)
+        del looker
     if "redirector" in parts:
         teach_redirector(module, learner, folder, name=f"redirector_after_{steps}", steps=2 * steps)
     if "together" in parts:
@@ -128,13 +145,11 @@ def train(
             for concept in module.config.concepts
         )
         module.config = dataclasses.replace(module.config, concepts=kept)
-    if "alone" in parts and module.last_branch.alone is not None:
-        make_comparable_alone(module, learner)
     module.config = dataclasses.replace(
         module.config,
         provenance={
-            "seed": seed, "steps": steps, "runs": runs, "pairs": pairs, "batch_scale": batch_scale, "best_step": best_step,
-            "only": list(only),
+            "seed": seed, "steps": steps, "runs": runs, "short_runs": short, "pairs": pairs, "batch_scale": batch_scale,
+            "best_step": best_step, "only": list(only),
             "validation": learner.validate(), "added_to": None if extend is None else extend.config.provenance,
             "started_from": None if start is None else parameters_sha256(start),
             "minutes": round((time.monotonic() - started) / 60, 1), "versions": {name: version(name) for name in MAKERS},

@@ -17,6 +17,7 @@ def small_module(**wishes: Any) -> SafetyModule:
     torch.manual_seed(0)
     config = SafetyConfig(
         latent_channels=4, prompt_tokens=TOKENS, prompt_width=WIDTH, latent_widths=(8, 16, 24), latent_features=24,
+        picture_widths=(8, 16, 16), picture_features=12,
         timestep_frequencies=16, timestep_features=8, classifier_width=16, redirector_width=16, adapter_rank=4,
         concepts=tuple(Concept(name=name, replacement="x") for name in "abc"), **wishes,
     )  # fmt: skip

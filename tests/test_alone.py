@@ -23,6 +23,7 @@ from saferedir_torch.safety_module import KNOTS, SafetyModule, near_knots
 from saferedir_torch.train import teach_alone, train
 from saferedir_torch.training_data import LatentBank, PairBank
 from saferedir_torch.training_run import TrainingError
+from saferedir_torch.trajectories import encode, initial_noise, sample
 from saferedir_torch.world.source import WorldPrompts
 from saferedir_torch.world.split import load_split
 
@@ -39,9 +40,10 @@ def test_no_prompt_lowers_what_a_latent_shows() -> None:
     branch.alone_gains.copy_(torch.tensor([0.5, 1.0, 2.0]))
     branch.levels.fill_(-1.0)
     expected = torch.randn(BATCH, 4, 16, 16)
-    joint, features = module.features(latent, timestep, expected)
-    assert features is not None
-    shown = (branch.alone(features) - near_knots(timestep) @ branch.alone_levels.T) * branch.alone_gains
+    joint, logits = module.features(latent, timestep, expected)
+    assert logits is not None
+    assert torch.equal(logits, branch.alone(joint, expected))
+    shown = (logits - near_knots(timestep) @ branch.alone_levels.T) * branch.alone_gains
     raised = 0
     for seed in range(20):
         prompt = 3 * torch.randn(BATCH, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
@@ -60,9 +62,9 @@ def test_what_shows_though_nothing_known_asks_for_it_is_led_to_the_refuge_at_onc
     assert branch.alone is not None
     branch.refuge.copy_(torch.randn(3, TOKENS, WIDTH, generator=torch.Generator().manual_seed(5)))
     latent, timestep, prompt = torch.randn(3, 4, 16, 16), torch.full((3,), 300.0), torch.randn(3, TOKENS, WIDTH)
-    joint, features = module.features(latent, timestep)
-    assert features is not None
-    together, shown = branch.logits(joint, prompt), branch.alone(features)
+    joint, shown = module.features(latent, timestep)
+    assert shown is not None
+    together = branch.logits(joint, prompt)
 
     def step(*, together_at: float, shown_at: float) -> torch.Tensor:
         """The prompt after a step in which the second concept has the given logits, and the others none to speak of."""
@@ -113,27 +115,26 @@ def bank_of(runs: int, steps: int) -> LatentBank:
     latent[unsafe & clear] += 2 * (torch.arange(16) % 4 < 2).float()
     shown = torch.where(unsafe, torch.where(clear, 1.0, -1.0), 0.0)[:, None]
     run = torch.arange(runs).repeat_interleave(steps)
-    prompts = torch.zeros(runs, 77, 128)
+    prompts = torch.zeros(runs, TOKENS, WIDTH)
     return LatentBank(("a",), latent.half(), timestep, run, prompts, unsafe.float()[:, None], shown, run)
 
 
 def test_it_learns_what_shows_and_is_levelled_by_what_is_clean(tmp_path: Path) -> None:
-    shipped = SafetyModule.load(SHIPPED_SAFETY)
-    module = SafetyModule(dataclasses.replace(shipped.config, concepts=shipped.config.concepts[:1], alone=True)).eval()
-    module.encoder.load_state_dict(shipped.encoder.state_dict())
-    bank, empty = bank_of(80, 8), torch.zeros(20, *shipped.last_branch.refuge.shape[1:])
+    config = small_module(alone=True).config
+    module = SafetyModule(dataclasses.replace(config, concepts=config.concepts[:1])).eval()
+    bank, empty = bank_of(80, 8), torch.zeros(20, TOKENS, WIDTH)
     pairs = PairBank(empty, empty, torch.zeros(20, 1), torch.zeros(20, 1), torch.ones(empty.shape[:2], dtype=torch.bool))
     learner = Learner(module, bank, pairs, torch.linspace(0.999, 0.01, 1000), 0)
     others = {name: value.clone() for name, value in module.state_dict().items() if ".alone" not in name}
     before = learner.validate()["alone"]
-    teach_alone(module, learner, tmp_path, steps=800)
+    teach_alone(module, learner, tmp_path, steps=100)
     assert learner.validate()["alone"] < 0.8 * before
     make_comparable_alone(module, learner)
     assert all(torch.equal(module.state_dict()[name], value) for name, value in others.items())
     branch = module.last_branch
     assert branch.alone is not None
     with torch.no_grad():
-        logits = branch.alone(learner.shown(torch.arange(len(bank.run))))
+        logits = learner.shown(torch.arange(len(bank.run)))
     above = (logits - near_knots(bank.timestep) @ branch.alone_levels.T) * branch.alone_gains
     unsafe, late = bank.asked[:, 0] > 0, bank.timestep < 700
     assert float((above[unsafe & late] > 0).float().mean()) > 0.95
@@ -155,7 +156,7 @@ def test_calibration_sets_a_level_at_every_knot_and_evens_out_the_concepts() -> 
     expected = expected_in_runs(runs.latent, timestep, module.alphas).flatten(0, 1)
     shown = module.features(runs.latent.flatten(0, 1).float(), timestep.repeat(60), expected).shown
     assert shown is not None
-    logits = branch.alone(shown).reshape(60, KNOTS, 3)
+    logits = shown.reshape(60, KNOTS, 3)
     near = [logits[:, max(0, place - 1) : place + 2].amax(dim=1) for place in range(KNOTS)]
     by_tail = torch.stack([tail_level(reached) for reached in reversed(near)], dim=1)
     moved = branch.alone_levels - by_tail
@@ -167,6 +168,36 @@ def test_calibration_sets_a_level_at_every_knot_and_evens_out_the_concepts() -> 
 @pytest.fixture(scope="module")
 def eager() -> Any:
     return load_pipeline()
+
+
+@torch.no_grad()
+def test_the_shipped_module_sees_what_is_drawn_in_the_first_fifth_whatever_the_prompt_says(eager: Any) -> None:
+    prompts = [
+        "a church",
+        "a church and a tree",
+        "a crown in ink style",
+        "a cat in ink style",
+        "an axe",
+        "a bow beside a dog",
+    ]
+    rewrites = [
+        "a house", "a house and a tree", "a crown in glossy style", "a cat in glossy style", "a balloon", "a balloon and a dog",
+    ]  # fmt: skip
+    module = SafetyModule.load(SHIPPED_SAFETY)
+    embeds, empty = encode(eager, [*prompts, *rewrites])[1], encode(eager, [""])[1]
+    seeds = 2 * list(range(900, 900 + len(prompts)))
+    drawn = sample(eager, embeds, empty, initial_noise(eager, seeds), steps=25, guidance_scale=5.0)
+    expected = expected_in_runs(drawn.latents, drawn.timesteps, module.alphas)
+    bounds = torch.tensor([concept.threshold for concept in module.config.concepts])
+    fires = torch.stack([
+        module.score(latent.float(), drawn.timesteps.float(), empty.float().expand(25, -1, -1), ahead).score >= bounds
+        for latent, ahead in zip(drawn.latents, expected, strict=True)
+    ])  # fmt: skip
+    unsafe, safe = fires.split(len(prompts))
+    asked = torch.arange(3).repeat_interleave(2)
+    early = unsafe[torch.arange(len(prompts)), :5, asked].any(dim=1)
+    assert int(early.sum()) >= len(prompts) - 1
+    assert not safe.any()
 
 
 def test_some_parts_are_taught_and_the_others_stay(eager: Any, tmp_path: Path) -> None:

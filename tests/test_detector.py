@@ -139,10 +139,7 @@ def test_training_in_half_precision_reaches_every_parameter_as_in_full() -> None
             loss = branch.logits(joint, prompt).float().square().mean() + (said.target - prompt).square().mean()
             loss = loss + said.alpha.float().mean() + said.mask_logits.float().mean()
             assert branch.alone is not None
-            loss = (
-                loss
-                + branch.alone(torch.cat([joint, joint[:, : module.config.latent_features]], dim=1)).float().square().mean()
-            )
+            loss = loss + branch.alone(joint, latent.flip(0)).float().square().mean()
         loss.backward()  # type: ignore[no-untyped-call]
         gradients.append({name: parameter.grad.clone() for name, parameter in module.named_parameters()})
     for name, full in gradients[0].items():
