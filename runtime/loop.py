@@ -98,6 +98,7 @@ class _StepTensors:
     def __init__(self, backend: Backend, manifest: Manifest, schedule: Schedule, batch: Batch, *, protected: bool) -> None:
         self.backend = backend
         self.protected, self.stochastic = protected, batch.noise is not None
+        self.predicts_noise = manifest.model is None or manifest.model.prediction_type == "epsilon"
         name = ("step" if protected else "plain_step") + ("" if batch.guided else "_unguided")
         self.engine = name if manifest.model is None else manifest.model.engine(name, *batch.latent.shape[2:])
         self.steps = len(schedule.timesteps)
@@ -153,15 +154,14 @@ class _StepTensors:
         ]
         self.mask_shape = (requests, concepts, tokens)
         self.token_mask = backend.empty(self.mask_shape, float32)
-        # What the model gave before is the next step's history; there is none before the first, nor where fresh noise was added
-        # since: no picture is to be expected of that.
+        # What the model gave before is the next step's history; there is none before the first.
         self.model_outputs = [zeros, *(backend.empty(batch.latent.shape, float32) for _ in range(min(2, self.steps)))]
 
     def bind_all(self) -> list[Call]:
         calls = []
         for step in range(self.steps):
             before, after = self.states[step % 2], self.states[(step + 1) % 2]
-            history, model_output = self._model_output(0 if self.stochastic else step), self._model_output(step + 1)
+            history, model_output = self._history(step), self._model_output(step + 1)
             inputs = self.constants | self.per_step[step] | before
             inputs |= {"cooldown": self.cooldowns[step], "history": history}
             outputs = {f"next_{name}": tensor for name, tensor in after.items()}
@@ -169,6 +169,16 @@ class _StepTensors:
             outputs |= self.records[step] | {"token_mask": self.token_mask}
             calls.append(self.backend.bind(self.engine, inputs, outputs))
         return calls
+
+    def _history(self, step: int) -> DeviceTensor:
+        """What `step` is told that came before it, which with its latent tells the picture to be expected.
+
+        Of a sampler that adds fresh noise that is the noise, where the model predicts such: what the latent holds beside it is
+        the last step's estimate. Where the model predicts velocity it is told nothing.
+        """
+        if not self.stochastic or step == 0:
+            return self._model_output(step)
+        return self.per_step[step - 1]["noise"] if self.predicts_noise else self._model_output(0)
 
     def _model_output(self, step: int) -> DeviceTensor:
         """What the model gave in the step before `step`: two buffers in turn, and zeros before the first."""

@@ -25,6 +25,15 @@ def expected_of_prediction(latent: Tensor, timestep: Tensor, prediction: Tensor,
     return torch.where(known[:, None, None, None], clean.clamp(-FARTHEST, FARTHEST), torch.zeros_like(clean))
 
 
+def noise_beside(clean: Tensor, latent: Tensor, timestep: Tensor, alphas: Tensor) -> Tensor:
+    """The noise that a latent holds beside a clean one, both [B, C, h, w], timestep [B] -> [B, C, h, w].
+
+    As a prediction of noise it tells that clean latent: what is to be expected under a sampler that adds fresh noise to it.
+    """
+    signal, noise = _shares(alphas, timestep)
+    return (latent - signal * clean) / noise
+
+
 def expected_of_latents(before: Tensor, time_before: Tensor, latent: Tensor, timestep: Tensor, alphas: Tensor) -> Tensor:
     """Of recorded latents [B, C, h, w] and those of the step before, with their timesteps [B] -> [B, C, h, w].
 

@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from saferedir_torch.controller import Controller, Policy, State, Verdict
+from saferedir_torch.expectation import noise_beside
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 
 #: Samplers whose next latent comes of the prediction alone, without fresh noise (DDIM with eta 0).
@@ -89,6 +90,8 @@ class Generation:
     cooldowns: list[Tensor] = field(default_factory=list)
     #: What the UNet predicted last, guided, [B, C, h, w]; None before that, and where fresh noise is added to its latents.
     history: Tensor | None = None
+    #: What the last step of lcm estimated the picture to be and then added fresh noise to, [B, C, h, w].
+    estimate: Tensor | None = None
 
     @property
     def scores(self) -> Tensor:
@@ -124,8 +127,8 @@ class Guard:
 def protect(pipeline: StableDiffusionPipeline, safety: SafetyModule, policy: EagerPolicy | None = None) -> Iterator[Guard]:
     """Detects and redirects before every UNet call of `pipeline` while the context lasts; then leaves it as it was.
 
-    Under samplers that add fresh noise in a step (lcm, ancestral ones) nothing is known of the picture to be expected, and what
-    nobody asked for in words is seen later.
+    Under samplers that add fresh noise in a step nothing is known of the picture to be expected, and what nobody asked for in
+    words is seen later; except lcm, which states it, with models that predict noise.
 
     Works with any batch size, `num_images_per_prompt`, `prompt_embeds`, negative prompts, guidance on and off. State
     belongs to one call of the pipeline and one thread.
@@ -169,15 +172,28 @@ def protect(pipeline: StableDiffusionPipeline, safety: SafetyModule, policy: Eag
         if generation is not None and is_deterministic(pipeline.scheduler):
             generation.history = _guided(prediction, pipeline.guidance_scale) if generation.guided else prediction
 
+    step = pipeline.scheduler.step
+
+    def step_and_remember(*args: Any, **kwargs: Any) -> Any:
+        output = step(*args, **kwargs)
+        if (generation := guard._current.get()) is not None:
+            generation.estimate = output[1] if isinstance(output, tuple) else output.denoised
+        return output
+
+    states_estimate = type(pipeline.scheduler).__name__ == "LCMScheduler" and safety.config.prediction_type == "epsilon"
     hooks = [
         pipeline.unet.register_forward_pre_hook(before_unet, with_kwargs=True),
         pipeline.unet.register_forward_hook(after_unet),
     ]
     pipeline.encode_prompt = encode_and_begin
+    if states_estimate:
+        pipeline.scheduler.step = step_and_remember
     try:
         yield guard
     finally:
         del pipeline.encode_prompt
+        if states_estimate:
+            del pipeline.scheduler.step
         for hook in hooks:
             hook.remove()
 
@@ -219,6 +235,8 @@ def _step(controller: Controller, generation: Generation, latent: Tensor, timest
     """Run the controller, keep the record, return the embedding in force [B, T, D]."""
     time = torch.as_tensor(timestep, dtype=torch.float32, device=latent.device).expand(len(latent))
     dtype = generation.original.dtype
+    if generation.estimate is not None and controller.module.config.alone:
+        generation.history = noise_beside(generation.estimate, latent, time, controller.module.alphas)
     state, verdict = controller(
         latent, time, generation.original, generation.state, generation.policy, history=generation.history
     )

@@ -16,7 +16,7 @@ from saferedir.runtime.replay import RecordingBackend
 from saferedir_torch.controller import Controller, Policy, State
 from saferedir_torch.expectation import FARTHEST, expected_in_runs, expected_of_latents, expected_of_prediction
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
-from saferedir_torch.protect import SafetyMismatchError, check_match, is_deterministic
+from saferedir_torch.protect import SafetyMismatchError, check_match, is_deterministic, protect
 from saferedir_torch.safety_module import SafetyModule
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000)
@@ -89,14 +89,49 @@ def test_the_controller_looks_at_it_and_at_whether_it_is_finite() -> None:
     assert ended.ok.tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize(("scheduler", "known"), [("ddim", True), ("euler", True), ("lcm", False)])
-def test_the_loop_hands_on_what_was_predicted_unless_noise_was_added(scheduler: str, known: bool) -> None:
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "lcm"])
+def test_the_loop_hands_on_what_was_predicted_or_the_noise_that_was_added(scheduler: str) -> None:
     shipped = Pipeline.from_bundle()
     recording = RecordingBackend(make_backend(shipped.bundle, "ort-cpu", threads=1), shipped.manifest.engines)
     Pipeline(shipped.bundle, recording, SafetyPolicy())("a cat", num_inference_steps=3, scheduler=scheduler)
-    first, *later = [np.asarray(given["history"]) for given in recording.recorded["step"]]
-    assert not first.any()
-    assert all(bool(given.any()) == known for given in later)
+    first, *later = recording.recorded["step"]
+    assert not np.asarray(first["history"]).any()
+    for before, given in zip([first, *later], later, strict=False):
+        assert np.asarray(given["history"]).any()
+        assert np.array_equal(given["history"], before["noise"]) == (scheduler == "lcm")
+
+
+@torch.no_grad()
+def test_lcm_tells_the_picture_that_it_added_noise_to() -> None:
+    pipeline, safety = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    told: list[torch.Tensor] = []
+    estimates: list[torch.Tensor] = []
+    step = LCMScheduler.step
+
+    def recording_step(*args: Any, **kwargs: Any) -> Any:
+        output = step(*args, **kwargs)
+        estimates.append(output[1])
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LCMScheduler, "step", recording_step)
+        with protect(pipeline, safety) as guard:
+
+            def record(_: Any, args: tuple[Any, ...], __: Any) -> None:
+                history = guard.last.history
+                seen = args[0][-1:]
+                time = torch.as_tensor(float(args[1])).expand(1)
+                if history is not None:
+                    told.append(expected_of_prediction(seen, time, history, safety.alphas, velocity=False))
+
+            hook = pipeline.unet.register_forward_pre_hook(record, with_kwargs=True)
+            pipeline("a cat", num_inference_steps=4, output_type="np", generator=torch.Generator().manual_seed(3))
+            hook.remove()
+    assert "step" not in vars(pipeline.scheduler)
+    assert len(told) == 3
+    for ahead, estimate in zip(told, estimates, strict=False):
+        torch.testing.assert_close(ahead, estimate.clamp(-FARTHEST, FARTHEST), atol=2e-2, rtol=1e-2)
 
 
 def test_samplers_that_add_noise_are_known() -> None:
