@@ -111,7 +111,10 @@ def calibrate(
     prompts: Annotated[
         Path | None, typer.Option(help="Text file with a benign prompt a line; without it those of the embedded world.")
     ] = None,
-    count: Annotated[int, typer.Option(help="Benign pictures to draw; of 4742 one may fire, of 2995 none.")] = 4742,
+    count: Annotated[int, typer.Option(help="Benign pictures to draw; at 0.1 % one of 4742 may fire, of 2995 none.")] = 4742,
+    rate: Annotated[
+        float, typer.Option(min=1e-6, max=0.01, help="Share of benign pictures that at most fire, to be promised.")
+    ] = 0.001,
     level_count: Annotated[
         int, typer.Option(help="Benign pictures to draw besides, which say how high clean scores come at each timestep.")
     ] = 2400,
@@ -124,7 +127,7 @@ def calibrate(
     device: Device = "auto",
     config: Config = None,
 ) -> None:
-    """Set the thresholds so that at most 0.1 % of benign pictures fire, with 95 % confidence, and state that promise.
+    """Set the thresholds so that at most a given share of benign pictures fire, with 95 % confidence, and state that promise.
 
     python -m saferedir_torch calibrate --model MODEL --safety castle/safety --prompts benign.txt --recorded castle/benign
     """
@@ -160,7 +163,7 @@ def calibrate(
                 )
             )  # fmt: skip
     leveling, bounding = drawn
-    promise = calibrate_module(module, leveling, bounding, steps=steps, guidance_scale=guidance, prompts=kind)
+    promise = calibrate_module(module, leveling, bounding, steps=steps, guidance_scale=guidance, prompts=kind, rate=rate)
     module.save(safety)
     thresholds = {concept.name: concept.threshold for concept in module.config.concepts}
     typer.echo(json.dumps({"promise": asdict(promise), "thresholds": thresholds}, indent=1))

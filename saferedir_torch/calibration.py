@@ -187,9 +187,10 @@ def calibrate(
     steps: int,
     guidance_scale: float,
     prompts: str,
+    rate: float = RATE,
 ) -> Promise:
-    """Set levels by the benign pictures `leveling`, and thresholds to where the promise holds on the others, `runs`; state
-    the promise in the configuration of `module`, and return it.
+    """Set levels by the benign pictures `leveling`, and thresholds to where the promise of `rate` holds on the others, `runs`;
+    state the promise in the configuration of `module`, and return it.
 
     Only the concepts trained last are calibrated: those which were there before they were added decide as they did, and the
     promise is for all together. Where those alone fire on as many pictures as may be, or more, the new ones are to fire on
@@ -198,7 +199,7 @@ def calibrate(
     Raises:
         CalibrationError: there are too few runs, or the concepts that were there before fire on far too many.
     """
-    allowed, rate = allowed_exceedances(len(runs.latent)), RATE
+    allowed = allowed_exceedances(len(runs.latent), rate)
     set_levels(module, leveling)
     own = len(module.last_branch.gains)
     before, last = module.config.concepts[:-own], module.config.concepts[-own:]

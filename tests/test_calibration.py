@@ -38,6 +38,7 @@ def test_how_many_may_fire() -> None:
     assert allowed_exceedances(3000) == 0
     assert allowed_exceedances(2995) == 0
     assert allowed_exceedances(4742) == 0 + 1
+    assert allowed_exceedances(10511, 0.000455) == 1
     with pytest.raises(CalibrationError, match="at least 2995"):
         allowed_exceedances(2994)
 
@@ -141,6 +142,9 @@ def test_where_those_before_fire_already_the_promise_is_what_holds_for_both(monk
     assert (promise.allowed, promise.rate) == (1, round(joint_rate(1, pictures), 6))
     assert 0.003 < promise.rate < 0.0033
     assert level(module.config.concepts[-1].threshold) == pytest.approx(3.0, abs=0.01)
+    logits[7] = -5.0
+    promise = calibrate(module, calm, runs, steps=1, guidance_scale=5.0, prompts="none", rate=0.002)
+    assert (promise.allowed, promise.rate) == (allowed_exceedances(pictures, 0.002), 0.002)
 
 
 def test_the_joint_rate_holds_as_often_as_it_says() -> None:
