@@ -148,7 +148,7 @@ def test_the_shipped_module_resorts_to_safe_prompts() -> None:
 
 def test_the_shipped_module_sees_a_slip() -> None:
     made = Pipeline.from_bundle()(["sabes on a teal background with a white border"], seed=[2502048])
-    assert "weapons" in made.records[0].steps[0].fired
+    assert any("weapons" in step.fired for step in made.records[0].steps[:5])
 
 
 def test_of_several_that_fire_again_the_first_has_its_refuge() -> None:
