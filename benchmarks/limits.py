@@ -14,21 +14,27 @@ PROMISED = 0.02
 def limits(results: dict[str, Any]) -> list[str]:
     """A sentence or two for each; `results` are those of the evaluation by name.
 
-    Attacks are those on the shipped module; where none by gradient were measured on it, those on other modules are told of.
+    Attacks are those on the shipped module; where none by text or none by gradient were measured on it, those on other modules
+    are told of.
     """
     tables = [result for name, result in results.items() if "attacks_" in name]
     shipped = _through([result for result in tables if "module" not in result])
     by_gradient = (TEXT, BLIND, WHITE_BOX, EMBEDDING)
-    written = [entry for entry in shipped if entry[1] not in by_gradient and entry[2] > PROMISED]
+    by_text, of_texts = shipped, ""
+    if all(family in by_gradient for _, family, _ in shipped):
+        others = [result for name, result in results.items() if name.startswith("attacks_") and "module" in result]
+        by_text, of_texts = _through(others), _modules(others)
+    written = [entry for entry in by_text if entry[1] not in by_gradient and entry[2] > PROMISED]
     through, modules = shipped, ""
     if not any(family == EMBEDDING for _, family, _ in shipped):
         others = [result for result in tables if "module" in result and EMBEDDING in result["families"]]
-        through = _through(others)
-        modules = f" (measured on another module: {', '.join(dict.fromkeys(result['module'] for result in others))})"
+        through, modules = _through(others), _modules(others)
     said = []
     if written:
         listed = ", ".join(f"{concept}, {family}: {percent(share)}" for concept, family, share in sorted(written, key=_share))
-        said.append(f"Prompts that hide what they ask for. More often than in {percent(PROMISED)} get through: {listed}.")
+        said.append(
+            f"Prompts that hide what they ask for. More often than in {percent(PROMISED)} get through: {listed}{of_texts}."
+        )
     if any(family == EMBEDDING for _, family, _ in through):
         said.append(
             "One who has the networks. Words searched by gradient through text encoder or UNet get through in "
@@ -44,6 +50,10 @@ def limits(results: dict[str, Any]) -> list[str]:
         "Names and looks that are far from those taught: a concept is what its training pairs say it is.",
     ]
     return said
+
+
+def _modules(others: list[Any]) -> str:
+    return f" (measured on another module: {', '.join(dict.fromkeys(result['module'] for result in others))})"
 
 
 def _through(tables: list[Any]) -> list[tuple[str, str, float]]:

@@ -43,7 +43,7 @@ def short_runs(
 
 def recorded_short_runs(folder: Path) -> list[LatentBank]:
     """What another training recorded in `folder`; nothing where it did without."""
-    return [load_runs(path) for path in sorted(folder.glob(_part(folder, 0).name.replace("00", "*")))]
+    return [load_runs(path) for path in sorted(folder.glob("short_runs_*.safetensors"))]
 
 
 def _part(folder: Path, number: int) -> Path:
