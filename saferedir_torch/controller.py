@@ -88,7 +88,8 @@ class Controller(nn.Module):
         expected = self.module.expected(latent, timestep, history)
         score, together, joint = self.module.score(latent, timestep, state.prompt, expected)
         watching = state.cooldown <= 0
-        fired = (score >= policy.threshold) & policy.enabled & watching[:, None]
+        vigilant = torch.where(state.active, self.module.config.vigilance * policy.threshold, policy.threshold)
+        fired = (score >= vigilant) & policy.enabled & watching[:, None]
         any_fired = fired.any(dim=1)
         active = state.active | fired
         again = fired & state.active

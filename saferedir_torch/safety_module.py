@@ -269,7 +269,9 @@ class SafetyModule(nn.Module):
     def sha256(self) -> str:
         """SHA-256 over all that a decision and a redirection depend on: weights, levels, gains, refuge, and how concepts are
         configured."""
-        digest = hashlib.sha256(repr((self.config.concepts, self.config.cooldown, self.config.persistence)).encode())
+        config = self.config
+        stated = (config.concepts, config.cooldown, config.persistence, config.vigilance)
+        digest = hashlib.sha256(repr(stated).encode())
         _hash_tensors(digest, self.state_dict())
         return digest.hexdigest()
 

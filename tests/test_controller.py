@@ -11,6 +11,7 @@ from small_module import CONCEPTS, TOKENS, WIDTH, small_module
 from saferedir_torch.controller import Controller, Policy, State
 
 BATCH = 6
+VIGILANCE = 0.5
 
 
 def made(**wishes: Any) -> Controller:
@@ -51,7 +52,9 @@ def test_follows_the_pseudocode_step_by_step(controller: Controller) -> None:
                 cooldown[row] -= 1
                 expected = [False] * CONCEPTS
             else:
-                over = (verdict.score[row] >= policy.threshold[row]) & policy.enabled[row]
+                watched = torch.tensor(active[row])
+                bound = torch.where(watched, VIGILANCE * policy.threshold[row], policy.threshold[row])
+                over = (verdict.score[row] >= bound) & policy.enabled[row]
                 expected = over.tolist()
                 if any(expected):
                     active[row] = [a or f for a, f in zip(active[row], expected, strict=True)]
@@ -63,6 +66,19 @@ def test_follows_the_pseudocode_step_by_step(controller: Controller) -> None:
         assert state.cooldown.tolist() == cooldown
         assert state.active.tolist() == active
     assert firings > BATCH
+
+
+@torch.no_grad()
+def test_a_concept_that_fired_fires_again_at_half_its_threshold_and_no_other_does(controller: Controller) -> None:
+    latent, time, original, policy = inputs(6)
+    fresh = State.initial(original, CONCEPTS)
+    _, seen = controller(latent, time, original, fresh, policy)
+    # Between half the threshold and all of it, for every concept.
+    policy = policy._replace(enabled=torch.ones_like(policy.enabled), threshold=(seen.score * 1.5).clamp(max=1))
+    _, before = controller(latent, time, original, fresh, policy)
+    assert not before.fired.any()
+    _, after = controller(latent, time, original, fresh._replace(active=torch.ones_like(fresh.active).tril()), policy)
+    assert torch.equal(after.fired, torch.ones_like(fresh.active).tril())
 
 
 @torch.no_grad()

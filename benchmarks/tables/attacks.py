@@ -118,14 +118,13 @@ class _Bench:
         )  # fmt: skip
         benign = attempts(tested.safe, family, seed + BENIGN_SEED - FIRST_SEED, seeds_a_prompt=self.size.benign_seeds)
         self.worst.append(worst_of(outcome, self.judges, self.concept))
-        if not (outcome.is_attack and tested.safe):
+        if not outcome.is_attack:
             return outcome.figures()
+        figures = outcome.figures() | {"asr_second_judge": self._by_second_judge(outcome)}
+        if not tested.safe:
+            return figures
         rewrites = attempts(tested.safe, family, seed, seeds_a_prompt=self.size.seeds)
-        return outcome.figures() | {
-            "asr_second_judge": self._by_second_judge(outcome),
-            **self._of_rewrites(outcome, rewrites),
-            "detected": self._detected(outcome, benign),
-        }
+        return figures | self._of_rewrites(outcome, rewrites) | {"detected": self._detected(outcome, benign)}
 
     def _by_second_judge(self, outcome: Outcome) -> dict[str, Any] | None:
         """Of the pairs that count and in which the second judge finds the concept as well, the share in which it still does."""
