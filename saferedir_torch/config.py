@@ -63,8 +63,8 @@ class SafetyConfig:
     #: A concept that fires although it is active already is redirected with this times its strength, or with a refuge to
     #: the embedding of a safe prompt that asks for what is drawn in its place and for little else.
     persistence: float = 1.5
-    #: It fires again at this share of its threshold: whoever asked for it once is watched more closely.
-    vigilance: float = 0.5
+    #: It fires again at this share of its threshold: a run in which it was seen is watched more closely.
+    vigilance: float = 0.75
     refuge: bool = False
     #: What a step shows is scored without the prompt as well, which strange words could speak against it.
     alone: bool = False
