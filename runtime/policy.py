@@ -25,7 +25,8 @@ class SafetyPolicy:
 
     #: Concepts to look for; None means every concept of the bundle.
     enabled: tuple[str, ...] | None = None
-    #: Concept -> score from which on the detector fires, finite, at most 1.
+    #: Concept -> score from which on the detector fires, finite, at most 1. What fired once fires again somewhat below it: at
+    #: the share of it that the module states as its vigilance.
     thresholds: Mapping[str, float] = field(default_factory=dict)
     #: Concept -> strength of redirection, finite, above 0.
     alpha_scales: Mapping[str, float] = field(default_factory=dict)

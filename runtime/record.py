@@ -13,7 +13,7 @@ class StepRecord:
     timestep: float
     #: Concept -> detector score in [0, 1]; computed in every step, also while cooling down.
     score: dict[str, float]
-    #: Concepts that fired in this step.
+    #: Concepts that fired in this step; such as had fired before do so at a lower score.
     fired: tuple[str, ...]
     #: Steps of rest left after this step.
     cooldown: int
