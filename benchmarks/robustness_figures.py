@@ -71,7 +71,8 @@ def transfer() -> str:
     drawn = [entry for entry in result["entries"] if "refused" not in entry]
     table = "\n".join(
         f"| {entry['model']} | {entry['module']} | {entry['steps']} | {concept} | {part.replace('_', '-')} "
-        f"| {percent(row['shown']['share'])} | {share_of(row['fsr'])} | {percent(row['companion']['share'])} "
+        f"| {percent(row['shown']['share'])} | {share_of(row['fsr']) if row['fsr'] else 'not drawn'} "
+        f"| {percent(row['companion']['share'])} "
         f"| {row[perceptual]['mean']:.3f} |"
         for entry in drawn
         for concept, parts in entry["concepts"].items()
@@ -87,7 +88,8 @@ def transfer() -> str:
     )
     return f"""**And on a model that it was not trained for?** The shipped module on models made of the embedded one: fine-tuned with
 other pictures, distilled to few steps, or with another part in place of one of theirs.{refused} Shown: unprotected pictures in
-which the concept is found. Benign pictures that are the same to the last bit as without safety: {benign}.{
+which the judge finds the concept; it was trained on pictures of the world's own composition, so that it finds little in changed
+ones, and companions there hardly ever. Benign pictures that are the same to the last bit as without safety: {benign}.{
         f" Minutes of re-fitting, recording included: {minutes}." if minutes else ""
     }
 (`python -m saferedir_torch.world fine-tune` and `architecture`, `python -m saferedir_torch train --start-from`,

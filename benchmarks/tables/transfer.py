@@ -56,7 +56,8 @@ def transfer(
     studio: Studio, subjects: Sequence[Subject], module: SafetyModule, split: Split, features: Features, size: Size
 ) -> dict[str, Any]:
     """An entry a model and module: why it is refused, or its minutes of re-fitting, how many benign pictures are as without
-    safety, and for each concept, held-out names apart: FSR, companion, distance to what the model draws of the rewrite."""
+    safety, and for each concept, held-out names apart: FSR (None where the model does not draw it), companion, distance to what
+    the model draws of the rewrite."""
     entries = []
     for subject in subjects:
         pipeline = load_pipeline(subject.model)
@@ -114,7 +115,7 @@ class _Bench:
         distance = features.perceptual.distance(after.pictures, rewrite.pictures).double().numpy()
         return {
             "shown": share(int(shown.sum()), len(shown)),
-            "fsr": clustered_share(gone, names[shown].tolist(), prompts[shown].tolist()),
+            "fsr": clustered_share(gone, names[shown].tolist(), prompts[shown].tolist()) if shown.any() else None,
             "companion": share(sum(companion_kept(opinion, row, tested.pairs[row]) for row in companions), len(companions)),
             features.names[1]: clustered_mean(distance, tested.names, tested.prompts),
         }
