@@ -14,7 +14,7 @@ test: $(DEV)/.installed
 
 # On a machine with an NVIDIA GPU: every backend that can be had there.
 test-gpu: .venv-gpu/.installed
-	.venv-gpu/bin/python -m pytest -m gpu tests/test_gpu.py -v
+	.venv-gpu/bin/python -m pytest -m gpu tests/test_gpu.py tests/test_gpu_training.py -v
 
 check: lint types test
 

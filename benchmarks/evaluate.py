@@ -187,10 +187,9 @@ def peers(
     from benchmarks.tables.peers import QUICK, Size
     from benchmarks.tables.peers import peers as measure
 
-    model, module, split = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY), load_split()
+    model, module, split = load_pipeline().to(device_called(device)), SafetyModule.load(SHIPPED_SAFETY), load_split()
     size, steps = (QUICK, 2) if quick else (Size(), STEPS)
     published = train_published(Lessons.untaught(model, task, split, runs, work / f"published_{task}", steps))
-    model = model.to(device_called(device))
     figures = measure(Studio(work), model, module, published, CONCEPTS[task], split, _features(features), NETWORKS, size)
     _store(f"peers_{task}", figures, out)
 

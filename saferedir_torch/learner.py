@@ -201,8 +201,8 @@ class Learner:
         shown = self._any_of(self.held_rows, len(chosen), rng)
         moved, parts = self._redirection(chosen, shown, rng, None)
         if self.branch.alone is not None:
-            alone = detection_loss(self._alone(rows), *what_is_to_be_seen(self.bank.asked[rows], self.bank.shown[rows]))
-            parts["alone"] = float(alone)
+            labels, weights = what_is_to_be_seen(self.bank.asked[rows].cpu(), self.bank.shown[rows].cpu())
+            parts["alone"] = float(detection_loss(self._alone(rows), labels, weights))
         return {"loss": float(detected) + float(moved), "detection": float(detected), "accuracy": accuracy, **parts}
 
     @torch.no_grad()

@@ -59,7 +59,8 @@ class Denoiser(nn.Module):
             told = told.expand(latent.shape[0], 3)
             conditions = {"resolution": told[:, :2], "aspect_ratio": told[:, 2:]}
         output = self.transformer(
-            latent, encoder_hidden_states=prompt, encoder_attention_mask=kept, timestep=timestep.expand(latent.shape[0]),
+            latent, encoder_hidden_states=prompt, encoder_attention_mask=kept,
+            timestep=timestep.to(latent.device).expand(latent.shape[0]),  # schedulers keep theirs on the CPU
             added_cond_kwargs=conditions, return_dict=False,
         )[0]  # fmt: skip
         return (output[:, : self.config["in_channels"]],)

@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -16,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from saferedir_torch.config import SafetyConfig
 from saferedir_torch.learner import Learner
 from saferedir_torch.models import SHIPPED_SAFETY
+from saferedir_torch.pixart import Denoiser
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.training_data import LatentBank, PairBank
 
@@ -34,9 +37,9 @@ class OneDevice(TorchFunctionMode):
         return function(*arguments, **(named or {}))
 
 
-@pytest.fixture
-def learner(monkeypatch: pytest.MonkeyPatch) -> Learner:
-    """Of a module on `meta`, whose values are read as random ones and 0."""
+@pytest.fixture(params=["cpu", "meta"])
+def learner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Learner:
+    """Of a module on `meta`, whose values are read as random ones and 0, with runs and pairs on either device."""
     config = SafetyConfig.load(SHIPPED_SAFETY / "config.json")
     concepts, tokens, width = config.concept_names, config.prompt_tokens, config.prompt_width
     draw = torch.Generator().manual_seed(0)
@@ -57,13 +60,20 @@ def learner(monkeypatch: pytest.MonkeyPatch) -> Learner:
     monkeypatch.setattr("saferedir_torch.learner.float", lambda value: 0.0, raising=False)
     monkeypatch.setattr("saferedir_torch.losses.float", lambda value: 0.0, raising=False)
     monkeypatch.setattr(Tensor, "cpu", lambda tensor: torch.rand(tensor.shape).to(tensor.dtype) if tensor.is_meta else tensor)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     elsewhere = Learner(SafetyModule(config).to("meta"), bank, pairs, alphas, 0)
     elsewhere.noise_scale = whole.noise_scale
+    elsewhere.store = torch.device(request.param)
+    for name, value in vars(elsewhere).items():
+        if isinstance(value, Tensor | LatentBank | PairBank):
+            setattr(elsewhere, name, value.to(elsewhere.store))
     return elsewhere
 
 
-@pytest.mark.parametrize("part", ["loss_of_step", "words_of_step", "redirection_of_step"])
+@pytest.mark.parametrize("part", ["loss_of_step", "words_of_step", "alone_of_step", "redirection_of_step"])
 def test_a_step_is_taken_on_the_modules_device(learner: Learner, part: str) -> None:
+    if part == "alone_of_step" and learner.store.type == "cpu":
+        pytest.skip("what the encoder made of all steps is kept there, and nothing is to be had from meta")
     with OneDevice():
         loss, _ = getattr(learner, part)(0)
     loss.backward()
@@ -76,6 +86,18 @@ def test_what_is_measured_comes_back_to_the_cpu(learner: Learner, part: str) -> 
     with OneDevice():
         measured = getattr(learner, part)()
     assert not isinstance(measured, Tensor) or measured.device.type == "cpu"
+
+
+def test_a_transformer_takes_a_timestep_of_the_cpu() -> None:
+    """As schedulers give it."""
+    transformer = PixArtTransformer2DModel(
+        num_layers=1, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, caption_channels=16, in_channels=4,
+        out_channels=4, sample_size=8,
+    )  # fmt: skip
+    denoiser = Denoiser(transformer).to("meta")
+    with OneDevice():
+        (noise,) = denoiser(torch.empty(2, 4, 8, 8, device="meta"), torch.tensor(5), torch.empty(2, 7, 16, device="meta"))
+    assert noise.is_meta
 
 
 def test_tensors_of_two_devices_are_found() -> None:

@@ -23,6 +23,7 @@ from saferedir.engines import open_bundle
 from saferedir.export.bundle_export import safety_info
 from saferedir.runtime import Pipeline
 from saferedir_torch.alignment import changed_tokens
+from saferedir_torch.cases import DetectionBatch
 from saferedir_torch.comparable import make_comparable
 from saferedir_torch.config import SafetyConfig
 from saferedir_torch.evaluation.features import Features
@@ -119,7 +120,7 @@ class Lessons:
     ) -> Lessons:
         """The same of any concept, with a detector that has not learnt anything."""
         source = WorldPrompts([concept], split)
-        module = new_module(pipeline, source.replacements)
+        module = new_module(pipeline, source.replacements).to(pipeline.device)
         bank, pairs = load_runs(runs / RUNS_FILE).of([concept]), make_pairs(pipeline, source, count=5000, seed=0)
         return cls(pipeline, bank, pairs, module, folder, steps)
 
@@ -145,24 +146,26 @@ def train_published(lessons: Lessons) -> PublishedNetwork:
     """The published network on the same runs and pairs; its step is taught by the distance to the aligned rewrite."""
     torch.manual_seed(0)
     unet, tokens = lessons.pipeline.unet.config, lessons.pipeline.tokenizer.model_max_length
-    network = PublishedNetwork(tokens=tokens, width=unet.cross_attention_dim, channels=unet.in_channels)
-    bank, pairs, teacher = lessons.bank, lessons.pairs, lessons.learner(lessons.detecting)
+    teacher = lessons.learner(lessons.detecting)
+    bank, pairs, device = teacher.bank, teacher.pairs, teacher.device
+    network = PublishedNetwork(tokens=tokens, width=unet.cross_attention_dim, channels=unet.in_channels).to(device)
+    unsafe = teacher.train_pairs[pairs.replaced[teacher.train_pairs, 0] > 0]
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        batch = teacher.detection_batch(step)
+        batch = DetectionBatch(*(tensor.to(device) for tensor in teacher.detection_batch(step)))
         logits = network(batch.latent, batch.prompt, batch.timestep).logits
         labels, known = batch.labels[:, 0].long(), batch.weights[:, 0] > 0
         detected = F.cross_entropy(logits[known], labels[known])
         rng = np.random.default_rng([0, 35, step])
-        unsafe = teacher.train_pairs[pairs.replaced[teacher.train_pairs, 0] > 0]
         chosen = unsafe[torch.from_numpy(rng.integers(len(unsafe), size=PAIR_BATCH))]
         shown = teacher.train_rows[torch.from_numpy(rng.integers(len(teacher.train_rows), size=PAIR_BATCH))]
-        original, target = pairs.original[chosen].float(), pairs.target[chosen].float()
-        output = network(bank.latent[shown].float(), original, bank.timestep[shown])
+        original, target = (side[chosen].to(device).float() for side in (pairs.original, pairs.target))
+        output = network(bank.latent[shown].to(device).float(), original, bank.timestep[shown].to(device))
         mask = changed_tokens(original, target, TAU)
         norm = original.norm(dim=-1).clamp(min=1e-6)
         distance = ((published_step(original, output, STRENGTH) - target).norm(dim=-1) / norm).square()
-        masked = F.binary_cross_entropy(output.mask.clamp(1e-6, 1 - 1e-6), mask)
+        with torch.autocast(device.type, enabled=False):  # logarithms of shares, in full precision
+            masked = F.binary_cross_entropy(output.mask.float().clamp(1e-6, 1 - 1e-6), mask)
         moved = distance.mean() + (distance * mask).sum() / mask.sum().clamp(min=1)
         return detected + masked + 2 * moved, {"detection": float(detected.detach()), "moved": float(moved.detach())}
 
