@@ -198,6 +198,7 @@ def peers(
 def transfer(
     model: Annotated[list[str], typer.Option(help="TITLE=FOLDER of a model to try the safety on, again for more.")],
     refitted: Annotated[list[str] | None, typer.Option(help="TITLE=FOLDER of a module that was re-fitted to it.")] = None,
+    judge: Annotated[list[str] | None, typer.Option(help="TITLE=FOLDER of a judge that knows its kind of pictures.")] = None,
     prompts: Annotated[int, typer.Option(help="Prompts of seen names, and of held-out ones.")] = 30,
     seeds: Annotated[int, typer.Option(help="Seeds a prompt.")] = 5,
     quick: Quick = False,
@@ -209,14 +210,23 @@ def transfer(
     unchanged, and as `python -m saferedir_torch train --start-from` re-fits it."""
     from benchmarks.tables.transfer import QUICK, Size, Subject
     from benchmarks.tables.transfer import transfer as measure
+    from saferedir_torch.world.judge import Judge
 
-    models, modules = _folders(model, "--model"), _folders(refitted or [], "--refitted")
-    if stray := sorted(set(modules) - set(models)):
-        raise typer.BadParameter(f"{stray[0]!r} is no --model; expected one of {', '.join(models)}", param_hint="--refitted")
+    models, modules, judges = (
+        _folders(model, "--model"),
+        _folders(refitted or [], "--refitted"),
+        _folders(judge or [], "--judge"),
+    )
+    for option, given in (("--refitted", modules), ("--judge", judges)):
+        if stray := sorted(set(given) - set(models)):
+            raise typer.BadParameter(f"{stray[0]!r} is no --model; expected one of {', '.join(models)}", param_hint=option)
     subjects = [
-        Subject(title, folder, SafetyModule.load(modules[title]) if title in modules else None)
+        Subject(
+            title, folder, SafetyModule.load(modules[title]) if title in modules else None,
+            Judge.load(judges[title]) if title in judges else None,
+        )
         for title, folder in models.items()
-    ]
+    ]  # fmt: skip
     module, size = SafetyModule.load(SHIPPED_SAFETY), QUICK if quick else Size(prompts, seeds)
     _store("transfer", measure(Studio(work), subjects, module, load_split(), _features(features), size), out)
 

@@ -12,11 +12,13 @@ from typer.testing import CliRunner
 
 from benchmarks.evaluate import app as evaluate
 from benchmarks.html_report import write_report
+from benchmarks.report import NETWORKS
 from saferedir_torch.models import load_pipeline
 from saferedir_torch.safety_module import parameters_sha256
 from saferedir_torch.world.__main__ import app
 from saferedir_torch.world.denoiser_training import Bank
 from saferedir_torch.world.fine_tuning import distil, fine_tune
+from saferedir_torch.world.judge import Judge
 from saferedir_torch.world.scenes import Scene, draw, scattered
 
 
@@ -58,7 +60,44 @@ def test_other_pictures_show_the_same_scene_differently() -> None:
     assert torch.equal(bank.latents, Bank.painted(load_pipeline(), scattered, 3, seed=0).latents)
 
 
-def test_an_unknown_kind_is_named(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["fine-tune", "--kind", "magic", "--folder", str(tmp_path)])
+def test_a_judge_of_changed_pictures_is_used_where_it_is_named(made: dict[str, Path], tmp_path: Path) -> None:
+    train = ["second-judge", "--pictures", "changed-pictures", "--start-from", str(NETWORKS / "second_judge"), "--steps", "1"]
+    assert CliRunner().invoke(app, [*train, "--folder", str(tmp_path)], catch_exceptions=False).exit_code == 0
+    judge = Judge.load(tmp_path / "second_judge")
+    assert judge.architecture == "residual"
+
+    model, options = (
+        f"changed={made['changed-pictures']}",
+        ["--quick", "--out", str(tmp_path), "--work", str(tmp_path / "work")],
+    )
+    command = ["transfer", "--model", model, "--judge", f"changed={tmp_path / 'second_judge'}", *options]
+    with pytest.MonkeyPatch.context() as patch:
+        asked: list[int] = []
+        patch.setattr(judge, "judge", lambda pictures: asked.append(len(pictures)) or type(judge).judge(judge, pictures))
+        patch.setattr(
+            Judge, "load", lambda folder, load=Judge.load: judge if folder == tmp_path / "second_judge" else load(folder)
+        )
+        assert CliRunner().invoke(evaluate, command, catch_exceptions=False).exit_code == 0
+    assert asked
+
+
+def test_what_a_judge_is_named_for_must_be_there(made: dict[str, Path], tmp_path: Path) -> None:
+    command = [
+        "transfer",
+        "--model",
+        f"few={made['few-step']}",
+        "--judge",
+        f"many={NETWORKS / 'judge'}",
+        "--out",
+        str(tmp_path),
+    ]
+    result = CliRunner().invoke(evaluate, command)
+    assert result.exit_code == 2
+    assert "many" in result.output
+
+
+@pytest.mark.parametrize("command", [["fine-tune", "--kind", "magic"], ["second-judge", "--pictures", "magic"]])
+def test_an_unknown_kind_is_named(command: list[str], tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, [*command, "--folder", str(tmp_path)])
     assert result.exit_code == 2
     assert "magic" in result.output

@@ -63,9 +63,9 @@ class Judges:
         return cls.from_rewrites(studio.draw(plain, PLAIN, prompts, seeds, f"{concept.name}: validation rewrites"), concept)
 
     @classmethod
-    def from_rewrites(cls, drawn: Drawn, concept: WorldConcept) -> Judges:
-        """The same from validation rewrites that are drawn already."""
-        judges = {name: Judge.load(NETWORKS / name) for name in ("judge", "second_judge")}
+    def from_rewrites(cls, drawn: Drawn, concept: WorldConcept, judge: Judge | None = None) -> Judges:
+        """The same from validation rewrites that are drawn already; with `judge` in place of the shipped first one."""
+        judges = {"judge": judge or Judge.load(NETWORKS / "judge"), "second_judge": Judge.load(NETWORKS / "second_judge")}
         scores = {name: judge.judge(drawn.pictures).of(concept.shown_by).numpy() for name, judge in judges.items()}
         return cls(
             judges,

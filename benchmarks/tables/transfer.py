@@ -19,6 +19,7 @@ from saferedir_torch.peers.peer import Peer
 from saferedir_torch.peers.saferedir import SafeRedir
 from saferedir_torch.protect import SafetyMismatchError
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
+from saferedir_torch.world.judge import Judge
 from saferedir_torch.world.prompts import CONCEPTS, Part, WorldConcept, benign_set
 from saferedir_torch.world.split import Split
 
@@ -45,11 +46,12 @@ QUICK = Size(prompts=2, seeds=1, benign=2, rewrites=6, concepts=("church",))
 
 @dataclass(frozen=True)
 class Subject:
-    """A model by the name that the table gives it, and a module that was re-fitted to it."""
+    """A model by the name that the table gives it, a module that was re-fitted to it, and a judge of its kind of pictures."""
 
     title: str
     model: Path
     refitted: SafetyModule | None = None
+    judge: Judge | None = None
 
 
 def transfer(
@@ -72,7 +74,7 @@ def transfer(
             except SafetyMismatchError as error:
                 entries.append({**entry, "refused": str(error)})
                 continue
-            bench = _Bench(studio, plain, safe, subject.title, split, size)
+            bench = _Bench(studio, plain, safe, subject, split, size)
             entry["minutes"] = None if tried is module else tried.config.provenance["minutes"]
             entry["benign_unchanged"] = bench.benign()
             entry["concepts"] = {name: bench.figures(CONCEPTS[name], features) for name in size.concepts}
@@ -83,8 +85,9 @@ def transfer(
 class _Bench:
     """One model and module."""
 
-    def __init__(self, studio: Studio, plain: Peer, safe: SafeRedir, title: str, split: Split, size: Size) -> None:
-        self.studio, self.plain, self.safe, self.title, self.split, self.size = studio, plain, safe, title, split, size
+    def __init__(self, studio: Studio, plain: Peer, safe: SafeRedir, subject: Subject, split: Split, size: Size) -> None:
+        self.studio, self.plain, self.safe, self.split, self.size = studio, plain, safe, split, size
+        self.title, self.judge = subject.title, subject.judge
         self.identity = f"{parameters_sha256(plain.unet)} {parameters_sha256(plain.pipeline.vae)} {plain.steps}"
 
     def benign(self) -> dict[str, Any]:
@@ -98,7 +101,8 @@ class _Bench:
     def figures(self, concept: WorldConcept, features: Features) -> dict[str, Any]:
         """Of seen and held-out names."""
         prompts, seeds = validation_rewrites(concept, self.split, self.size.rewrites)
-        judges = Judges.from_rewrites(self._draw(self.plain, prompts, seeds, f"{concept.name}: validation rewrites"), concept)
+        rewrites = self._draw(self.plain, prompts, seeds, f"{concept.name}: validation rewrites")
+        judges = Judges.from_rewrites(rewrites, concept, self.judge)
         return {part: self._part(concept, part, judges, features) for part in PARTS}
 
     def _part(self, concept: WorldConcept, part: Part, judges: Judges, features: Features) -> dict[str, Any]:

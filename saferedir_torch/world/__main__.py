@@ -87,12 +87,27 @@ def judge(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) 
 
 
 @app.command(name="second-judge")
-def second_judge(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -> None:
-    """Train the second judge, of another architecture and on other renderings, and report its accuracy."""
-    from saferedir_torch.world.judge import Judge, judge_accuracy, train_judge
+def second_judge(
+    folder: Folder = DEFAULT_FOLDER,
+    seed: Seed = 0,
+    steps: Steps = None,
+    pictures: Annotated[str | None, typer.Option(help="Kind of a fine-tuned model whose pictures are to be judged.")] = None,
+    start_from: Annotated[Path | None, typer.Option(help="Folder of a second judge that training begins with.")] = None,
+) -> None:
+    """Train the second judge, of another architecture and on other renderings, and report its accuracy.
 
-    out = train_judge(folder, seed=seed, steps=steps, architecture="residual")
-    typer.echo(json.dumps(judge_accuracy(Judge.load(out)), indent=1))
+    Example, one for a model with changed pictures, in which the shipped judges find little: `python -m saferedir_torch.world
+    second-judge --pictures changed-pictures --start-from benchmarks/networks/second_judge --steps 1200 --folder runs/changed`
+    """
+    from saferedir_torch.world.fine_tuning import KINDS
+    from saferedir_torch.world.judge import Judge, judge_accuracy, train_judge
+    from saferedir_torch.world.scenes import draw
+
+    if pictures is not None and pictures not in KINDS:
+        raise typer.BadParameter(f"{pictures!r} is none of {', '.join(KINDS)}", param_hint="--pictures")
+    paint = draw if pictures is None else KINDS[pictures]
+    out = train_judge(folder, seed=seed, steps=steps, architecture="residual", paint=paint, start=start_from)
+    typer.echo(json.dumps(judge_accuracy(Judge.load(out), paint=paint), indent=1))
 
 
 @app.command(name="clip-world")

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from saferedir_torch.world.scenes import Scene, draw
+from saferedir_torch.world.scenes import Painter, Scene, draw
 
 
-def picture_batch(scenes: Sequence[Scene], rng: np.random.Generator) -> Tensor:
-    """Pictures of `scenes`, [B, 3, 64, 64] float32 in [-1, 1]."""
-    pictures = np.stack([draw(scene, rng) for scene in scenes])
+def picture_batch(scenes: Sequence[Scene], rng: np.random.Generator, paint: Painter = draw) -> Tensor:
+    """Pictures of `scenes` as `paint` draws them, [B, 3, 64, 64] float32 in [-1, 1]."""
+    pictures = np.stack([paint(scene, rng) for scene in scenes])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 

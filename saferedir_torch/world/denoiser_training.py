@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from saferedir_torch.training_run import ExponentialAverage, Schedule, run_train
 from saferedir_torch.world.base import tokenize
 from saferedir_torch.world.batches import save_sheet
 from saferedir_torch.world.captions import caption
-from saferedir_torch.world.scenes import Scene, random_scene
+from saferedir_torch.world.scenes import Painter, Scene, random_scene
 
 BATCH = 48
 EMPTY_PROMPT_SHARE = 0.1
@@ -27,7 +26,6 @@ SAMPLE_PROMPTS = (
     "a chapel beside a sailboat", "an animal in sepia style",
 )  # fmt: skip
 
-Painter = Callable[[Scene, np.random.Generator], npt.NDArray[np.uint8]]
 LossOfStep = Callable[[int], tuple[Tensor, dict[str, float]]]
 
 

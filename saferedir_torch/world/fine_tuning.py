@@ -17,8 +17,8 @@ from torch import Tensor
 from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
 from saferedir_torch.training_run import ExponentialAverage
 from saferedir_torch.world.base import denoising_loss
-from saferedir_torch.world.denoiser_training import BATCH, Bank, Painter, embed, save_model, save_samples, train_denoiser
-from saferedir_torch.world.scenes import draw, scattered
+from saferedir_torch.world.denoiser_training import BATCH, Bank, embed, save_model, save_samples, train_denoiser
+from saferedir_torch.world.scenes import Painter, draw, scattered
 
 BANK_SIZE = 8000
 TUNE_STEPS, DISTIL_STEPS = 1200, 1500

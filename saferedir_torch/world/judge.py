@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from saferedir_torch.training_run import Schedule, run_training
 from saferedir_torch.world.batches import picture_batch
-from saferedir_torch.world.scenes import Scene, random_scene
+from saferedir_torch.world.scenes import Painter, Scene, draw, random_scene
 from saferedir_torch.world.vocabulary import load_vocabulary
 
 JUDGE_FILE = "judge.safetensors"
@@ -142,19 +142,24 @@ class Judge(nn.Module):
         return judge.eval()
 
 
-def train_judge(folder: Path, *, seed: int = 0, steps: int | None = None, architecture: Architecture = "plain") -> Path:
-    """Train on fresh renderings, for as many steps as the recipe says, save to `folder/judge` (or `folder/second_judge`) and
-    return that path."""
+def train_judge(
+    folder: Path, *, seed: int = 0, steps: int | None = None, architecture: Architecture = "plain", paint: Painter = draw,
+    start: Path | None = None,
+) -> Path:  # fmt: skip
+    """Train on fresh renderings by `paint`, for as many steps as the recipe says, save to `folder/judge` (or
+    `folder/second_judge`) and return that path. Training begins with the judge in `start`, of the same architecture."""
     recipe = RECIPES[architecture]
     torch.manual_seed(seed + 70 + recipe.stream)
     judge = Judge(architecture)
+    if start is not None:
+        judge.load_state_dict(Judge.load(start).state_dict())
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([seed, recipe.stream, step])
         scenes = [random_scene(rng, PAIR_SHARE) for _ in range(BATCH)]
         scenes = [replace(scene, objects=()) if rng.random() < BLANK_SHARE else scene for scene in scenes]
-        pictures = augment(picture_batch(scenes, rng), rng, recipe.faint_share)
+        pictures = augment(picture_batch(scenes, rng, paint), rng, recipe.faint_share)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             objects, style, background = (logits.float() for logits in judge(pictures))
         labels = label(scenes)
@@ -222,11 +227,11 @@ def augment(pictures: Tensor, rng: np.random.Generator, faint_share: float) -> T
     return torch.stack(out)
 
 
-def judge_accuracy(judge: Judge, *, seed: int = 0, count: int = 2000) -> dict[str, float]:
+def judge_accuracy(judge: Judge, *, seed: int = 0, count: int = 2000, paint: Painter = draw) -> dict[str, float]:
     """Accuracy on held-out renderings without augmentation: singles (top 1), pairs (both in the top 2), style, background."""
     rng = np.random.default_rng([seed, RECIPES["plain"].stream, 10**9])
     scenes = [random_scene(rng, pair_share=0.5) for _ in range(count)]
-    opinion = judge.judge(picture_batch(scenes, rng))
+    opinion = judge.judge(picture_batch(scenes, rng, paint))
     truth = label(scenes)
     single = truth.objects.sum(1) == 1
     top1 = opinion.objects.argmax(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -26,6 +27,10 @@ class Scene:
     objects: tuple[str, ...]
     style: str
     background: str
+
+
+#: Draws a scene's picture, [64, 64, 3] uint8.
+Painter = Callable[[Scene, np.random.Generator], npt.NDArray[np.uint8]]
 
 
 def random_scene(rng: np.random.Generator, pair_share: float = PAIR_SHARE) -> Scene:
