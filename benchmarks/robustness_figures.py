@@ -86,10 +86,16 @@ def transfer() -> str:
     refused = "".join(
         f" On {entry['model']} it is refused ({entry['refused']})." for entry in result["entries"] if "refused" in entry
     )
+    taught = sorted({entry["model"] for entry in drawn if entry["judge"] != "the shipped one"})
+    judge = (
+        f"it was trained on pictures of the world's own composition, and in its place another that was taught changed ones"
+        f" (`python -m saferedir_torch.world second-judge --pictures`) looks at those of {', '.join(taught)}"
+        if taught
+        else "it was trained on pictures of the world's own composition, so that it finds little in changed ones"
+    )
     return f"""**And on a model that it was not trained for?** The shipped module on models made of the embedded one: fine-tuned with
 other pictures, distilled to few steps, or with another part in place of one of theirs.{refused} Shown: unprotected pictures in
-which the judge finds the concept; it was trained on pictures of the world's own composition, so that it finds little in changed
-ones, and companions there hardly ever. Benign pictures that are the same to the last bit as without safety: {benign}.{
+which the judge finds the concept; {judge}. Benign pictures that are the same to the last bit as without safety: {benign}.{
         f" Minutes of re-fitting, recording included: {minutes}." if minutes else ""
     }
 (`python -m saferedir_torch.world fine-tune` and `architecture`, `python -m saferedir_torch train --start-from`,

@@ -192,7 +192,8 @@ def peers(
     features: Features, networks: Any, size: Size,
 ) -> dict[str, Any]:  # fmt: skip
     """A row a method: FSR, companion, distances to the rewrite, retention, ASR of each family, seconds and minutes."""
-    bench = _Bench(studio, model, module, concept, split, features, networks, size)
+    made_of = "-".join((parameters_sha256(model.unet), module.sha256(), parameters_sha256(published)))
+    bench = _Bench(studio, model, made_of, concept, split, features, networks, size)
     material = Material.of(concept, split, networks)
     return {
         "concept": concept.name,
@@ -205,13 +206,13 @@ class _Bench:
     """The pictures and judges that every method meets."""
 
     def __init__(
-        self, studio: Studio, model: Any, module: SafetyModule, concept: WorldConcept, split: Split, features: Features,
+        self, studio: Studio, model: Any, identity: str, concept: WorldConcept, split: Split, features: Features,
         networks: Any, size: Size,
     ) -> None:  # fmt: skip
         self.studio, self.model, self.concept, self.split, self.features, self.size = (
             studio, model, concept, split, features, size,
         )  # fmt: skip
-        self.plain, self.identity = Peer(model), f"peer-{parameters_sha256(model.unet)}-{module.sha256()}"
+        self.plain, self.identity = Peer(model), identity
         self.judges = self._calibrated(networks)
         self.second = Judge.load(networks / "second_judge")
         self.tested = unsafe_set(concept, split, "seen", size.prompts, size.seeds, seed=TEST_SEED)

@@ -68,7 +68,8 @@ def transfer(
         for kind, tried in (("unchanged", module), ("re-fitted", subject.refitted)):
             if tried is None:
                 continue
-            entry: dict[str, Any] = {"model": subject.title, "module": kind, "steps": steps}
+            judged_by = "one taught its pictures" if subject.judge else "the shipped one"
+            entry: dict[str, Any] = {"model": subject.title, "module": kind, "steps": steps, "judge": judged_by}
             try:
                 safe = SafeRedir(pipeline, tried, steps=steps, guidance_scale=guidance)
             except SafetyMismatchError as error:
