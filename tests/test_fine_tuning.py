@@ -96,8 +96,16 @@ def test_what_a_judge_is_named_for_must_be_there(made: dict[str, Path], tmp_path
     assert "many" in result.output
 
 
-@pytest.mark.parametrize("command", [["fine-tune", "--kind", "magic"], ["second-judge", "--pictures", "magic"]])
-def test_an_unknown_kind_is_named(command: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["fine-tune", "--kind", "magic"], "magic"),
+        (["second-judge", "--pictures", "magic"], "magic"),
+        (["second-judge", "--start-from", "nowhere"], "nowhere"),
+        (["second-judge", "--start-from", str(NETWORKS / "judge")], "first"),
+    ],
+)
+def test_what_is_not_known_is_named(command: list[str], named: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*command, "--folder", str(tmp_path)])
     assert result.exit_code == 2
-    assert "magic" in result.output
+    assert named in result.output

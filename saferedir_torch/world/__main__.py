@@ -100,11 +100,15 @@ def second_judge(
     second-judge --pictures changed-pictures --start-from benchmarks/networks/second_judge --steps 1200 --folder runs/changed`
     """
     from saferedir_torch.world.fine_tuning import KINDS
-    from saferedir_torch.world.judge import Judge, judge_accuracy, train_judge
+    from saferedir_torch.world.judge import JUDGE_FILE, Judge, judge_accuracy, train_judge
     from saferedir_torch.world.scenes import draw
 
     if pictures is not None and pictures not in KINDS:
         raise typer.BadParameter(f"{pictures!r} is none of {', '.join(KINDS)}", param_hint="--pictures")
+    if start_from is not None and not (start_from / JUDGE_FILE).is_file():
+        raise typer.BadParameter(f"{start_from} holds no {JUDGE_FILE}", param_hint="--start-from")
+    if start_from is not None and Judge.load(start_from).architecture != "residual":
+        raise typer.BadParameter(f"{start_from} holds the first judge; expected a second one", param_hint="--start-from")
     paint = draw if pictures is None else KINDS[pictures]
     out = train_judge(folder, seed=seed, steps=steps, architecture="residual", paint=paint, start=start_from)
     typer.echo(json.dumps(judge_accuracy(Judge.load(out), paint=paint), indent=1))
