@@ -210,13 +210,13 @@ def transfer(
     unchanged, and as `python -m saferedir_torch train --start-from` re-fits it."""
     from benchmarks.tables.transfer import QUICK, Size, Subject
     from benchmarks.tables.transfer import transfer as measure
-    from saferedir_torch.world.judge import Judge
+    from saferedir_torch.world.judge import JUDGE_FILE, Judge
 
-    models, modules, judges = (
-        _folders(model, "--model"),
-        _folders(refitted or [], "--refitted"),
-        _folders(judge or [], "--judge"),
-    )
+    models, modules = _folders(model, "--model"), _folders(refitted or [], "--refitted")
+    judges = _folders(judge or [], "--judge")
+    for folder in judges.values():
+        if not (folder / JUDGE_FILE).is_file():
+            raise typer.BadParameter(f"{folder} holds no {JUDGE_FILE}", param_hint="--judge")
     for option, given in (("--refitted", modules), ("--judge", judges)):
         if stray := sorted(set(given) - set(models)):
             raise typer.BadParameter(f"{stray[0]!r} is no --model; expected one of {', '.join(models)}", param_hint=option)

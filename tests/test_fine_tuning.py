@@ -81,19 +81,12 @@ def test_a_judge_of_changed_pictures_is_used_where_it_is_named(made: dict[str, P
     assert asked
 
 
-def test_what_a_judge_is_named_for_must_be_there(made: dict[str, Path], tmp_path: Path) -> None:
-    command = [
-        "transfer",
-        "--model",
-        f"few={made['few-step']}",
-        "--judge",
-        f"many={NETWORKS / 'judge'}",
-        "--out",
-        str(tmp_path),
-    ]
+@pytest.mark.parametrize(("judge", "named"), [(f"many={NETWORKS / 'judge'}", "many"), ("few=tests", "tests")])
+def test_a_judge_that_does_not_fit_is_named(made: dict[str, Path], tmp_path: Path, judge: str, named: str) -> None:
+    command = ["transfer", "--model", f"few={made['few-step']}", "--judge", judge, "--out", str(tmp_path)]
     result = CliRunner().invoke(evaluate, command)
     assert result.exit_code == 2
-    assert "many" in result.output
+    assert named in result.output
 
 
 @pytest.mark.parametrize(
