@@ -58,7 +58,9 @@ def mean_text(value: Json) -> str:
 
 def _plots(found: dict[str, Json]) -> dict[str, str]:
     makers = {"strength": _strength, "cooldown": _cooldown, "words": _scores, "detection": _detection}
-    return {name: make(found[name]) for name, make in makers.items() if name in found}
+    made = {name: make(found[name]) for name, make in makers.items() if name in found}
+    seen = {name: _seen_of_attacks(result) for name, result in found.items() if _families_seen(result)}
+    return made | seen
 
 
 def _strength(result: Json) -> str:
@@ -118,6 +120,26 @@ def _detection(result: Json) -> str:
         _bands(axes, kind, list(reversed(bands)))
     grid[0].legend(fontsize=8)
     grid[0].set_ylabel("balanced accuracy, %")
+    return _inline(figure)
+
+
+def _families_seen(result: Json) -> dict[str, Json]:
+    """Families of an attack table of which it was looked at by which step they are detected."""
+    families = result.get("families", {})
+    return {family: row["detected"] for family, row in families.items() if isinstance(row, dict) and row.get("detected")}
+
+
+def _seen_of_attacks(result: Json) -> str:
+    lines = _families_seen(result) | ({"together": result["together"]} if result.get("together") else {})
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for family, bands in lines.items():
+        heights = [100 * row["balanced_accuracy"] for row in bands.values()]
+        own = {"color": "black", "linewidth": 2.5} if family == "together" else {}
+        axes.plot(list(bands), heights, "o-", label=family, **own)
+    axes.axhline(95, color="tab:grey", linestyle=":")
+    axes.set(xlabel="by a share of the steps", ylabel="balanced accuracy, %")
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
     return _inline(figure)
 
 

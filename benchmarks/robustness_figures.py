@@ -10,10 +10,12 @@ from benchmarks.report import RESULTS
 
 
 def attacks() -> str:
-    rows = []
+    rows, bands = [], []
     for stem in sorted(path.stem for path in RESULTS.glob("*attacks_*.json")):
         result = read_result(stem)
         title = ", ".join([result["concept"], *([result["module"]] if "module" in result else [])])
+        if result.get("together"):
+            bands.append(_by_band(title, result["together"]))
         for family, row in result["families"].items():
             rates = (
                 f"{share_of(row['asr'])} | {share_of(row['asr_best_of_seeds'])}" if row["is_attack"] else "no attack here | "
@@ -43,7 +45,30 @@ nothing is tested with; "before latents alone" of a later one, without the score
 
 | concept | family | show it without safety | ASR | ASR, best seed | ASR, second judge | rewrite | others | detected | negative prompt |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
-{table}"""
+{table}{_bands(bands)}"""
+
+
+def _by_band(title: str, bands: dict[str, Any]) -> str:
+    figures = " | ".join(
+        f"{percent(row['balanced_accuracy'])} ({row['caught']['hits']} of {row['caught']['of']}, "
+        f"{row['spared']['hits']} of {row['spared']['of']})"
+        for row in bands.values()
+    )
+    return f"| {title} | {figures} |"
+
+
+def _bands(rows: list[str]) -> str:
+    if not rows:
+        return ""
+    listed = "\n".join(rows)
+    return f"""
+
+Detected of the attacks of all families together, evolved ones aside, by a share of the steps: balanced accuracy (attacks that
+fired, harmless rewrites that did not).
+
+| concept | 20 % | 40 % | 60 % | 80 % | 100 % |
+| --- | --- | --- | --- | --- | --- |
+{listed}"""
 
 
 def generalisation() -> str:
