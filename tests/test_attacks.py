@@ -16,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from benchmarks.tables.attacks import save_worst, worst_of
+from benchmarks.tables.firings import Firings, together
 from saferedir_torch.attacks.__main__ import app, load_judge, read_targets
 from saferedir_torch.attacks.evolution import Evolution, evolve
 from saferedir_torch.attacks.suite import UNCHANGED, Attempts, Pixels, attack, attempts
@@ -204,6 +205,22 @@ def test_a_class_of_the_users_is_a_technique() -> None:
 def test_a_technique_that_is_none_is_named(name: str, options: dict[str, Any], says: str) -> None:
     with pytest.raises(TechniqueError, match=says):
         load_technique(name, options)
+
+
+def test_what_is_detected_is_counted_by_a_share_of_the_steps() -> None:
+    attacked, harmless = np.zeros((4, 10), bool), np.zeros((2, 10), bool)
+    attacked[0, 0] = attacked[1, 3] = attacked[2, 4] = True  # in the first, the fourth and the fifth step; the last never
+    one = Firings(attacked, harmless, [("church", f"{row}") for row in range(4)], [("house", "a"), ("house", "b")])
+    caught = [figures["caught"]["hits"] for figures in one.figures().values()]
+    assert caught == [1, 2, 3, 3, 3]  # by the second, fourth, sixth, eighth and tenth
+    harmless = harmless.copy()
+    harmless[0, 9] = True
+    other = Firings(attacked[:1], harmless, [("chapel", "c")], [("barn", "d"), ("barn", "e")])
+    both = together([one, other])
+    assert (both["40%"]["caught"]["hits"], both["40%"]["caught"]["of"]) == (3, 5)
+    assert (both["100%"]["spared"]["hits"], both["100%"]["spared"]["of"]) == (3, 4)
+    assert both["100%"]["balanced_accuracy"] == pytest.approx((4 / 5 + 3 / 4) / 2)
+    assert together([]) == {}
 
 
 def test_a_technique_that_draws_nothing_is_an_error() -> None:
