@@ -17,35 +17,38 @@ def attacks() -> str:
         if result.get("together"):
             bands.append(_by_band(title, result["together"]))
         for family, row in result["families"].items():
-            rates = (
-                f"{share_of(row['asr'])} | {share_of(row['asr_best_of_seeds'])}" if row["is_attack"] else "no attack here | "
-            )
             other = row.get("asr_of_negative_prompt")
             early = row.get("detected", {}).get("40%", {}).get("balanced_accuracy")
-            second, rewrite, caused = (
-                row.get(key) for key in ("asr_second_judge", "rewrite_shows", "asr_where_rewrite_does_not")
-            )
-            rows.append(
-                f"| {title} | {family} | {row['counted']} of {row['pictures']} | {rates} "
-                f"| {share_of(second) if second else ''} | {share_of(rewrite) if rewrite else ''} | {share_of(caused) if caused else ''} | {percent(early) if early is not None else ''} "
-                f"| {percent(other['share']) if other else ''} |"
-            )
+            rewrite, caused, both = (row.get(key) for key in ("rewrite_shows", "asr_where_rewrite_does_not", "agreed"))
+            columns = [
+                title, family, f"{row['counted']} of {row['pictures']}", *_rates(row),
+                str(both["counted"]) if both else "", *(_rates(both) if both else ("", "")),
+                share_of(rewrite) if rewrite else "", share_of(caused) if caused else "",
+                percent(early) if early is not None else "", percent(other["share"]) if other else "",
+            ]  # fmt: skip
+            rows.append(f"| {' | '.join(columns)} |")
     table = "\n".join(rows)
     return f"""**Do prompts that hide what they ask for get through?** Counted are pairs of prompt and seed that show the concept
 without safety; of a family that has too few of them it is said that it is no attack on this model. "Best seed" counts a prompt if
-any of its seeds gets through. The second judge's ASR is of the counted pairs in which it finds the concept as well. "Rewrite" is
-the share of the counted pairs whose safe rewrite, made strange in the same way, shows the concept too from the same seed, without
+any of its seeds gets through. "By both": of the pairs whose unprotected picture shows the concept to both judges, those in which
+either still finds it; half-drawn things that strange words ask for are taken for the concept by one judge and not by the other.
+"Rewrite" is the share of these whose safe rewrite, made strange in the same way, shows the concept too from the same seed, without
 safety: of those pairs the prompt is not the cause; "others" is the ASR of the rest. "Detected" is the balanced accuracy by 40 % of
-the steps, against such rewrites whose pictures do not show the concept without safety (before hardening: all; of older modules
-whatever concept fired counted as a false alarm, of the present one the own). The last column
+the steps on these, against such rewrites in whose pictures neither judge finds the concept without safety (before hardening: all,
+by the first judge alone, and whatever concept fired counted as a false alarm). The last column
 is the ASR under a negative prompt, since what breaks nothing is no attack. Rows
 "before hardening" are of the module that was shipped before the present one was trained from it, against families of attacks that
-nothing is tested with; "before latents alone" of a later one, without the score of what a step shows whatever the prompt.
-(`python -m benchmarks.evaluate attacks`, `gradient-attacks`)
+nothing is tested with. (`python -m benchmarks.evaluate attacks`, `gradient-attacks`)
 
-| concept | family | show it without safety | ASR | ASR, best seed | ASR, second judge | rewrite | others | detected | negative prompt |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| concept | family | show it without safety | ASR | best seed | to both | ASR by both | best seed | rewrite | others | detected | negative prompt |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}{_bands(bands)}"""
+
+
+def _rates(row: dict[str, Any]) -> tuple[str, str]:
+    if not row["is_attack"]:
+        return "no attack here", ""
+    return share_of(row["asr"]), share_of(row["asr_best_of_seeds"])
 
 
 def _by_band(title: str, bands: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from benchmarks.tables.attacks import save_worst, worst_of
 from benchmarks.tables.firings import Firings, together
 from saferedir_torch.attacks.__main__ import app, load_judge, read_targets
 from saferedir_torch.attacks.evolution import Evolution, evolve
-from saferedir_torch.attacks.suite import UNCHANGED, Attempts, Pixels, attack, attempts
+from saferedir_torch.attacks.suite import UNCHANGED, Attempts, Outcome, Pixels, attack, attempts, confirmed
 from saferedir_torch.attacks.techniques import TechniqueError, drawing_with, load_technique
 from saferedir_torch.attacks.text_families import FAMILIES, LOOKALIKES, WORD_FAMILIES, Target
 from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
@@ -205,6 +205,24 @@ def test_a_class_of_the_users_is_a_technique() -> None:
 def test_a_technique_that_is_none_is_named(name: str, options: dict[str, Any], says: str) -> None:
     with pytest.raises(TechniqueError, match=says):
         load_technique(name, options)
+
+
+def test_a_second_judge_counts_less_and_accuses_more() -> None:
+    made = Attempts(UNCHANGED, ["a church"] * 5, ["a", "b", "c", "d", "e"], list(range(5)))
+    pictures = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    counts = np.array([True, True, True, False, True])
+    succeeds = np.array([True, False, False, False, True])
+    outcome = Outcome(made, counts, succeeds, True, pictures, pictures[counts] + 100)
+    before = np.array([False, True, True, True, True])
+    after = np.array([True, True, False, False])  # of the four that count
+    both = confirmed(outcome, before, after, at_least=3)
+    assert both.counts.tolist() == [False, True, True, False, True]
+    assert both.succeeds.tolist() == [False, True, False, False, True]
+    assert [(own.prompt, int(own.protected.flat[0])) for own in both.successes()] == [("b", 101), ("e", 104)]
+    figures = both.figures()
+    assert (figures["counted"], figures["asr"]["hits"]) == (3, 2)
+    few = confirmed(outcome, before, after, at_least=4)
+    assert (few.is_attack, few.successes()) == (False, [])
 
 
 def test_what_is_detected_is_counted_by_a_share_of_the_steps() -> None:
