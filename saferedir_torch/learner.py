@@ -17,7 +17,6 @@ from saferedir_torch.expectation import expected_of_latents
 from saferedir_torch.losses import detection_loss, redirection_loss
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.training_data import PICTURE_SHOWS, LatentBank, PairBank
-from saferedir_torch.what_was_drawn import telling_rows, with_what_was_drawn
 
 STEP_BATCH = 160
 PAIR_BATCH = 96
@@ -162,13 +161,6 @@ class Learner:
         first = (rows == 0) | (self.bank.run[rows] != self.bank.run[(rows - 1).clamp(min=0)])
         expected = expected_of_latents(before.latent, before.timestep, seen.latent, seen.timestep, self.alphas)
         return torch.where(first[:, None, None, None], torch.zeros_like(expected), expected)
-
-    @torch.no_grad()
-    def correct_labels(self) -> None:
-        """Label recorded runs by what their last steps show to the part that looks without the prompt, once it is taught."""
-        rows = telling_rows(self.bank)
-        seen = torch.cat([torch.sigmoid(self.shown(chunk)).cpu() for chunk in torch.split(rows, 512)])
-        self.bank = with_what_was_drawn(self.bank.to("cpu"), rows.cpu(), seen).to(self.store)
 
     def shown(self, rows: Tensor) -> Tensor:
         """What the steps `rows` [S] show without a prompt, logits [S, N]."""

@@ -132,8 +132,6 @@ def train(
     if "alone" in parts and module.last_branch.alone is not None:
         looker = learner_of_short_runs()
         teach_alone(module, looker, folder, name=f"alone_after_{steps}", steps=min(2 * steps, ALONE_STEPS))
-        looker.correct_labels()
-        teach_alone(module, looker, folder, name=f"alone_again_after_{steps}", steps=min(2 * steps, ALONE_STEPS))
         make_comparable_alone(module, looker)
         del looker
     if "redirector" in parts:
