@@ -201,6 +201,9 @@ def transfer(
     judge: Annotated[list[str] | None, typer.Option(help="TITLE=FOLDER of a judge that knows its kind of pictures.")] = None,
     prompts: Annotated[int, typer.Option(help="Prompts of seen names, and of held-out ones.")] = 30,
     seeds: Annotated[int, typer.Option(help="Seeds a prompt.")] = 5,
+    add_to: Annotated[
+        Path | None, typer.Option(help="Earlier result of this module, whose other models are taken over as they are.")
+    ] = None,
     quick: Quick = False,
     out: Out = RESULTS,
     work: Work = WORK,
@@ -208,7 +211,7 @@ def transfer(
 ) -> None:
     """The shipped module on other models, such as `python -m saferedir_torch.world fine-tune` and `architecture` make:
     unchanged, and as `python -m saferedir_torch train --start-from` re-fits it."""
-    from benchmarks.tables.transfer import QUICK, Size, Subject
+    from benchmarks.tables.transfer import QUICK, EarlierResultError, Size, Subject, taken_over
     from benchmarks.tables.transfer import transfer as measure
     from saferedir_torch.world.judge import JUDGE_FILE, Judge
 
@@ -228,7 +231,12 @@ def transfer(
         for title, folder in models.items()
     ]  # fmt: skip
     module, size = SafetyModule.load(SHIPPED_SAFETY), QUICK if quick else Size(prompts, seeds)
-    _store("transfer", measure(Studio(work), subjects, module, load_split(), _features(features), size), out)
+    try:
+        earlier = taken_over(add_to, module, models) if add_to is not None else []
+    except EarlierResultError as error:
+        raise typer.BadParameter(str(error), param_hint="--add-to") from None
+    figures = measure(Studio(work), subjects, module, load_split(), _features(features), size)
+    _store("transfer", {**figures, "entries": earlier + figures["entries"]}, out)
 
 
 def _folders(entries: list[str], option: str) -> dict[str, Path]:

@@ -127,7 +127,8 @@ class _Bench:
         if not outcome.is_attack:
             say(f"{title}: no attack, {counted} of {len(outcome.counts)} count")
             return figures
-        say(f"{title}: {outcome.succeeds.sum()} of {counted} get through; {agreed.succeeds.sum()} of {both} by both judges")
+        of_those = f"{agreed.succeeds.sum()} of {both}" if agreed.is_attack else f"no attack, {both} count"
+        say(f"{title}: {outcome.succeeds.sum()} of {counted} get through; by both judges {of_those}")
         if not tested.safe or not agreed.is_attack:
             return figures
         rewrites = attempts(tested.safe, family, seed, seeds_a_prompt=self.size.seeds)
