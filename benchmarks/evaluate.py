@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.drawing import DEPLOYED, Studio
+from benchmarks.earlier_results import EarlierResultError, entries_of_others, tried_settings
 from benchmarks.report import NETWORKS, RESULTS, save
 from saferedir.runtime import Pipeline
 from saferedir_torch.evaluation.features import Choice, load_features
@@ -176,6 +177,9 @@ def gradient_attacks(
 def peers(
     runs: Annotated[Path, typer.Option(help="Folder of the training whose recorded runs the published network learns from.")],
     task: Annotated[str, typer.Option(help=f"One of {', '.join(CONCEPTS)}.")] = "church",
+    settings_from: Annotated[
+        Path | None, typer.Option(help="Earlier result of this task, whose best settings are taken and not all tried again.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.")] = "auto",
     quick: Quick = False,
     out: Out = RESULTS,
@@ -187,10 +191,14 @@ def peers(
     from benchmarks.tables.peers import QUICK, Size
     from benchmarks.tables.peers import peers as measure
 
+    try:
+        tried = tried_settings(settings_from, task) if settings_from is not None else {}
+    except EarlierResultError as error:
+        raise typer.BadParameter(str(error), param_hint="--settings-from") from None
     model, module, split = load_pipeline().to(device_called(device)), SafetyModule.load(SHIPPED_SAFETY), load_split()
     size, steps = (QUICK, 2) if quick else (Size(), STEPS)
     published = train_published(Lessons.untaught(model, task, split, runs, work / f"published_{task}", steps))
-    figures = measure(Studio(work), model, module, published, CONCEPTS[task], split, _features(features), NETWORKS, size)
+    figures = measure(Studio(work), model, module, published, CONCEPTS[task], split, _features(features), NETWORKS, size, tried)
     _store(f"peers_{task}", figures, out)
 
 
@@ -211,7 +219,7 @@ def transfer(
 ) -> None:
     """The shipped module on other models, such as `python -m saferedir_torch.world fine-tune` and `architecture` make:
     unchanged, and as `python -m saferedir_torch train --start-from` re-fits it."""
-    from benchmarks.tables.transfer import QUICK, EarlierResultError, Size, Subject, taken_over
+    from benchmarks.tables.transfer import QUICK, Size, Subject
     from benchmarks.tables.transfer import transfer as measure
     from saferedir_torch.world.judge import JUDGE_FILE, Judge
 
@@ -232,7 +240,7 @@ def transfer(
     ]  # fmt: skip
     module, size = SafetyModule.load(SHIPPED_SAFETY), QUICK if quick else Size(prompts, seeds)
     try:
-        earlier = taken_over(add_to, module, models) if add_to is not None else []
+        earlier = entries_of_others(add_to, module, models) if add_to is not None else []
     except EarlierResultError as error:
         raise typer.BadParameter(str(error), param_hint="--add-to") from None
     figures = measure(Studio(work), subjects, module, load_split(), _features(features), size)

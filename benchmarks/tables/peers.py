@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -189,16 +189,23 @@ def _clip_finds(material: Material, concept: WorldConcept, level: float) -> Call
 
 def peers(
     studio: Studio, model: Any, module: SafetyModule, published: PublishedNetwork, concept: WorldConcept, split: Split,
-    features: Features, networks: Any, size: Size,
+    features: Features, networks: Any, size: Size, tried: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """A row a method: FSR, companion, distances to the rewrite, retention, ASR of each family, seconds and minutes."""
+    """A row a method: FSR, companion, distances to the rewrite, retention, ASR of each family, seconds and minutes.
+
+    `tried` are settings by method of an earlier table of this model, with what they came to on validation prompts: of these
+    the best is taken, and none is tried again.
+    """
     made_of = "-".join((parameters_sha256(model.unet), module.sha256(), parameters_sha256(published)))
     bench = _Bench(studio, model, made_of, concept, split, features, networks, size)
     material = Material.of(concept, split, networks)
     return {
         "concept": concept.name,
         "measures": features.names,
-        "rows": [bench.row(method) for method in methods(model, module, published, concept, material, size)],
+        "rows": [
+            bench.row(method, (tried or {}).get(method.name))
+            for method in methods(model, module, published, concept, material, size)
+        ],
     }
 
 
@@ -229,19 +236,27 @@ class _Bench:
         key = hashlib.sha256(json.dumps([self.identity, self.concept.name, peer.name, setting]).encode()).hexdigest()
         return self.studio.draw(peer, key, prompts, seeds, f"{self.concept.name}: {peer.name} {setting[:40]}")
 
-    def row(self, method: Method) -> dict[str, Any]:
-        """Choose the setting, then measure it on test prompts."""
-        tried, made = {}, {}
-        for setting, make in method.settings.items():
+    def row(self, method: Method, tried: dict[str, Any] | None) -> dict[str, Any]:
+        """Choose the setting, by what was `tried` before where that is of these settings, then measure it on test prompts."""
+        made: dict[str, Peer] = {}
+        minutes: dict[str, float] = {}
+
+        def make(setting: str) -> Peer:
             started = time.perf_counter()
-            made[setting] = make()
-            minutes = (time.perf_counter() - started) / 60
-            tried[setting] = self._tried(made[setting], setting) | {"minutes_to_make": round(minutes, 2)}
+            made[setting] = method.settings[setting]()
+            minutes[setting] = round((time.perf_counter() - started) / 60, 2)
+            return made[setting]
+
+        if tried is None or set(tried) != set(method.settings):
+            tried = {
+                setting: self._tried(make(setting), setting) | {"minutes_to_make": minutes[setting]}
+                for setting in method.settings
+            }
         best = max(tried, key=lambda setting: tried[setting]["harmonic_mean"])
+        peer = made.get(best) or make(best)
         return {
             "method": method.name, "setting": best, "tried": tried, "reversible": method.reversible,
-            "several_concepts": method.several_concepts, "minutes_to_make": tried[best]["minutes_to_make"],
-            **self._tested(made[best], best),
+            "several_concepts": method.several_concepts, "minutes_to_make": minutes[best], **self._tested(peer, best),
         }  # fmt: skip
 
     def _tried(self, peer: Peer, setting: str) -> dict[str, Any]:

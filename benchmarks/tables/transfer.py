@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,26 +81,6 @@ def transfer(
             entry["concepts"] = {name: bench.figures(CONCEPTS[name], features) for name in size.concepts}
             entries.append(entry)
     return {"measures": features.names, "safety": module.sha256(), "entries": entries}
-
-
-class EarlierResultError(ValueError):
-    """A result that nothing can be added to: another module's, or none at all."""
-
-
-def taken_over(path: Path, module: SafetyModule, models: Container[str]) -> list[dict[str, Any]]:
-    """The entries of an earlier result of `module` for all but `models`, each with the environment that it was measured in.
-
-    Raises:
-        EarlierResultError: there is no such result, or it is of another module.
-    """
-    try:
-        earlier = json.loads(path.read_text())
-        of, made_in, entries = earlier["safety"], earlier["environment"], earlier["entries"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EarlierResultError(f"{path} is no result of this table that names its module ({error!r})") from error
-    if of != module.sha256():
-        raise EarlierResultError(f"{path} is of another module ({of[:12]}), this is {module.sha256()[:12]}: measure all anew")
-    return [{"environment": made_in, **entry} for entry in entries if entry["model"] not in models]
 
 
 class _Bench:

@@ -1,0 +1,47 @@
+"""What a table that takes hours takes over from an earlier result of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container
+from pathlib import Path
+from typing import Any
+
+from saferedir_torch.safety_module import SafetyModule
+
+
+class EarlierResultError(ValueError):
+    """A result that nothing can be taken from: another module's or task's, or none at all."""
+
+
+def entries_of_others(path: Path, module: SafetyModule, models: Container[str]) -> list[dict[str, Any]]:
+    """Of an earlier transfer table of `module` the entries of all but `models`, each with the environment that it was measured
+    in.
+
+    Raises:
+        EarlierResultError: there is no such result, or it is of another module.
+    """
+    of, made_in, entries = _read(path, "safety", "environment", "entries")
+    if of != module.sha256():
+        raise EarlierResultError(f"{path} is of another module ({of[:12]}), this is {module.sha256()[:12]}: measure all anew")
+    return [{"environment": made_in, **entry} for entry in entries if entry["model"] not in models]
+
+
+def tried_settings(path: Path, task: str) -> dict[str, dict[str, Any]]:
+    """By method, the settings that an earlier peers' table of `task` tried on validation prompts, and what they came to.
+
+    Raises:
+        EarlierResultError: there is no such result, or it is of another task.
+    """
+    of, rows = _read(path, "concept", "rows")
+    if of != task:
+        raise EarlierResultError(f"{path} is of {of}, not of {task}")
+    return {row["method"]: row["tried"] for row in rows}
+
+
+def _read(path: Path, *keys: str) -> list[Any]:
+    try:
+        earlier = json.loads(path.read_text())
+        return [earlier[key] for key in keys]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EarlierResultError(f"{path} is no earlier result with {', '.join(keys)} ({error!r})") from error
