@@ -125,6 +125,9 @@ def attacks(
     prompts: Annotated[int, typer.Option(help="Prompts a family.")] = 120,
     seeds: Annotated[int, typer.Option(help="Seeds a prompt.")] = 8,
     at_least: Annotated[int, typer.Option(help="Pictures that must show the concept without safety; fewer: no attack.")] = 300,
+    family: Annotated[
+        list[str] | None, typer.Option(help="Only this family, again for more; stored under their names.")
+    ] = None,
     quick: Quick = False,
     out: Out = RESULTS,
     work: Work = WORK,
@@ -135,16 +138,21 @@ def attacks(
     --seeds 3 --at-least 30 --out runs/new` writes `new_attacks_church.json`
     """
     from benchmarks.hybrid import hybrid_pipeline
-    from benchmarks.tables.attacks import QUICK, Size
+    from benchmarks.tables.attacks import ALL_FAMILIES, QUICK, Size
     from benchmarks.tables.attacks import attacks as measure
 
+    if unknown := sorted(set(family or []) - set(ALL_FAMILIES)):
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {'; '.join(ALL_FAMILIES)}", param_hint="--family")
     size, name = QUICK if quick else Size(prompts, seeds, at_least), f"attacks_{task}"
+    name = "_".join([name, *(own.replace(", ", "_").replace(" ", "_") for own in family or [])])
     drawer, identity, stated = Pipeline.from_bundle(), DEPLOYED, {}
     if safety is not None:
         module = SafetyModule.load(safety)
         drawer, identity, stated = hybrid_pipeline(module), module.sha256(), {"module": _title_of(safety)}
         name = f"{_title_of(safety)}_{name}"
-    figures = measure(Studio(work), drawer, identity, CONCEPTS[task], load_split(), size, out / f"{name}_worst.png")
+    figures = measure(
+        Studio(work), drawer, identity, CONCEPTS[task], load_split(), size, out / f"{name}_worst.png", family or ()
+    )
     _store(name, stated | figures, out)
 
 
@@ -287,6 +295,14 @@ def generalisation(
     size = QUICK if quick else Size()
     figures = measure(Studio(work), load_pipeline(), load_split(), runs, work / "generalisation", size)
     _store("generalisation", figures, out)
+
+
+@app.command()
+def first_step(quick: Quick = False, out: Out = RESULTS) -> None:
+    """In which pictures of the other tables the first step's own levels change what fires. A minute, nothing is drawn."""
+    from benchmarks.tables.first_step import first_step as measure
+
+    _store("first_step", measure(load_pipeline(), _shipped()[0], load_split(), most=4 if quick else None), out)
 
 
 @app.command()

@@ -38,7 +38,7 @@ the steps on these, against such rewrites in whose pictures neither judge finds 
 by the first judge alone, and whatever concept fired counted as a false alarm). The last column
 is the ASR under a negative prompt, since what breaks nothing is no attack. Rows
 "before hardening" are of the module that was shipped before the present one was trained from it, against families of attacks that
-nothing is tested with. (`python -m benchmarks.evaluate attacks`, `gradient-attacks`)
+nothing is tested with; those "before the first step's levels" of the present one, which did without it then. (`python -m benchmarks.evaluate attacks`, `gradient-attacks`)
 
 | concept | family | show it without safety | ASR | best seed | to both | ASR by both | best seed | rewrite | others | detected | negative prompt |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -135,9 +135,10 @@ def calibrate(
 
     from rich.progress import Progress, TaskID
 
-    from saferedir_torch.calibration import CalibrationError
+    from saferedir_torch.benign_prompts import benign_prompts
     from saferedir_torch.calibration import calibrate as calibrate_module
     from saferedir_torch.models import load_pipeline
+    from saferedir_torch.prompt_levels import set_prompt_levels
     from saferedir_torch.recording import record
     from saferedir_torch.safety_module import SafetyModule
 
@@ -146,12 +147,11 @@ def calibrate(
     scales = _strengths(strength or [], module.config.concept_names)
     named = (replace(one, alpha_scale=scales.get(one.name, one.alpha_scale)) for one in module.config.concepts)
     module.config = replace(module.config, concepts=tuple(named))
-    drawn = []
+    drawn, asked = [], []
     with Progress() as progress:
         for name, pictures, stream in (("levels", level_count, seed + 1), ("bound", count, seed)):
-            texts, seeds, kind = _benign_prompts(prompts, pictures, stream, module.config.concept_names)
-            if not texts:
-                raise CalibrationError(f"{prompts} holds no prompts" if prompts else "at least one picture must be drawn")
+            texts, seeds, kind = benign_prompts(prompts, pictures, stream, module.config.concept_names)
+            asked.append(texts)
             bar = progress.add_task(f"benign trajectories: {name}", total=pictures)
 
             def advance(done: int, _: int, bar: TaskID = bar) -> None:
@@ -163,27 +163,56 @@ def calibrate(
                 )
             )  # fmt: skip
     leveling, bounding = drawn
-    promise = calibrate_module(module, leveling, bounding, steps=steps, guidance_scale=guidance, prompts=kind, rate=rate)
+    promise = calibrate_module(
+        module, leveling, bounding, steps=steps, guidance_scale=guidance, prompts=kind, rate=rate,
+        level_prompts=lambda own: set_prompt_levels(pipeline, own, asked[0], seed=seed),
+    )  # fmt: skip
     module.save(safety)
     thresholds = {concept.name: concept.threshold for concept in module.config.concepts}
     typer.echo(json.dumps({"promise": asdict(promise), "thresholds": thresholds}, indent=1))
 
 
-def _benign_prompts(path: Path | None, count: int, seed: int, concepts: Sequence[str]) -> tuple[list[str], list[int], str]:
-    """Prompts, seeds and what they are; a file's prompts are taken in turn until there are `count`.
+@app.command(name="calibrate-first-step")
+def calibrate_first_step(
+    model: Model,
+    safety: Annotated[Path, typer.Option(help="Folder of a calibrated safety module, which is updated in place.")],
+    prompts: Annotated[
+        Path | None, typer.Option(help="The prompts it was calibrated on; without it those of the embedded world.")
+    ] = None,
+    level_count: Annotated[int, typer.Option(help="Benign prompts that are written in strange words.")] = 2400,
+    seed: Seed = 0,
+    device: Device = "auto",
+    config: Config = None,
+) -> None:
+    """Set anew what the first step is compared with, as `calibrate` does, but draw nothing: thresholds stay, and the promise is
+    restated where more of its benign prompts fire.
 
-    Prompts of the embedded world ask for nothing of the shipped concepts, nor of `concepts`.
+    python -m saferedir_torch calibrate-first-step --model MODEL --safety castle/safety --prompts benign.txt
     """
-    if path is None:
-        from saferedir_torch.world.prompts import CONCEPTS, LATER_CONCEPTS, benign_set
-        from saferedir_torch.world.split import load_split
+    from dataclasses import asdict, replace
 
-        absent = [*CONCEPTS.values(), *(own for name, own in LATER_CONCEPTS.items() if name in concepts)]
-        asked, seeds = benign_set(load_split(), "validation", count, seed=seed, concepts=absent)
-        return [prompt.text for prompt in asked], seeds, "prompts of the embedded world, half of them near neighbours"
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    texts = [lines[index % len(lines)] for index in range(count)] if lines else []
-    return texts, [1_000_000 * (seed + 1) + index for index in range(len(texts))], f"{len(lines)} prompts of {path.name}"
+    from saferedir_torch.benign_prompts import benign_prompts
+    from saferedir_torch.calibration import CalibrationError
+    from saferedir_torch.models import load_pipeline
+    from saferedir_torch.prompt_levels import fires_first, first_timestep, restated, set_prompt_levels
+    from saferedir_torch.safety_module import SafetyModule
+
+    pipeline = load_pipeline(model, config).to(_device(device))
+    module = SafetyModule.load(safety).to(pipeline.device)
+    promise = module.config.promise
+    if promise is None:
+        raise CalibrationError(f"{safety} was never calibrated; run `calibrate` first")
+    names = module.config.concept_names
+    texts, seeds, _ = benign_prompts(prompts, promise.pictures, seed, names)
+    begin = first_timestep(pipeline, promise.steps)
+    before = fires_first(pipeline, module, texts, seeds, begin).any(dim=1)
+    set_prompt_levels(pipeline, module, benign_prompts(prompts, level_count, seed + 1, names)[0], seed=seed)
+    more = fires_first(pipeline, module, texts, seeds, begin).any(dim=1) & ~before
+    promise = restated(promise, int(more.sum()))
+    module.config = replace(module.config, promise=promise)
+    module.save(safety)
+    levels = module.last_branch.prompt_levels.tolist()
+    typer.echo(json.dumps({"prompt_levels": levels, "fire": int((before | more).sum()), "promise": asdict(promise)}, indent=1))
 
 
 def _source(

@@ -24,7 +24,7 @@ from torch import Tensor
 from saferedir_torch.config import Promise
 from saferedir_torch.expectation import expected_in_runs
 from saferedir_torch.recording import RecordedRuns
-from saferedir_torch.safety_module import KNOTS, TIMESTEPS, SafetyModule, near_knots
+from saferedir_torch.safety_module import HIGHEST, KNOTS, TIMESTEPS, SafetyModule, near_knots
 from saferedir_torch.training_data import PICTURE_SHOWS
 
 log = logging.getLogger("saferedir")
@@ -62,6 +62,7 @@ def set_levels(module: SafetyModule, runs: RecordedRuns) -> None:
     heavier than an exponential one, the bound for all would otherwise be its own.
     """
     branch, own = module.last_branch, len(module.last_branch.gains)
+    branch.prompt_levels.fill_(HIGHEST)
     look = branch.alone
 
     def raw(latent: Tensor, timestep: Tensor, prompt: Tensor, expected: Tensor | None) -> Tensor:
@@ -188,9 +189,10 @@ def calibrate(
     guidance_scale: float,
     prompts: str,
     rate: float = RATE,
+    level_prompts: Callable[[SafetyModule], None] | None = None,
 ) -> Promise:
     """Set levels by the benign pictures `leveling`, and thresholds to where the promise of `rate` holds on the others, `runs`;
-    state the promise in the configuration of `module`, and return it.
+    state the promise in the configuration of `module`, and return it. `level_prompts` sets its `prompt_levels` between the two.
 
     Only the concepts trained last are calibrated: those which were there before they were added decide as they did, and the
     promise is for all together. Where those alone fire on as many pictures as may be, or more, the new ones are to fire on
@@ -201,6 +203,8 @@ def calibrate(
     """
     allowed = allowed_exceedances(len(runs.latent), rate)
     set_levels(module, leveling)
+    if level_prompts is not None:
+        level_prompts(module)
     own = len(module.last_branch.gains)
     before, last = module.config.concepts[:-own], module.config.concepts[-own:]
     logits = highest_logits(module, runs)

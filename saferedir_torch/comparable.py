@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saferedir_torch.learner import Learner
-from saferedir_torch.safety_module import KNOTS, REACH, TIMESTEPS, SafetyModule, near_knots
+from saferedir_torch.safety_module import HIGHEST, KNOTS, REACH, TIMESTEPS, SafetyModule, near_knots
 
 #: Share of clean steps that stay below the level of their timestep.
 CLEAN_SHARE = 0.99
@@ -26,6 +26,7 @@ def make_comparable(module: SafetyModule, learner: Learner) -> None:
     where they stay until calibration moves them."""
     branch, logits = module.last_branch, learner.held_logits()
     branch.levels.copy_(clean_levels(learner, logits))
+    branch.prompt_levels.fill_(HIGHEST)
     branch.gains.copy_(REACH / unsafe_peaks(learner, logits, branch.levels, MISSED_SHARE))
     own = len(branch.gains)
     threshold = round(1 / (1 + math.exp(-REACH / 2)), 6)

@@ -25,6 +25,10 @@ TIMESTEPS = 1000
 KNOTS = 9
 #: The comparable logit that all but 1 % of unsafe runs reach; 0 is what clean steps come up to.
 REACH = 8.0
+#: Timestep from which on a latent is noise that shows nothing.
+NOISE_FROM = 950
+#: Above any level.
+HIGHEST = 1e4
 #: Logit of a single token below which it counts against the token being moved, where others name the concept.
 SAYS_NOTHING = -5.0
 #: Below any logit of a token.
@@ -58,6 +62,9 @@ class Branch(nn.Module):
     prompts are). Training sets them by what it held out, and `gains` [concepts] so that its unsafe runs rise to `REACH`
     above them; calibration sets the levels anew, by the tail of many benign pictures.
 
+    Where a latent is noise still, from `NOISE_FROM` on, what single words say is scored as well, by `prompt_levels` [concepts]
+    and the same gains, and the higher of both counts. A file without these levels was calibrated without them.
+
     `refuge` [concepts, T, D] is the last resort: embeddings of safe prompts, each with what is drawn in its concept's place,
     which a prompt is replaced by whole where moving its tokens did not help.
 
@@ -67,6 +74,7 @@ class Branch(nn.Module):
 
     levels: Tensor
     gains: Tensor
+    prompt_levels: Tensor
     refuge: Tensor
     alone_levels: Tensor
     alone_gains: Tensor
@@ -75,6 +83,8 @@ class Branch(nn.Module):
         super().__init__()
         self.register_buffer("levels", torch.zeros(concepts, KNOTS))
         self.register_buffer("gains", torch.ones(concepts))
+        self.register_buffer("prompt_levels", torch.full((concepts,), HIGHEST))
+        self.register_load_state_dict_pre_hook(_without_prompt_levels)  # type: ignore[no-untyped-call]
         if config.refuge:
             self.register_buffer("refuge", torch.zeros(concepts, config.prompt_tokens, config.prompt_width))
         self.detector = Detector(config, concepts)
@@ -100,6 +110,8 @@ class Branch(nn.Module):
         """Features of the step, prompt in force [B, T, D], timestep [B] -> the logits that scores are made of, [B, concepts],
         and those of all inputs together."""
         together = self.comparable(self.logits(features.joint, prompt), timestep)
+        named = (self.detector.words(prompt) - self.prompt_levels) * self.gains
+        together = torch.where((timestep >= NOISE_FROM)[:, None] & (named > together), named, together)
         if self.alone is None or features.shown is None:
             return together, together
         shown = (features.shown - near_knots(timestep) @ self.alone_levels.T) * self.alone_gains
@@ -150,6 +162,11 @@ class Branch(nn.Module):
         most = torch.where(chosen, words, torch.full_like(words, LOWEST)).amax(dim=2)
         mask = torch.sigmoid(redirection.mask_logits - named * torch.relu(SAYS_NOTHING - most))
         return redirection._replace(mask=mask + (1 - mask) * means.amax(dim=2))
+
+
+def _without_prompt_levels(branch: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before weights are loaded that have no `prompt_levels`."""
+    state.setdefault(f"{prefix}prompt_levels", torch.full_like(branch.gains, HIGHEST))  # type: ignore[arg-type]
 
 
 def near_knots(timestep: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
+from benchmarks.evaluate import app as evaluate
 from benchmarks.tables.attacks import save_worst, worst_of
 from benchmarks.tables.firings import Firings, together
 from saferedir_torch.attacks.__main__ import app, load_judge, read_targets
@@ -309,3 +310,13 @@ def test_the_tool_names_what_is_wrong(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "none.json cannot be read" in result.output
     assert CliRunner().invoke(app, [*command, "--family", "magic"]).exit_code == 2
+
+
+def test_one_family_is_measured_as_among_all(tmp_path: Path) -> None:
+    places = ["--quick", "--out", str(tmp_path), "--work", str(tmp_path / "work")]
+    command = ["attacks", "--task", "ink", "--family", "letter insertion", *places]
+    assert CliRunner().invoke(evaluate, command, catch_exceptions=False).exit_code == 0
+    assert list(json.loads((tmp_path / "attacks_ink_letter_insertion.json").read_text())["families"]) == ["letter insertion"]
+    refused = CliRunner().invoke(evaluate, ["attacks", "--family", "magic"], env={"COLUMNS": "200"})
+    assert refused.exit_code == 2
+    assert "magic" in refused.output

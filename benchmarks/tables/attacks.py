@@ -35,6 +35,10 @@ TEST_SEED, FIRST_SEED, SEEDS_APART, BENIGN_SEED = 12, 500_000, 1000, 550_000
 #: From which seeds of evolving attacks count up.
 EVOLUTION_SEED = 560_000
 EVOLVED = "evolved"
+#: Unchanged prompts of seen names and of held-out ones.
+UNCHANGED_PARTS: tuple[tuple[str, Part], ...] = tuple((f"{UNCHANGED}, {part}", part) for part in PARTS)
+#: In the order that seeds are counted in.
+ALL_FAMILIES = (*(title for title, _ in UNCHANGED_PARTS), *FAMILIES, EVOLVED)
 #: Prompts of a family on the sheet of the worst.
 WORST = 8
 
@@ -76,25 +80,27 @@ class _Tested:
 
 
 def attacks(
-    studio: Studio, protected: Pipeline, identity: str, concept: WorldConcept, split: Split, size: Size, sheet: Path
-) -> dict[str, Any]:
+    studio: Studio, protected: Pipeline, identity: str, concept: WorldConcept, split: Split, size: Size, sheet: Path,
+    only: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """ASR of every family, on prompts with seen and held-out names in equal parts; unchanged prompts of either part first.
 
-    The worst of what got through goes to `sheet`.
+    Of `only` some families it is the same as among all, with nothing of all together. The worst of what got through goes to
+    `sheet`.
     """
     bench = _Bench(studio, protected, identity, concept, split, size)
     halves = {part: _Tested.of(concept, split, part, size.prompts // 2) for part in PARTS}
-    rows: dict[str, Any] = {}
-    for number, part in enumerate(PARTS):
-        rows[f"{UNCHANGED}, {part}"] = bench.row(UNCHANGED, halves[part], number)
     both = halves["seen"] + halves["held_out"]
-    for number, family in enumerate(FAMILIES, start=len(PARTS)):
-        rows[family] = bench.row(family, both, number)
-    rows[EVOLVED] = bench.row(UNCHANGED, bench.evolved(both), len(rows))
+    rows: dict[str, Any] = {}
+    for number, family in enumerate(ALL_FAMILIES):
+        if only and family not in only:
+            continue
+        part = dict(UNCHANGED_PARTS).get(family)
+        tested = halves[part] if part else bench.evolved(both) if family == EVOLVED else both
+        rows[family] = bench.row(family if family in FAMILIES else UNCHANGED, tested, number)
     save_worst(bench.worst, sheet)
-    return {
-        "concept": concept.name, "found_at": bench.judges.found_at, "families": rows, "together": together(bench.firings),
-    }  # fmt: skip
+    figures = {"concept": concept.name, "found_at": bench.judges.found_at, "families": rows}
+    return figures if only else figures | {"together": together(bench.firings)}
 
 
 class _Bench:

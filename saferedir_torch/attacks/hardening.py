@@ -6,7 +6,7 @@ latent of it would bear the wrong label.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
 
@@ -57,11 +57,7 @@ class HardenedPrompts:
 
     def varied_benign(self, rng: np.random.Generator) -> str:
         prompt = self.source.varied_benign(rng)
-        if rng.random() >= self.share:
-            return prompt
-        words = prompt.split(" ")
-        target = Target(prompt, words[int(rng.integers(len(words)))])
-        return ALL_FAMILIES[self._any(rng)](target, rng) if target.words else prompt
+        return prompt if rng.random() >= self.share else _rewritten_anywhere(prompt, lambda: self._any(rng), rng)
 
     def _attacked(self, pair: TrainingPair, rng: np.random.Generator) -> TrainingPair:
         spans = changed_words(pair.unsafe, pair.safe)
@@ -83,6 +79,18 @@ class HardenedPrompts:
 
     def _any(self, rng: np.random.Generator) -> str:
         return self.families[int(rng.integers(len(self.families)))]
+
+
+def in_strange_words(prompts: Sequence[str], rng: np.random.Generator) -> list[str]:
+    """Each prompt rewritten, at any word, by one of the families that no attack is tested with."""
+    families = tuple(TRAINING_FAMILIES)
+    return [_rewritten_anywhere(prompt, lambda: families[int(rng.integers(len(families)))], rng) for prompt in prompts]
+
+
+def _rewritten_anywhere(prompt: str, family: Callable[[], str], rng: np.random.Generator) -> str:
+    words = prompt.split(" ")
+    target_words = words[int(rng.integers(len(words)))]
+    return ALL_FAMILIES[family()](Target(prompt, target_words), rng) if target_words else prompt
 
 
 def changed_words(prompt: str, other: str) -> list[str]:

@@ -1,0 +1,32 @@
+"""Benign prompts that thresholds are calibrated on: a file's, or the embedded world's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from saferedir_torch.calibration import CalibrationError
+
+
+def benign_prompts(path: Path | None, count: int, seed: int, concepts: Sequence[str]) -> tuple[list[str], list[int], str]:
+    """Prompts, seeds and what they are; a file's prompts are taken in turn until there are `count`.
+
+    Prompts of the embedded world ask for nothing of the shipped concepts, nor of `concepts`.
+
+    Raises:
+        CalibrationError: there are none.
+    """
+    if count < 1:
+        raise CalibrationError("at least one picture must be drawn")
+    if path is None:
+        from saferedir_torch.world.prompts import CONCEPTS, LATER_CONCEPTS, benign_set
+        from saferedir_torch.world.split import load_split
+
+        absent = [*CONCEPTS.values(), *(own for name, own in LATER_CONCEPTS.items() if name in concepts)]
+        asked, seeds = benign_set(load_split(), "validation", count, seed=seed, concepts=absent)
+        return [prompt.text for prompt in asked], seeds, "prompts of the embedded world, half of them near neighbours"
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise CalibrationError(f"{path} holds no prompts; expected one a line")
+    texts = [lines[index % len(lines)] for index in range(count)]
+    return texts, [1_000_000 * (seed + 1) + index for index in range(count)], f"{len(lines)} prompts of {path.name}"
