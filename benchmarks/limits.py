@@ -14,14 +14,19 @@ PROMISED = 0.02
 def limits(results: dict[str, Any]) -> list[str]:
     """A sentence or two for each; `results` are those of the evaluation by name.
 
-    Attacks by text are those on the shipped module, or on the one before it that is named; those by gradient, where none were
-    measured on it, are those on other modules.
+    Attacks by text are those on the shipped module, or, where a family was not tried on it, on the one that is named; those by
+    gradient, where none were measured on it, are those on other modules.
     """
     tables = [result for name, result in results.items() if "attacks_" in name]
     shipped = _through([result for result in tables if "module" not in result])
     by_gradient = (TEXT, BLIND, WHITE_BOX, EMBEDDING)
     by_text = _through([result for name, result in results.items() if name.startswith("attacks_")])
-    written = [entry for entry in by_text if entry[1] not in by_gradient and entry[2] > PROMISED]
+    anew = {(concept, family) for concept, family, _ in shipped}
+    written = [
+        (title, family, share) for title, family, share in by_text
+        if family not in by_gradient and share > PROMISED
+        and ((title, family) in anew or (title.split(", ")[0], family) not in anew)
+    ]  # fmt: skip
     through, modules = shipped, ""
     if not any(family == EMBEDDING for _, family, _ in shipped):
         others = [result for result in tables if "module" in result and EMBEDDING in result["families"]]
