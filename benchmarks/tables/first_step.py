@@ -1,7 +1,7 @@
 """In which pictures of the other tables the first step fires otherwise with levels of its own than it did without.
 
-Levels of its own change nothing but what the first step fires for: where that is the same, all that follows is the same to
-the last bit. So a table that was measured before holds but for the pictures that are named here.
+Levels of its own change nothing but what the first step fires for: where that is the same, all that follows is the same but for
+rounding. So a table that was measured before holds but for the pictures that are named here.
 """
 
 from __future__ import annotations
