@@ -1,0 +1,3 @@
+from benchmarks.evaluate import app
+
+app()
