@@ -205,8 +205,10 @@ class Detector(nn.Module):
         self.heads = nn.Linear(config.classifier_width, concepts)
         self.words = WordEvidence(config, concepts)
 
-    def forward(self, joint: Tensor, prompt: Tensor) -> Tensor:
-        """j [B, J], prompt in force [B, T, D] -> logits [B, concepts]."""
+    def forward(self, joint: Tensor, prompt: Tensor, words: Tensor | None = None) -> Tensor:
+        """j [B, J], prompt in force [B, T, D] -> logits [B, concepts]. `words` [B, concepts] is what its single words say,
+        computed here where it is not given."""
+        words = self.words(prompt) if words is None else words
         features = torch.cat([joint, prompt.mean(dim=1), self.context(joint, prompt)], dim=1)
         logits: Tensor = self.heads(F.silu(self.trunk(features)))
-        return logits + F.softplus(self.words(prompt) - logits)  # log(exp(a) + exp(b)), an "or" of both
+        return logits + F.softplus(words - logits)  # log(exp(a) + exp(b)), an "or" of both

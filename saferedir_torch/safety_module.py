@@ -109,8 +109,9 @@ class Branch(nn.Module):
     def evidence(self, features: StepFeatures, prompt: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Features of the step, prompt in force [B, T, D], timestep [B] -> the logits that scores are made of, [B, concepts],
         and those of all inputs together."""
-        together = self.comparable(self.logits(features.joint, prompt), timestep)
-        named = (self.detector.words(prompt) - self.prompt_levels) * self.gains
+        words = self.detector.words(prompt)
+        together = self.comparable(self.detector(features.joint, prompt, words), timestep)
+        named = (words - self.prompt_levels) * self.gains
         together = torch.where((timestep >= NOISE_FROM)[:, None] & (named > together), named, together)
         if self.alone is None or features.shown is None:
             return together, together
