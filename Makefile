@@ -33,12 +33,9 @@ bundle: $(DEV)/.installed
 speed parity latent_use: $(DEV)/.installed
 	$(DEV)/bin/python -m benchmarks.$@
 
-# Every table of the method that is measured from shipped weights, and the report. Hours; goes on where it was.
-EVALUATE := $(DEV)/bin/python -m benchmarks.evaluate
+# Every table that is measured from shipped weights, and the report. Hours; goes on where it was.
 evaluate: $(DEV)/.installed
-	for task in church ink weapons; do $(EVALUATE) forgetting --task $$task && $(EVALUATE) forgetting --task $$task --alone || exit 1; done
-	for task in church ink weapons; do $(EVALUATE) attacks --task $$task && $(EVALUATE) gradient-attacks --task $$task || exit 1; done
-	for table in benign unfamiliar interference strength cooldown added words report; do $(EVALUATE) $$table || exit 1; done
+	$(DEV)/bin/python -m benchmarks.evaluate everything
 
 # The runtime alone: no torch.
 $(DEMO)/.installed: pyproject.toml constraints.txt

@@ -1,4 +1,5 @@
-"""The evaluation as one page: every table of which there are results, with plots and contact sheets."""
+"""The evaluation as one page and one JSON: every table of which there are results, on the page with plots and contact
+sheets."""
 
 from __future__ import annotations
 
@@ -17,14 +18,19 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from benchmarks.limits import limits
+from benchmarks.report import save
 
+REPORT = "report"
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 Json = dict[str, Any]
 
 
 def write_report(results: Path) -> Path:
-    """Read the JSON files of `results` and write `report.html` beside them."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    """Read the JSON files of `results`, and write `report.json` and `report.html` beside them; the page is returned.
+
+    The JSON holds every table under the name of its file, with the command, versions and date that it was measured with.
+    """
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json")) if path.stem != REPORT}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE.parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -39,7 +45,8 @@ def write_report(results: Path) -> Path:
         limits=limits(found),
         sheets={path.stem: _inline_png(path.read_bytes()) for path in sorted(results.glob("*.png"))},
     )
-    out = results / "report.html"
+    save(REPORT, {"tables": found}, results)
+    out = results / f"{REPORT}.html"
     partial = out.with_suffix(".partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(out)

@@ -31,9 +31,14 @@ def environment() -> dict[str, Any]:
         "machine": f"{model}, {len(os.sched_getaffinity(0))} cores{_gpu()}",
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES} | installed_distributions(),
-        "command": "python -m " + " ".join(["benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "command": " ".join(["python -m", _module(Path(sys.argv[0])), *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def _module(script: Path) -> str:
+    """What `python -m` was given: a module of the benchmarks, or a package of them."""
+    return f"benchmarks.{script.parent.name if script.stem == '__main__' else script.stem}"
 
 
 def _gpu() -> str:

@@ -9,38 +9,35 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.evaluate import app
+from benchmarks.report import environment
 
-TABLES = [
-    ["forgetting", "--task", "church"],
-    ["forgetting", "--task", "ink"],
-    ["benign"],
-    ["unfamiliar"],
-    ["interference"],
-    ["strength"],
-    ["choose-strength"],
-    ["cooldown"],
-    ["added"],
-    ["attacks"],
-    ["gradient-attacks"],
-]
+TABLES = (
+    "forgetting_church", "forgetting_alone_church", "attacks_church", "gradient_attacks_church", "benign", "unfamiliar",
+    "interference", "strength", "strength_choice", "cooldown", "added", "first_step", "words",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("pictures")
+    """Of results, and of pictures, after one command has measured all that one task needs."""
+    out, work = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("pictures")
+    options = ["--quick", "--task", "church", "--out", str(out), "--work", str(work)]
+    assert CliRunner().invoke(app, ["everything", *options], catch_exceptions=False).exit_code == 0
+    return out, work
 
 
-@pytest.mark.parametrize("table", TABLES, ids=" ".join)
-def test_a_table_is_measured_and_stored(folders: tuple[Path, Path], table: list[str]) -> None:
-    out, work = folders
-    options = ["--quick", "--out", str(out), "--work", str(work)]
-    before = set(out.glob("*.json"))
-    result = CliRunner().invoke(app, [*table, *options], catch_exceptions=False)
-    assert result.exit_code == 0
-    (written,) = set(out.glob("*.json")) - before
-    stored = json.loads(written.read_text())
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_is_measured_and_stored(folders: tuple[Path, Path], table: str) -> None:
+    stored = json.loads((folders[0] / f"{table}.json").read_text())
     assert stored["environment"]["packages"]
     assert len(stored) > 1
+
+
+def test_a_style_is_measured_as_objects_are(folders: tuple[Path, Path]) -> None:
+    out, work = folders
+    options = ["--quick", "--task", "ink", "--out", str(out), "--work", str(work)]
+    assert CliRunner().invoke(app, ["forgetting", *options], catch_exceptions=False).exit_code == 0
+    assert (out / "forgetting_ink.json").exists()
 
 
 def test_an_interrupted_table_draws_nothing_twice(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,8 +54,10 @@ def test_an_interrupted_table_draws_nothing_twice(folders: tuple[Path, Path], mo
 
 def test_the_report_shows_every_table(folders: tuple[Path, Path]) -> None:
     out, _ = folders
-    assert CliRunner().invoke(app, ["words", "--out", str(out)], catch_exceptions=False).exit_code == 0
     assert CliRunner().invoke(app, ["report", "--out", str(out)], catch_exceptions=False).exit_code == 0
+    tables = json.loads((out / "report.json").read_text())["tables"]
+    assert set(tables) == {*TABLES, "forgetting_ink"}
+    assert tables["benign"] == json.loads((out / "benign.json").read_text())
     page = (out / "report.html").read_text()
     for heading in (
         "Is the concept gone?", "Benign prompts", "Several concepts", "How far to move", "Cooldown", "Out of distribution",
@@ -66,3 +65,9 @@ def test_the_report_shows_every_table(folders: tuple[Path, Path]) -> None:
     ):  # fmt: skip
         assert heading in page
     assert page.count("data:image/png") >= 8
+
+
+@pytest.mark.parametrize("script", ["benchmarks/evaluate/__main__.py", "benchmarks/evaluate.py"])
+def test_a_command_is_stated_as_it_is_given_again(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    monkeypatch.setattr("sys.argv", [script, "benign", "--quick"])
+    assert environment()["command"] == "python -m benchmarks.evaluate benign --quick"

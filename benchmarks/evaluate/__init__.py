@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks.evaluate import method, robustness, training
+from benchmarks.evaluate import everything, method, robustness, training
 
 app = typer.Typer(help="Measure the shipped safety: one command a table, results as JSON.", no_args_is_help=True)
-for part in (method, robustness, training):
+for part in (everything, method, robustness, training):
     app.add_typer(part.app)

@@ -156,7 +156,7 @@ def added(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features:
 
 @app.command()
 def report(out: Out = RESULTS) -> None:
-    """All results in the folder as one page, `report.html`, with plots and contact sheets."""
+    """All results in the folder as one page, `report.html`, with plots and contact sheets, and as one `report.json`."""
     from benchmarks.html_report import write_report
 
     typer.echo(write_report(out))
