@@ -67,6 +67,14 @@ def test_the_report_shows_every_table(folders: tuple[Path, Path]) -> None:
     assert page.count("data:image/png") >= 8
 
 
+@pytest.mark.parametrize("command", ["everything", "attacks"])
+def test_an_unknown_task_is_named(command: str) -> None:
+    said = CliRunner(env={"COLUMNS": "200"}).invoke(app, [command, "--task", "temple"])
+    assert said.exit_code == 2
+    for word in ("temple", "church", "weapons"):
+        assert word in said.output
+
+
 @pytest.mark.parametrize("script", ["benchmarks/evaluate/__main__.py", "benchmarks/evaluate.py"])
 def test_a_command_is_stated_as_it_is_given_again(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     monkeypatch.setattr("sys.argv", [script, "benign", "--quick"])

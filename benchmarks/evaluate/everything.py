@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.evaluate import method, robustness, training
-from benchmarks.evaluate.options import WORK, FeatureChoice, Out, Quick, Work
+from benchmarks.evaluate.options import WORK, FeatureChoice, Out, Quick, Tasks, Work
 from benchmarks.report import RESULTS
 from saferedir_torch.world.prompts import CONCEPTS
 
@@ -17,7 +17,7 @@ app = typer.Typer()
 
 @app.command()
 def everything(
-    task: Annotated[list[str] | None, typer.Option(help=f"Only this of {', '.join(CONCEPTS)}, again for more.")] = None,
+    tasks: Tasks = None,
     runs: Annotated[
         Path | None, typer.Option(help="Folder of a training, for what learns from its recorded runs; left out without it.")
     ] = None,
@@ -32,13 +32,13 @@ def everything(
 
     Example: `python -m benchmarks.evaluate everything --quick --out runs/quick --work runs/quick`
     """
-    for one in task or CONCEPTS:
-        method.forgetting(task=one, quick=quick, out=out, work=work, features=features)
-        method.forgetting(task=one, alone=True, quick=quick, out=out, work=work, features=features)
-        robustness.attacks(task=one, quick=quick, out=out, work=work)
-        robustness.gradient_attacks(task=one, quick=quick, out=out, work=work)
+    for task in tasks or CONCEPTS:
+        method.forgetting(task=task, quick=quick, out=out, work=work, features=features)
+        method.forgetting(task=task, alone=True, quick=quick, out=out, work=work, features=features)
+        robustness.attacks(task=task, quick=quick, out=out, work=work)
+        robustness.gradient_attacks(task=task, quick=quick, out=out, work=work)
         if runs is not None:
-            robustness.peers(runs, task=one, quick=quick, out=out, work=work, features=features)
+            robustness.peers(runs, task=task, quick=quick, out=out, work=work, features=features)
     for table in (method.benign, method.interference, method.strength, method.choose_strength, method.cooldown, method.added):
         table(quick=quick, out=out, work=work, features=features)
     method.unfamiliar(quick=quick, out=out, work=work)

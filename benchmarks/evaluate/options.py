@@ -14,7 +14,23 @@ from saferedir_torch.models import SHIPPED_SAFETY
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.world.prompts import CONCEPTS
 
-Task = Annotated[str, typer.Option(help=f"One of {', '.join(CONCEPTS)}.")]
+
+def known_tasks(given: Any) -> Any:
+    """One task or several, as they were given.
+
+    Raises:
+        typer.BadParameter: one of them is no concept of this world.
+    """
+    for task in [given] if isinstance(given, str) else given or []:
+        if task not in CONCEPTS:
+            raise typer.BadParameter(f"{task!r} is none of {', '.join(CONCEPTS)}")
+    return given
+
+
+Task = Annotated[str, typer.Option(help=f"One of {', '.join(CONCEPTS)}.", callback=known_tasks)]
+Tasks = Annotated[
+    list[str] | None, typer.Option("--task", help=f"Only this of {', '.join(CONCEPTS)}, again for more.", callback=known_tasks)
+]
 Quick = Annotated[bool, typer.Option("--quick", help="A few pictures of everything: does it run, not how good it is.")]
 Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 Work = Annotated[Path, typer.Option(help="Folder where drawn pictures are kept, for resuming.")]
