@@ -27,16 +27,19 @@ def entries_of_others(path: Path, module: SafetyModule, models: Container[str]) 
     return [{"environment": made_in, **entry} for entry in entries if entry["model"] not in models]
 
 
-def tried_settings(path: Path, task: str) -> dict[str, dict[str, Any]]:
-    """By method, the settings that an earlier peers' table of `task` tried on validation prompts, and what they came to.
+def rows_of_methods(path: Path, task: str, model: str) -> dict[str, dict[str, Any]]:
+    """By method, the rows of an earlier peers' table of `task` and of the model with that hash, each with the environment that
+    its pictures were drawn in.
 
     Raises:
-        EarlierResultError: there is no such result, or it is of another task.
+        EarlierResultError: there is no such result, or it is of another task or model.
     """
-    of, rows = _read(path, "concept", "rows")
+    of, drawn_by, made_in, rows = _read(path, "concept", "model", "environment", "rows")
     if of != task:
         raise EarlierResultError(f"{path} is of {of}, not of {task}")
-    return {row["method"]: row["tried"] for row in rows}
+    if drawn_by != model:
+        raise EarlierResultError(f"{path} is of another model ({drawn_by[:12]}), this is {model[:12]}: measure all anew")
+    return {row["method"]: {"environment": made_in, **row} for row in rows}
 
 
 def _read(path: Path, *keys: str) -> list[Any]:

@@ -171,6 +171,14 @@ def _memory(row: dict[str, Any]) -> str:
     return f"{measured['weights'] / 1e6:.0f}{drawing}"
 
 
+def _by_place(places: dict[str, str]) -> str:
+    """`MACHINE (what, what); MACHINE (what)`."""
+    titles: dict[str, list[str]] = {}
+    for title, place in places.items():
+        titles.setdefault(place, []).append(title)
+    return "; ".join(f"{place} ({', '.join(own)})" for place, own in titles.items())
+
+
 def peers() -> str:
     rows = []
     for path in sorted(RESULTS.glob("peers_*.json")):
@@ -186,14 +194,20 @@ def peers() -> str:
                 f"| {row['minutes_to_make']:.1f} | {_memory(row)} | {'yes' if row['reversible'] else 'no'} |"
             )
     table = "\n".join(rows)
-    _, perceptual, frechet = read_result("peers_church")["measures"]
-    machine = read_result("peers_church")["environment"]["machine"]
+    results = [read_result(path.stem) for path in sorted(RESULTS.glob("peers_*.json"))]
+    _, perceptual, frechet = results[0]["measures"]
+    timed = _by_place({result["concept"]: result["environment"]["machine"] for result in results})
+    elsewhere = {
+        f"{result['concept']}, {row['method']}": row["environment"]["machine"]
+        for result in results for row in result["rows"] if "environment" in row
+    }  # fmt: skip
+    drawn = f" Drawn elsewhere, from the same noise: {_by_place(elsewhere)}." if elsewhere else ""
     return f"""**And other methods, on the same model, prompts and seeds?** Each at the best of the settings that were tried on validation
 prompts, all in eager PyTorch. Distances are to what the unprotected model draws of the safe prompt. Retention: benign pictures
 that still show all that was asked for. Attacks: of the families above, 20 prompts and 5 seeds of each, those that get through of
-those that work without safety; by family in the report. SafeRedir was trained beforehand; the
-published network and controller stand in the ablation. Seconds for one picture on {machine}; MB of weights, and of what is
-allocated beside them while it is drawn. (`python -m benchmarks.evaluate peers --runs FOLDER`)
+those that work without safety; by family in the report. SafeRedir was trained beforehand; the published network learns from runs
+of this concept alone. Seconds for one picture on {timed}; MB of weights, and of what is
+allocated beside them while it is drawn on a GPU.{drawn} (`python -m benchmarks.evaluate peers --runs FOLDER`)
 
 | concept | method | FSR | companion | {perceptual} | {frechet} | retention | benign unchanged | attacks that succeed | s a picture | minutes to make | MB | reversible |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.earlier_results import EarlierResultError, entries_of_others, tried_settings
+from benchmarks.earlier_results import EarlierResultError, entries_of_others, rows_of_methods
 from benchmarks.evaluate import app
 from benchmarks.report import RESULTS
-from benchmarks.tables.peers import QUICK, Material, methods
-from saferedir_torch.models import SHIPPED_SAFETY
+from benchmarks.tables.peers import Bench, Material, Method, Size, methods
+from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.published import PublishedNetwork
-from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.world.clip_world import ClipWorld
 from saferedir_torch.world.prompts import CONCEPTS
 from saferedir_torch.world.split import load_split
@@ -37,17 +38,34 @@ def test_entries_of_other_models_are_taken_over_with_where_they_were_measured(tm
     assert entries_of_others(path, module, ["a", "c"]) == [{"environment": {"machine": "m"}, "model": "b", "fsr": 2}]
 
 
-def test_settings_are_those_that_are_tried_now() -> None:
-    concept = CONCEPTS["weapons"]
-    tried = tried_settings(RESULTS / "peers_weapons.json", "weapons")
-    now = methods(None, None, PublishedNetwork(), concept, material(), QUICK)  # type: ignore[arg-type]
-    assert set(tried["UCE"]) == {setting for method in now if method.name == "UCE" for setting in method.settings}
+def test_rows_of_an_earlier_table_are_of_settings_that_are_made_now() -> None:
+    split, concept = load_split(), CONCEPTS["weapons"]
+    names = [name for key in concept.named_by for name in split.names[key]]
+    material = Material(names, [], [], ClipWorld.load(Path("benchmarks/networks/clip_world")))
+    now = methods(None, None, PublishedNetwork(), concept, material, Size())  # type: ignore[arg-type]
+    settings = {method.name: set(method.settings) for method in now}
+    earlier = rows_of_methods(RESULTS / "peers_weapons.json", "weapons", parameters_sha256(load_pipeline().unet))
+    assert {"UCE", "ESD", "SAFREE"} <= set(earlier)
+    for method, row in earlier.items():
+        assert row["setting"] in settings[method]
+        assert row["environment"]["machine"]
 
 
-def material() -> Material:
-    split = load_split()
-    names = [name for key in CONCEPTS["weapons"].named_by for name in split.names[key]]
-    return Material(names, [], [], ClipWorld.load(Path("benchmarks/networks/clip_world")))
+def test_a_kept_row_is_only_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench.__new__(Bench)
+    monkeypatch.setattr(Bench, "_cost", lambda self, peer: {"seconds_a_picture": peer})
+    monkeypatch.setattr(Bench, "_tried", lambda self, peer, setting: {"harmonic_mean": 1.0})
+    monkeypatch.setattr(Bench, "_tested", lambda self, peer, setting: {"fsr": "anew"})
+    method: Any = Method("UCE", {"a": lambda: 1.0, "b": lambda: 2.0}, False, "one solution")  # type: ignore[dict-item,return-value]
+    kept = bench.row(method, {"method": "UCE", "setting": "b", "fsr": "earlier", "seconds_a_picture": 9.0})
+    assert kept == {"method": "UCE", "setting": "b", "fsr": "earlier", "minutes_to_make": 0.0, "seconds_a_picture": 2.0}
+    assert bench.row(method, {"setting": "no longer tried"})["fsr"] == "anew"
+
+
+def test_rows_of_another_model_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, concept="ink", model="another", environment={}, rows=[])
+    with pytest.raises(EarlierResultError, match="another model"):
+        rows_of_methods(path, "ink", "this")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +81,7 @@ def test_another_modules_result_is_refused(tmp_path: Path, module: SafetyModule,
 def test_no_result_of_the_task_is_an_error_of_the_option(tmp_path: Path, text: str) -> None:
     path = tmp_path / "peers.json"
     path.write_text(text)
-    command = ["peers", "--task", "ink", "--runs", str(tmp_path), "--settings-from", str(path)]
+    command = ["peers", "--task", "ink", "--runs", str(tmp_path), "--add-to", str(path)]
     result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert "peers.json" in result.output

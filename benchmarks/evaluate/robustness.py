@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from benchmarks.drawing import DEPLOYED, Studio
-from benchmarks.earlier_results import EarlierResultError, entries_of_others, tried_settings
+from benchmarks.earlier_results import EarlierResultError, entries_of_others, rows_of_methods
 from benchmarks.evaluate.options import WORK, FeatureChoice, Out, Quick, Task, Work, load_chosen, store
 from benchmarks.report import NETWORKS, RESULTS
 from saferedir.runtime import Pipeline
 from saferedir_torch.models import SHIPPED_SAFETY, device_called, load_pipeline
-from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.world.prompts import CONCEPTS
 from saferedir_torch.world.split import load_split
 
@@ -82,8 +82,11 @@ def gradient_attacks(
 def peers(
     runs: Annotated[Path, typer.Option(help="Folder of the training whose recorded runs the published network learns from.")],
     task: Task = "church",
-    settings_from: Annotated[
-        Path | None, typer.Option(help="Earlier result of this task, whose best settings are taken and not all tried again.")
+    add_to: Annotated[
+        Path | None,
+        typer.Option(
+            help="Earlier result of this task and model, whose rows of methods that learn nothing are kept, but timed."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.")] = "auto",
     quick: Quick = False,
@@ -96,15 +99,15 @@ def peers(
     from benchmarks.tables.peers import QUICK, Size
     from benchmarks.tables.peers import peers as measure
 
-    try:
-        tried = tried_settings(settings_from, task) if settings_from is not None else {}
-    except EarlierResultError as error:
-        raise typer.BadParameter(str(error), param_hint="--settings-from") from None
     model, module, split = load_pipeline().to(device_called(device)), SafetyModule.load(SHIPPED_SAFETY), load_split()
+    try:
+        earlier = rows_of_methods(add_to, task, parameters_sha256(model.unet)) if add_to is not None else {}
+    except EarlierResultError as error:
+        raise typer.BadParameter(str(error), param_hint="--add-to") from None
     size, steps = (QUICK, 2) if quick else (Size(), STEPS)
     published = train_published(Lessons.untaught(model, task, split, runs, work / f"published_{task}", steps))
     figures = measure(
-        Studio(work), model, module, published, CONCEPTS[task], split, load_chosen(features), NETWORKS, size, tried
+        Studio(work), model, module, published, CONCEPTS[task], split, load_chosen(features), NETWORKS, size, earlier
     )
     store(f"peers_{task}", figures, out)
 

@@ -189,37 +189,39 @@ def _clip_finds(material: Material, concept: WorldConcept, level: float) -> Call
 
 def peers(
     studio: Studio, model: Any, module: SafetyModule, published: PublishedNetwork, concept: WorldConcept, split: Split,
-    features: Features, networks: Any, size: Size, tried: Mapping[str, dict[str, Any]] | None = None,
+    features: Features, networks: Any, size: Size, earlier: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """A row a method: FSR, companion, distances to the rewrite, retention, ASR of each family, seconds and minutes.
 
-    `tried` are settings by method of an earlier table of this model, with what they came to on validation prompts: of these
-    the best is taken, and none is tried again.
+    `earlier` are rows by method of an earlier table of this model. Those of methods that the model alone decides are kept,
+    timed anew beside the others; their pictures are not drawn again.
     """
-    made_of = "-".join((parameters_sha256(model.unet), module.sha256(), parameters_sha256(published)))
-    bench = _Bench(studio, model, made_of, concept, split, features, networks, size)
+    networks_of = {SafeRedir.name: module.sha256(), PublishedSafeRedir.name: parameters_sha256(published)}
+    bench = Bench(studio, model, networks_of, concept, split, features, networks, size)
     material = Material.of(concept, split, networks)
+    kept = {name: row for name, row in (earlier or {}).items() if name not in (Peer.name, *networks_of)}
     return {
         "concept": concept.name,
+        "model": parameters_sha256(model.unet),
+        "safety": module.sha256(),
         "measures": features.names,
         "rows": [
-            bench.row(method, (tried or {}).get(method.name))
-            for method in methods(model, module, published, concept, material, size)
+            bench.row(method, kept.get(method.name)) for method in methods(model, module, published, concept, material, size)
         ],
     }
 
 
-class _Bench:
+class Bench:
     """The pictures and judges that every method meets."""
 
     def __init__(
-        self, studio: Studio, model: Any, identity: str, concept: WorldConcept, split: Split, features: Features,
-        networks: Any, size: Size,
+        self, studio: Studio, model: Any, networks_of: Mapping[str, str], concept: WorldConcept, split: Split,
+        features: Features, networks: Any, size: Size,
     ) -> None:  # fmt: skip
         self.studio, self.model, self.concept, self.split, self.features, self.size = (
             studio, model, concept, split, features, size,
         )  # fmt: skip
-        self.plain, self.identity = Peer(model), identity
+        self.plain, self.made_of, self.networks_of = Peer(model), parameters_sha256(model.unet), networks_of
         self.judges = self._calibrated(networks)
         self.second = Judge.load(networks / "second_judge")
         self.tested = unsafe_set(concept, split, "seen", size.prompts, size.seeds, seed=TEST_SEED)
@@ -233,11 +235,13 @@ class _Bench:
         return Judges.from_rewrites(self.draw(self.plain, "", prompts, seeds), self.concept)
 
     def draw(self, peer: Peer, setting: str, prompts: Sequence[str], seeds: Sequence[int]) -> Drawn:
-        key = hashlib.sha256(json.dumps([self.identity, self.concept.name, peer.name, setting]).encode()).hexdigest()
+        stated = [self.made_of, self.networks_of.get(peer.name), self.concept.name, peer.name, setting]
+        key = hashlib.sha256(json.dumps(stated).encode()).hexdigest()
         return self.studio.draw(peer, key, prompts, seeds, f"{self.concept.name}: {peer.name} {setting[:40]}")
 
-    def row(self, method: Method, tried: dict[str, Any] | None) -> dict[str, Any]:
-        """Choose the setting, by what was `tried` before where that is of these settings, then measure it on test prompts."""
+    def row(self, method: Method, earlier: dict[str, Any] | None) -> dict[str, Any]:
+        """Choose the setting on validation prompts, then measure it on test prompts; or take both from `earlier`, where that is
+        of a setting that is still tried, and only time it."""
         made: dict[str, Peer] = {}
         minutes: dict[str, float] = {}
 
@@ -247,17 +251,23 @@ class _Bench:
             minutes[setting] = round((time.perf_counter() - started) / 60, 2)
             return made[setting]
 
-        if tried is None or set(tried) != set(method.settings):
-            tried = {
-                setting: self._tried(make(setting), setting) | {"minutes_to_make": minutes[setting]}
-                for setting in method.settings
-            }
+        if earlier is not None and earlier["setting"] in method.settings:
+            best = earlier["setting"]
+            peer = make(best)
+            return {**earlier, "minutes_to_make": minutes[best], **self._cost(peer)}
+        tried = {
+            setting: self._tried(make(setting), setting) | {"minutes_to_make": minutes[setting]}
+            for setting in method.settings
+        }  # fmt: skip
         best = max(tried, key=lambda setting: tried[setting]["harmonic_mean"])
-        peer = made.get(best) or make(best)
         return {
             "method": method.name, "setting": best, "tried": tried, "reversible": method.reversible,
-            "several_concepts": method.several_concepts, "minutes_to_make": minutes[best], **self._tested(peer, best),
+            "several_concepts": method.several_concepts, "minutes_to_make": minutes[best],
+            **self._tested(made[best], best), **self._cost(made[best]),
         }  # fmt: skip
+
+    def _cost(self, peer: Peer) -> dict[str, Any]:
+        return {"seconds_a_picture": _seconds(peer, self.tested), "memory": _memory(peer, self.tested)}
 
     def _tried(self, peer: Peer, setting: str) -> dict[str, Any]:
         """FSR and retention on validation prompts by the second judge, which no figure of the table is of."""
@@ -305,8 +315,6 @@ class _Bench:
             "attacks": {
                 family: self._attacked(peer, setting, family, number) for number, family in enumerate((UNCHANGED, *FAMILIES))
             },
-            "seconds_a_picture": _seconds(peer, tested),
-            "memory": _memory(peer, tested),
         }  # fmt: skip
 
     def _attacked(self, peer: Peer, setting: str, family: str, number: int) -> dict[str, Any]:
