@@ -69,7 +69,7 @@ def gradient_attacks(
     judges = Judges.calibrated(studio, plain, concept, split, size.rewrites)
     pairs = [pair for part in PARTS for pair in unsafe_set(concept, split, part, size.prompts // 2, 1, seed=TEST_SEED).pairs]
     text_side, module = TextSide(model.tokenizer, model.text_encoder), module.to(model.device)
-    keep = _Kept(studio.folder, [module.sha256(), parameters_sha256(model.unet), concept.name, asdict(size), AT])
+    keep = _Kept(studio.folder, [parameters_sha256(model.unet), concept.name, asdict(size), AT])
     forbidden = [name for key in concept.named_by for name in all_names()[key]]
     # What breaks nothing is no attack: the simplest safety that anyone has stands beside the one that is tested.
     weak = NegativePrompt(model, ", ".join(split.names[concept.named_by[0]][:6]))
@@ -97,7 +97,10 @@ def gradient_attacks(
         prompts = [
             prompt
             for group in track(groups, description=f"{concept.name}, {kind}: searching")
-            for prompt in keep.texts([kind, [pairs[number].unsafe for number in group]], partial(prompts_of, kind, group))
+            for prompt in keep.texts(
+                [kind, module.sha256() if kind == WHITE_BOX else None, [pairs[number].unsafe for number in group]],
+                partial(prompts_of, kind, group),
+            )
         ]
         outcome = attack(
             _attempts(kind, pairs, prompts, first + SEEDS_APART * index, size.seeds),
