@@ -26,7 +26,7 @@ def everything(
     work: Work = WORK,
     features: FeatureChoice = "auto",
 ) -> None:
-    """Every table that needs no other model, and the report: a day on two cores, --quick for a few minutes.
+    """Every table that needs no other model, and the report: many hours on two cores, --quick ten minutes on one.
 
     Models for `transfer` and the module for `relation` are trained first; those tables have commands of their own.
 
