@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.limits import limits
 from benchmarks.markdown import percent, read_result, share_of
 from benchmarks.report import RESULTS
+from saferedir_torch.peers.published import PublishedSafeRedir
 
 
 def attacks() -> str:
@@ -201,12 +202,14 @@ def peers() -> str:
         f"{result['concept']}, {row['method']}": row["environment"]["machine"]
         for result in results for row in result["rows"] if "environment" in row
     }  # fmt: skip
+    stands = any(row["method"] == PublishedSafeRedir.name for result in results for row in result["rows"])
+    published = "learns from runs of this concept alone" if stands else "and its controller stand in the ablation"
     drawn = f" Drawn elsewhere, from the same noise: {_by_place(elsewhere)}." if elsewhere else ""
     return f"""**And other methods, on the same model, prompts and seeds?** Each at the best of the settings that were tried on validation
 prompts, all in eager PyTorch. Distances are to what the unprotected model draws of the safe prompt. Retention: benign pictures
 that still show all that was asked for. Attacks: of the families above, 20 prompts and 5 seeds of each, those that get through of
-those that work without safety; by family in the report. SafeRedir was trained beforehand; the published network learns from runs
-of this concept alone. Seconds for one picture on {timed}; MB of weights, and of what is
+those that work without safety; by family in the report. SafeRedir was trained beforehand; the published network
+{published}. Seconds for one picture on {timed}; MB of weights, and of what is
 allocated beside them while it is drawn on a GPU.{drawn} (`python -m benchmarks.evaluate peers --runs FOLDER`)
 
 | concept | method | FSR | companion | {perceptual} | {frechet} | retention | benign unchanged | attacks that succeed | s a picture | minutes to make | MB | reversible |

@@ -75,6 +75,12 @@ def test_an_unknown_task_is_named(command: str) -> None:
         assert word in said.output
 
 
+def test_runs_that_are_not_there_are_named_before_anything_is_drawn(tmp_path: Path) -> None:
+    said = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["everything", "--runs", str(tmp_path / "nowhere")])
+    assert said.exit_code == 2
+    assert "nowhere" in said.output
+
+
 @pytest.mark.parametrize("script", ["benchmarks/evaluate/__main__.py", "benchmarks/evaluate.py"])
 def test_a_command_is_stated_as_it_is_given_again(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     monkeypatch.setattr("sys.argv", [script, "benign", "--quick"])

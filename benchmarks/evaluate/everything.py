@@ -19,7 +19,12 @@ app = typer.Typer()
 def everything(
     tasks: Tasks = None,
     runs: Annotated[
-        Path | None, typer.Option(help="Folder of a training, for what learns from its recorded runs; left out without it.")
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder of a training, for what learns from its recorded runs; left out without it.",
+        ),
     ] = None,
     quick: Quick = False,
     out: Out = RESULTS,

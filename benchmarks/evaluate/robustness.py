@@ -84,9 +84,7 @@ def peers(
     task: Task = "church",
     add_to: Annotated[
         Path | None,
-        typer.Option(
-            help="Earlier result of this task and model, whose rows of methods that learn nothing are kept, but timed."
-        ),
+        typer.Option(help="Earlier result of this task and model, whose rows of other methods are kept and only timed anew."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.")] = "auto",
     quick: Quick = False,

@@ -77,16 +77,9 @@ def ablation(
 
     count, steps = (QUICK, 3) if quick else (FULL, STEPS)
     figures = measure(
-        Studio(work),
-        load_pipeline(),
-        load_split(),
-        runs,
-        work / "ablation",
-        load_chosen(features),
-        count,
-        rewrites(quick),
+        Studio(work), load_pipeline(), load_split(), runs, work / "ablation", load_chosen(features), count, rewrites(quick),
         steps,
-    )
+    )  # fmt: skip
     store("ablation", figures, out)
 
 
