@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from saferedir_torch import calibrate_command
+from saferedir_torch.command_options import Config, Device, Model, Seed, device_of
 
 if TYPE_CHECKING:
     from saferedir_torch.pairs_file import Rewrite
     from saferedir_torch.prompt_source import PromptSource
 
 app = typer.Typer(help="Train and examine safety modules.", no_args_is_help=True, pretty_exceptions_enable=False)
-Model = Annotated[Path, typer.Option(help="Folder or hub name of a Stable Diffusion pipeline, or one .safetensors file.")]
-Config = Annotated[str | None, typer.Option(help="Folder or hub name with the configuration of a single file.")]
+app.add_typer(calibrate_command.app)
 SplitFile = Annotated[Path | None, typer.Option(help="Which names, pairs and seeds may be seen; the shipped one by default.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.")]
 
 
 @app.command()
@@ -90,7 +89,7 @@ def train(
 
     if extend is not None and start_from is not None:
         raise typer.BadParameter("a module is extended or started from, not both", param_hint="--start-from")
-    pipeline = load_pipeline(model, config).to(_device(device))
+    pipeline = load_pipeline(model, config).to(device_of(device))
     base = None if extend is None else SafetyModule.load(extend).to(pipeline.device)
     start = None if start_from is None else SafetyModule.load(start_from).to(pipeline.device)
     known = [] if base is None else base.config.concept_names
@@ -101,118 +100,6 @@ def train(
         start=start, only=only or (), batch_scale=batch_scale,
     )  # fmt: skip
     typer.echo(json.dumps(module.config.provenance, indent=1))
-
-
-@app.command()
-def calibrate(
-    model: Model,
-    safety: Annotated[Path, typer.Option(help="Folder of the trained module; its thresholds are replaced.")],
-    recorded: Annotated[Path, typer.Option(help="Folder that the benign trajectories are kept in, for resuming and reuse.")],
-    prompts: Annotated[
-        Path | None, typer.Option(help="Text file with a benign prompt a line; without it those of the embedded world.")
-    ] = None,
-    count: Annotated[int, typer.Option(help="Benign pictures to draw; at 0.1 % one of 4742 may fire, of 2995 none.")] = 4742,
-    rate: Annotated[
-        float, typer.Option(min=1e-6, max=0.01, help="Share of benign pictures that at most fire, to be promised.")
-    ] = 0.001,
-    level_count: Annotated[
-        int, typer.Option(help="Benign pictures to draw besides, which say how high clean scores come at each timestep.")
-    ] = 2400,
-    strength: Annotated[
-        list[str] | None, typer.Option(help="CONCEPT=S to redirect one with another strength than it was trained at.")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 5.0,
-    seed: Seed = 0,
-    device: Device = "auto",
-    config: Config = None,
-) -> None:
-    """Set the thresholds so that at most a given share of benign pictures fire, with 95 % confidence, and state that promise.
-
-    python -m saferedir_torch calibrate --model MODEL --safety castle/safety --prompts benign.txt --recorded castle/benign
-    """
-    from dataclasses import asdict, replace
-
-    from rich.progress import Progress, TaskID
-
-    from saferedir_torch.benign_prompts import benign_prompts
-    from saferedir_torch.calibration import calibrate as calibrate_module
-    from saferedir_torch.models import load_pipeline
-    from saferedir_torch.prompt_levels import set_prompt_levels
-    from saferedir_torch.recording import record
-    from saferedir_torch.safety_module import SafetyModule
-
-    pipeline = load_pipeline(model, config).to(_device(device))
-    module = SafetyModule.load(safety).to(pipeline.device)
-    scales = _strengths(strength or [], module.config.concept_names)
-    named = (replace(one, alpha_scale=scales.get(one.name, one.alpha_scale)) for one in module.config.concepts)
-    module.config = replace(module.config, concepts=tuple(named))
-    drawn, asked = [], []
-    with Progress() as progress:
-        for name, pictures, stream in (("levels", level_count, seed + 1), ("bound", count, seed)):
-            texts, seeds, kind = benign_prompts(prompts, pictures, stream, module.config.concept_names)
-            asked.append(texts)
-            bar = progress.add_task(f"benign trajectories: {name}", total=pictures)
-
-            def advance(done: int, _: int, bar: TaskID = bar) -> None:
-                progress.update(bar, completed=done)
-
-            drawn.append(
-                record(
-                    pipeline, texts, seeds, steps=steps, guidance_scale=guidance, folder=recorded / name, on_progress=advance
-                )
-            )  # fmt: skip
-    leveling, bounding = drawn
-    promise = calibrate_module(
-        module, leveling, bounding, steps=steps, guidance_scale=guidance, prompts=kind, rate=rate,
-        level_prompts=lambda own: set_prompt_levels(pipeline, own, asked[0], seed=seed),
-    )  # fmt: skip
-    module.save(safety)
-    thresholds = {concept.name: concept.threshold for concept in module.config.concepts}
-    typer.echo(json.dumps({"promise": asdict(promise), "thresholds": thresholds}, indent=1))
-
-
-@app.command(name="calibrate-first-step")
-def calibrate_first_step(
-    model: Model,
-    safety: Annotated[Path, typer.Option(help="Folder of a calibrated safety module, which is updated in place.")],
-    prompts: Annotated[
-        Path | None, typer.Option(help="The prompts it was calibrated on; without it those of the embedded world.")
-    ] = None,
-    level_count: Annotated[int, typer.Option(help="Benign prompts that are written in strange words.")] = 2400,
-    seed: Seed = 0,
-    device: Device = "auto",
-    config: Config = None,
-) -> None:
-    """Set anew what the first step is compared with, as `calibrate` does, but draw nothing: thresholds stay, and the promise is
-    restated where more of its benign prompts fire.
-
-    python -m saferedir_torch calibrate-first-step --model MODEL --safety castle/safety --prompts benign.txt
-    """
-    from dataclasses import asdict, replace
-
-    from saferedir_torch.benign_prompts import benign_prompts
-    from saferedir_torch.calibration import CalibrationError
-    from saferedir_torch.models import load_pipeline
-    from saferedir_torch.prompt_levels import fires_first, first_timestep, restated, set_prompt_levels
-    from saferedir_torch.safety_module import SafetyModule
-
-    pipeline = load_pipeline(model, config).to(_device(device))
-    module = SafetyModule.load(safety).to(pipeline.device)
-    promise = module.config.promise
-    if promise is None:
-        raise CalibrationError(f"{safety} was never calibrated; run `calibrate` first")
-    names = module.config.concept_names
-    texts, seeds, _ = benign_prompts(prompts, promise.pictures, seed, names)
-    begin = first_timestep(pipeline, promise.steps)
-    before = fires_first(pipeline, module, texts, seeds, begin).any(dim=1)
-    set_prompt_levels(pipeline, module, benign_prompts(prompts, level_count, seed + 1, names)[0], seed=seed)
-    more = fires_first(pipeline, module, texts, seeds, begin).any(dim=1) & ~before
-    promise = restated(promise, int(more.sum()))
-    module.config = replace(module.config, promise=promise)
-    module.save(safety)
-    levels = module.last_branch.prompt_levels.tolist()
-    typer.echo(json.dumps({"prompt_levels": levels, "fire": int((before | more).sum()), "promise": asdict(promise)}, indent=1))
 
 
 def _source(
@@ -244,15 +131,6 @@ def _hardened(source: PromptSource, families: list[str]) -> PromptSource:
         raise typer.BadParameter(str(error), param_hint="--harden") from error
 
 
-def _device(name: str) -> Any:
-    from saferedir_torch.models import device_called
-
-    try:
-        return device_called(name)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--device") from None
-
-
 def _rewrite(text: str) -> tuple[str, Rewrite]:
     concept, colon, rule = text.partition(":")
     word, equals, other = rule.partition("=")
@@ -261,21 +139,6 @@ def _rewrite(text: str) -> tuple[str, Rewrite]:
     from saferedir_torch.pairs_file import Rewrite
 
     return concept, Rewrite(word, other)
-
-
-def _strengths(texts: list[str], concepts: Sequence[str]) -> dict[str, float]:
-    scales = {}
-    for text in texts:
-        name, _, number = text.partition("=")
-        try:
-            scales[name] = float(number)
-        except ValueError:
-            raise typer.BadParameter(f"{text!r} is not CONCEPT=S, such as castle=1.8", param_hint="--strength") from None
-        if name not in concepts or not 0 < scales[name] <= 10:
-            raise typer.BadParameter(
-                f"{text!r}: expected one of {', '.join(concepts)} and a strength above 0, at most 10", param_hint="--strength"
-            )
-    return scales
 
 
 def _sampling(text: str) -> tuple[int, float]:
@@ -306,7 +169,7 @@ def oracle(
     from saferedir_torch.world.prompts import CONCEPTS
     from saferedir_torch.world.split import SPLIT_FILE, load_split
 
-    pipeline = load_pipeline(model).to(_device(device))
+    pipeline = load_pipeline(model).to(device_of(device))
     module = None if safety is None else SafetyModule.load(safety).to(pipeline.device)
     rows = oracle_ladder(
         pipeline, Judge.load(judge), CONCEPTS[concept], load_split(split or SPLIT_FILE),

@@ -24,7 +24,7 @@ from torch import Tensor
 from saferedir_torch.config import Promise
 from saferedir_torch.expectation import expected_in_runs
 from saferedir_torch.recording import RecordedRuns
-from saferedir_torch.safety_module import HIGHEST, KNOTS, TIMESTEPS, SafetyModule, near_knots
+from saferedir_torch.safety_module import HIGHEST, KNOTS, NOISE_FROM, TIMESTEPS, SafetyModule, near_knots
 from saferedir_torch.training_data import PICTURE_SHOWS
 
 log = logging.getLogger("saferedir")
@@ -37,6 +37,8 @@ WORST_RATE = 0.01
 TAIL, RARE = 0.02, 2e-4
 #: The bound lies this far above the highest score that is to stay below it, in logits.
 MARGIN = 1e-3
+#: The same of what two sources say together, whose level is rounded to half precision.
+AGREED_MARGIN = 0.02
 #: Scores are kept away from 0 and 1 by this much before their logit is taken.
 SMALLEST = 1e-7
 
@@ -64,6 +66,8 @@ def set_levels(module: SafetyModule, runs: RecordedRuns) -> None:
     branch, own = module.last_branch, len(module.last_branch.gains)
     branch.prompt_levels.fill_(HIGHEST)
     look = branch.alone
+    if look is not None:
+        branch.agreed_levels.fill_(HIGHEST)
 
     def raw(latent: Tensor, timestep: Tensor, prompt: Tensor, expected: Tensor | None) -> Tensor:
         features = module.features(latent, timestep, expected)
@@ -87,6 +91,31 @@ def set_levels(module: SafetyModule, runs: RecordedRuns) -> None:
     branch.levels.add_((above / branch.gains)[:, None]).copy_(branch.levels.half())
     if look is not None:
         branch.alone_levels.add_((above / branch.alone_gains)[:, None]).copy_(branch.alone_levels.half())
+
+
+def set_agreed_levels(module: SafetyModule, runs: RecordedRuns) -> int:
+    """Set the levels of what all inputs and the step alone say together, once thresholds are set: for none of the benign `runs`
+    is it to fire that does not fire as it is. Returns how many do.
+
+    One level is for all timesteps, since both are relative to levels of their own already.
+    """
+    branch = module.last_branch
+    assert branch.alone is not None
+    branch.agreed_levels.fill_(HIGHEST)
+    thresholds = torch.tensor([logit_of(concept.threshold) for concept in module.config.concepts]).double()
+    fires = (torch.from_numpy(highest_logits(module, runs)) >= thresholds).any(dim=1)
+
+    def added_up(latent: Tensor, timestep: Tensor, prompt: Tensor, expected: Tensor | None) -> Tensor:
+        features = module.features(latent, timestep, expected)
+        assert features.shown is not None
+        of_all = branch.comparable(branch.logits(features.joint, prompt), timestep)
+        both = of_all + branch.comparable_alone(features.shown, timestep)
+        return torch.where((timestep >= NOISE_FROM)[:, None], torch.full_like(both, -HIGHEST), both)
+
+    highest = _of_every_step(module, runs, added_up).amax(dim=1)[~fires].amax(dim=0)
+    own = thresholds[-len(highest) :]
+    branch.agreed_levels.copy_(highest - own + AGREED_MARGIN).copy_(branch.agreed_levels.half())
+    return int(fires.sum())
 
 
 def _above(logits: Tensor, timestep: Tensor, levels: Tensor, gains: Tensor) -> Tensor:
@@ -153,8 +182,8 @@ def allowed_exceedances(pictures: int, rate: float = RATE, confidence: float = C
 
 
 def joint_rate(spoilt: int, pictures: int, confidence: float = CONFIDENCE) -> float:
-    """The rate that holds where concepts with given thresholds fire on `spoilt` of `pictures`, and those added to them on no
-    other.
+    """The rate that holds where concepts with given thresholds fire on `spoilt` of `pictures`, and what is added to them on no
+    other: other concepts, or what two sources say together.
 
     Each half of what may go wrong is spent on one of the two: on the rate of the former (Clopper and Pearson's upper limit),
     and on that at which the latter exceed the highest score they had on the same pictures.
@@ -163,6 +192,13 @@ def joint_rate(spoilt: int, pictures: int, confidence: float = CONFIDENCE) -> fl
         return 1.0
     each = 1 - (1 - confidence) / 2
     return float(beta.ppf(each, spoilt + 1, pictures - spoilt) + beta.ppf(each, 1, pictures))
+
+
+def allowed_beside(pictures: int, rate: float) -> int | None:
+    """How many of `pictures` may fire for a promise of `rate` to hold where what is added to them fires on no other; None where
+    not even none would do."""
+    within = [spoilt for spoilt in range(allowed_exceedances(pictures, rate) + 1) if joint_rate(spoilt, pictures) <= rate]
+    return max(within, default=None)
 
 
 def bound(logits: npt.NDArray[np.float64], allowed: int) -> float:
@@ -194,6 +230,9 @@ def calibrate(
     """Set levels by the benign pictures `leveling`, and thresholds to where the promise of `rate` holds on the others, `runs`;
     state the promise in the configuration of `module`, and return it. `level_prompts` sets its `prompt_levels` between the two.
 
+    Where a step is looked at without the prompt, what it says together with all inputs has a level of its own (see
+    `set_agreed_levels`), for which half of the promise is spent, and which is left out where there are too few runs for that.
+
     Only the concepts trained last are calibrated: those which were there before they were added decide as they did, and the
     promise is for all together. Where those alone fire on as many pictures as may be, or more, the new ones are to fire on
     none, and a rate is promised that holds for both (`joint_rate`).
@@ -201,7 +240,12 @@ def calibrate(
     Raises:
         CalibrationError: there are too few runs, or the concepts that were there before fire on far too many.
     """
-    allowed = allowed_exceedances(len(runs.latent), rate)
+    allowed, agreeing = allowed_exceedances(len(runs.latent), rate), module.last_branch.alone is not None
+    if agreeing:
+        fewer = allowed_beside(len(runs.latent), rate)
+        agreeing, allowed = fewer is not None, allowed if fewer is None else fewer
+        if not agreeing:
+            log.warning("%d pictures are too few for a level of what two sources say together", len(runs.latent))
     set_levels(module, leveling)
     if level_prompts is not None:
         level_prompts(module)
@@ -223,4 +267,6 @@ def calibrate(
     )  # fmt: skip
     concepts = tuple(replace(concept, threshold=threshold) for concept in last)
     module.config = replace(module.config, concepts=before + concepts, promise=promise)
+    if agreeing:
+        set_agreed_levels(module, runs)
     return promise

@@ -27,6 +27,8 @@ def make_comparable(module: SafetyModule, learner: Learner) -> None:
     branch, logits = module.last_branch, learner.held_logits()
     branch.levels.copy_(clean_levels(learner, logits))
     branch.prompt_levels.fill_(HIGHEST)
+    if branch.alone is not None:
+        branch.agreed_levels.fill_(HIGHEST)
     branch.gains.copy_(REACH / unsafe_peaks(learner, logits, branch.levels, MISSED_SHARE))
     own = len(branch.gains)
     threshold = round(1 / (1 + math.exp(-REACH / 2)), 6)
@@ -38,6 +40,7 @@ def make_comparable_alone(module: SafetyModule, learner: Learner) -> None:
     """The same of levels and gains for steps without the prompt, where half of the unsafe runs are to rise so far."""
     branch, logits = module.last_branch, learner.held_logits(alone=True)
     branch.alone_levels.copy_(clean_levels(learner, logits))
+    branch.agreed_levels.fill_(HIGHEST)
     branch.alone_gains.copy_(REACH / unsafe_peaks(learner, logits, branch.alone_levels, UNSEEN_SHARE))
 
 

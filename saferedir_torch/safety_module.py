@@ -68,8 +68,10 @@ class Branch(nn.Module):
     `refuge` [concepts, T, D] is the last resort: embeddings of safe prompts, each with what is drawn in its concept's place,
     which a prompt is replaced by whole where moving its tokens did not help.
 
-    With `alone` a concept's score is the higher of two: that of all inputs together, and that of what a step shows without
-    the prompt, by levels and gains of its own.
+    With `alone` a concept's score is the highest of three: that of all inputs together, that of what a step shows without
+    the prompt, by levels and gains of its own, and that of both added up, as evidence of two sources adds up, above
+    `agreed_levels` [concepts], once the latent is more than noise: where neither says enough, both may. A file without these
+    was calibrated without them.
     """
 
     levels: Tensor
@@ -78,13 +80,14 @@ class Branch(nn.Module):
     refuge: Tensor
     alone_levels: Tensor
     alone_gains: Tensor
+    agreed_levels: Tensor
 
     def __init__(self, config: SafetyConfig, concepts: int, *, alone: bool = False) -> None:
         super().__init__()
         self.register_buffer("levels", torch.zeros(concepts, KNOTS))
         self.register_buffer("gains", torch.ones(concepts))
         self.register_buffer("prompt_levels", torch.full((concepts,), HIGHEST))
-        self.register_load_state_dict_pre_hook(_without_prompt_levels)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_without_later_levels)  # type: ignore[no-untyped-call]
         if config.refuge:
             self.register_buffer("refuge", torch.zeros(concepts, config.prompt_tokens, config.prompt_width))
         self.detector = Detector(config, concepts)
@@ -93,6 +96,7 @@ class Branch(nn.Module):
         if alone:
             self.register_buffer("alone_levels", torch.zeros(concepts, KNOTS))
             self.register_buffer("alone_gains", torch.ones(concepts))
+            self.register_buffer("agreed_levels", torch.full((concepts,), HIGHEST))
 
     def logits(self, joint: Tensor, prompt: Tensor) -> Tensor:
         """j [B, J], prompt in force [B, T, D] -> logits [B, concepts]."""
@@ -110,14 +114,21 @@ class Branch(nn.Module):
         """Features of the step, prompt in force [B, T, D], timestep [B] -> the logits that scores are made of, [B, concepts],
         and those of all inputs together."""
         words = self.detector.words(prompt)
-        together = self.comparable(self.detector(features.joint, prompt, words), timestep)
+        of_all = self.comparable(self.detector(features.joint, prompt, words), timestep)
         named = (words - self.prompt_levels) * self.gains
-        together = torch.where((timestep >= NOISE_FROM)[:, None] & (named > together), named, together)
+        noise = (timestep >= NOISE_FROM)[:, None]
+        # Not by maximum, which ONNX Runtime has no CUDA kernel for in this opset.
+        together = torch.where(noise & (named > of_all), named, of_all)
         if self.alone is None or features.shown is None:
             return together, together
-        shown = (features.shown - near_knots(timestep) @ self.alone_levels.T) * self.alone_gains
-        # Not by maximum, which ONNX Runtime has no CUDA kernel for in this opset.
-        return torch.where(shown > together, shown, together), together
+        shown = self.comparable_alone(features.shown, timestep)
+        highest = torch.where(shown > together, shown, together)
+        agreed = of_all + shown - self.agreed_levels
+        return torch.where(~noise & (agreed > highest), agreed, highest), together
+
+    def comparable_alone(self, shown: Tensor, timestep: Tensor) -> Tensor:
+        """The same of what steps at timestep [B] show without the prompt, logits [B, concepts]."""
+        return (shown - near_knots(timestep) @ self.alone_levels.T) * self.alone_gains
 
     def prompt_part(self, prompt: Tensor) -> PromptPart:
         """What depends on the prompt to redirect alone, [B, T, D]."""
@@ -165,9 +176,11 @@ class Branch(nn.Module):
         return redirection._replace(mask=mask + (1 - mask) * means.amax(dim=2))
 
 
-def _without_prompt_levels(branch: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Before weights are loaded that have no `prompt_levels`."""
-    state.setdefault(f"{prefix}prompt_levels", torch.full_like(branch.gains, HIGHEST))  # type: ignore[arg-type]
+def _without_later_levels(branch: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Before weights are loaded of a file that was calibrated without `prompt_levels` or `agreed_levels`."""
+    for name in ("prompt_levels", "agreed_levels"):
+        if hasattr(branch, name):
+            state.setdefault(f"{prefix}{name}", torch.full_like(branch.gains, HIGHEST))  # type: ignore[arg-type]
 
 
 def near_knots(timestep: Tensor) -> Tensor:

@@ -1,0 +1,99 @@
+"""What all inputs and a step's look alone say together: evidence of two sources adds up, above a level of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_module import TOKENS, WIDTH, small_module
+from typer.testing import CliRunner
+
+from saferedir_torch.__main__ import app
+from saferedir_torch.calibration import AGREED_MARGIN, allowed_beside, highest_logits, joint_rate, logit_of, set_agreed_levels
+from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY
+from saferedir_torch.recording import RecordedRuns
+from saferedir_torch.safety_module import HIGHEST, WEIGHTS_FILE, SafetyModule
+
+
+@torch.no_grad()
+def test_where_neither_says_enough_both_may() -> None:
+    module, timestep = small_module(alone=True), torch.full((6,), 400.0)
+    branch, prompt, latent = module.last_branch, torch.randn(6, TOKENS, WIDTH), torch.randn(6, 4, 16, 16)
+    features = module.features(latent, timestep)
+    assert features.shown is not None
+    of_all = branch.comparable(branch.logits(features.joint, prompt), timestep)
+    shown = branch.comparable_alone(features.shown, timestep)
+    branch.agreed_levels.copy_(torch.minimum(of_all, shown).mean(dim=0))
+    evidence, together = branch.evidence(features, prompt, timestep)
+    torch.testing.assert_close(evidence, torch.stack([of_all, shown, of_all + shown - branch.agreed_levels]).amax(dim=0))
+    torch.testing.assert_close(together, of_all)
+    assert (evidence > torch.maximum(of_all, shown)).any()
+    noise = torch.full((6,), 960.0)
+    of_noise, alone = branch.logits(features.joint, prompt), branch.comparable_alone(features.shown, noise)
+    first, _ = branch.evidence(features, prompt, noise)
+    torch.testing.assert_close(first, torch.maximum(branch.comparable(of_noise, noise), alone))
+    branch.agreed_levels.fill_(HIGHEST)
+    assert torch.equal(branch.evidence(features, prompt, timestep)[0], torch.where(shown > of_all, shown, of_all))
+
+
+def runs_of(count: int) -> RecordedRuns:
+    """Noise for pictures, which is all the same to levels."""
+    generator = torch.Generator().manual_seed(3)
+    latent = torch.randn(count, 4, 4, 16, 16, generator=generator).half()
+    prompt = torch.randn(count, TOKENS, WIDTH, generator=generator).half()
+    return RecordedRuns(latent, torch.tensor([900.0, 600.0, 300.0, 50.0]), prompt)
+
+
+def test_nothing_benign_fires_by_both_that_does_not_by_one() -> None:
+    module, runs = small_module(alone=True), runs_of(60)
+    alone = highest_logits(module, runs)
+    bounds = torch.quantile(torch.from_numpy(alone), 0.9, dim=0)  # some fire as it is
+    concepts = zip(module.config.concepts, bounds, strict=True)
+    named = tuple(dataclasses.replace(one, threshold=float(torch.sigmoid(at))) for one, at in concepts)
+    module.config = dataclasses.replace(module.config, concepts=named)
+    thresholds = torch.tensor([logit_of(one.threshold) for one in named])
+    firing = (torch.from_numpy(alone) >= thresholds).any(dim=1)
+    assert set_agreed_levels(module, runs) == int(firing.sum()) > 0
+    after = torch.from_numpy(highest_logits(module, runs))
+    assert torch.equal((after >= thresholds).any(dim=1), firing)
+    branch = module.last_branch
+    branch.agreed_levels.sub_(2 * AGREED_MARGIN)  # no higher than they must be
+    lowered = torch.from_numpy(highest_logits(module, runs))[~firing]
+    assert ((lowered >= thresholds).any(dim=0) | (branch.agreed_levels > HIGHEST / 2)).all()
+
+
+def test_half_of_the_promise_is_spent_on_it() -> None:
+    assert allowed_beside(7375, 0.001) is None
+    assert allowed_beside(7376, 0.001) == allowed_beside(9258, 0.001) == 0
+    assert allowed_beside(9259, 0.001) == 1
+    assert allowed_beside(10511, 0.00089) == 1
+    assert joint_rate(1, 10511) <= 0.00089 < joint_rate(2, 10511)
+
+
+def test_a_module_calibrated_without_decides_as_it_did(tmp_path: Path) -> None:
+    shutil.copytree(SHIPPED_SAFETY, tmp_path / "older")
+    tensors = load_file(tmp_path / "older" / WEIGHTS_FILE)
+    save_file({name: value for name, value in tensors.items() if "agreed" not in name}, tmp_path / "older" / WEIGHTS_FILE)
+    assert (SafetyModule.load(tmp_path / "older").last_branch.agreed_levels == HIGHEST).all()
+
+
+def test_a_calibrated_module_is_given_its_level(tmp_path: Path) -> None:
+    module = SafetyModule.load(SHIPPED_SAFETY)
+    assert module.config.promise is not None
+    module.config = dataclasses.replace(module.config, promise=dataclasses.replace(module.config.promise, pictures=4, steps=3))
+    module.last_branch.agreed_levels.fill_(HIGHEST)
+    module.save(tmp_path / "safety")
+    options = ["--model", str(SHIPPED_MODEL), "--safety", str(tmp_path / "safety"), "--recorded", str(tmp_path / "benign")]
+    said = CliRunner().invoke(app, ["calibrate-agreed", *options], catch_exceptions=False)
+    assert said.exit_code == 0
+    made = SafetyModule.load(tmp_path / "safety")
+    assert (made.last_branch.agreed_levels < HIGHEST / 2).all()
+    assert made.config.promise is not None
+    assert made.config.promise.rate == pytest.approx(joint_rate(0, 4), abs=1e-6)
+    assert [one.threshold for one in made.config.concepts] == [one.threshold for one in module.config.concepts]
+    assert json.loads(said.stdout[said.stdout.index("{") :])["promise"]["pictures"] == 4
