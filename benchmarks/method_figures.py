@@ -258,17 +258,3 @@ validation prompts. (`python -m saferedir_torch oracle`)
 | concept | rung | found | replacement drawn | companion kept |
 | --- | --- | --- | --- | --- |
 {table}"""
-
-
-def first_step() -> str:
-    result = read_result("first_step")
-    together = result["together"]
-    differing = {table: row for table, row in result["tables"].items() if row["differ"]}
-    listed = "; ".join(
-        f'{table}: {row["differ"]} of {row["pictures"]} ("{row["prompts"][0]}")' for table, row in differing.items()
-    )
-    return f"""**What of these tables was measured before words had levels of their own in the first step?** All above that are of the module of all
-three concepts, but for unfamiliar prompts. Where the first step fires for the same concepts as without them, all that follows is
-decided alike; of 24 pictures drawn both ways 20 were the same to the bit, and 4 that were redirected differed by 1 of 255 in six
-values at most, since the engines round in another order. It fires otherwise in {hits_of(together)} pictures that they draw under safety{f": {listed}" if listed else ""}.
-(`python -m benchmarks.evaluate first-step`, which draws nothing)"""

@@ -40,7 +40,6 @@ def figures() -> str:
         method_figures.strength_choice: ("strength_choice",),
         method_figures.strength: ("strength",),
         method_figures.cooldown: ("cooldown",),
-        method_figures.first_step: ("first_step",),
         robustness_figures.attacks: ("attacks_church",),
         robustness_figures.generalisation: ("generalisation",),
         robustness_figures.what_gets_through: ("attacks_church",),

@@ -13,7 +13,7 @@ from benchmarks.report import environment
 
 TABLES = (
     "forgetting_church", "forgetting_alone_church", "attacks_church", "gradient_attacks_church", "benign", "unfamiliar",
-    "interference", "strength", "strength_choice", "cooldown", "added", "first_step", "words",
+    "interference", "strength", "strength_choice", "cooldown", "added", "words",
 )  # fmt: skip
 
 

@@ -16,8 +16,6 @@ from scipy.stats import binom
 from small_module import TOKENS, WIDTH, small_module
 from typer.testing import CliRunner
 
-from benchmarks.evaluate import app as evaluate
-from benchmarks.report import RESULTS
 from saferedir_torch.__main__ import app
 from saferedir_torch.benign_prompts import benign_prompts
 from saferedir_torch.calibration import CalibrationError
@@ -119,15 +117,6 @@ def test_the_command_draws_nothing_and_leaves_thresholds(tmp_path: Path, module:
     assert after.last_branch.prompt_levels.tolist() == stated["prompt_levels"]
     assert stated["promise"]["allowed"] == stated["fire"] == after.config.promise.allowed  # type: ignore[union-attr]
     assert not list(tmp_path.rglob("runs-*"))
-
-
-def test_the_table_of_what_it_changes_names_every_table_that_it_looks_at(tmp_path: Path) -> None:
-    said = CliRunner().invoke(evaluate, ["first-step", "--quick", "--out", str(tmp_path)], catch_exceptions=False)
-    assert said.exit_code == 0
-    found = json.loads((tmp_path / "first_step.json").read_text())
-    assert {"benign", "transfer", "added", "forgetting, weapons"} <= set(found["tables"])
-    assert sum(row["pictures"] for row in found["tables"].values()) == found["together"]["of"]
-    assert found["tables"].keys() == json.loads((RESULTS / "first_step.json").read_text())["tables"].keys()
 
 
 def test_a_module_that_was_never_calibrated_is_refused(tmp_path: Path, module: SafetyModule) -> None:

@@ -47,7 +47,6 @@ def everything(
     for table in (method.benign, method.interference, method.strength, method.choose_strength, method.cooldown, method.added):
         table(quick=quick, out=out, work=work, features=features)
     method.unfamiliar(quick=quick, out=out, work=work)
-    method.first_step(quick=quick, out=out)
     method.words(out=out)
     if runs is not None:
         training.detection(runs, quick=quick, out=out, work=work)

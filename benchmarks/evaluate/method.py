@@ -22,7 +22,7 @@ from benchmarks.evaluate.options import (
 )
 from benchmarks.report import RESULTS
 from saferedir.runtime import Pipeline
-from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.models import SHIPPED_SAFETY
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.world.prompts import CONCEPTS
 from saferedir_torch.world.split import load_split
@@ -128,14 +128,6 @@ def words(out: Out = RESULTS) -> None:
     from benchmarks.tables.words import words as measure
 
     store("words", measure(Pipeline.from_bundle(), out), out)
-
-
-@app.command()
-def first_step(quick: Quick = False, out: Out = RESULTS) -> None:
-    """In which pictures of the other tables the first step's own levels change what fires. A minute, nothing is drawn."""
-    from benchmarks.tables.first_step import first_step as measure
-
-    store("first_step", measure(load_pipeline(), shipped()[0], load_split(), most=4 if quick else None), out)
 
 
 @app.command()
