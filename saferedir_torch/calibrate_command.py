@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +23,9 @@ def calibrate(
     prompts: Annotated[
         Path | None, typer.Option(help="Text file with a benign prompt a line; without it those of the embedded world.")
     ] = None,
-    count: Annotated[int, typer.Option(help="Benign pictures to draw; at 0.1 % none of 7376 may fire, of 9259 one.")] = 7376,
+    count: Annotated[
+        int, typer.Option(help="Benign pictures to draw; at 0.1 % and three concepts none of 7752 may fire, of 9151 one.")
+    ] = 7752,
     rate: Annotated[
         float, typer.Option(min=1e-6, max=0.01, help="Share of benign pictures that at most fire, to be promised.")
     ] = 0.001,
@@ -119,7 +122,7 @@ def calibrate_first_step(
     before = fires_first(pipeline, module, texts, seeds, begin).any(dim=1)
     set_prompt_levels(pipeline, module, benign_prompts(prompts, level_count, seed + 1, names)[0], seed=seed)
     more = fires_first(pipeline, module, texts, seeds, begin).any(dim=1) & ~before
-    promise = restated(promise, int(more.sum()))
+    promise = restated(promise, int(more.sum()), levels=module.last_branch.agreed_count)
     module.config = replace(module.config, promise=promise)
     module.save(safety)
     levels = module.last_branch.prompt_levels.tolist()
@@ -146,7 +149,7 @@ def calibrate_agreed(
     from dataclasses import asdict, replace
 
     from saferedir_torch.benign_prompts import benign_prompts
-    from saferedir_torch.calibration import CalibrationError, joint_rate, set_agreed_levels
+    from saferedir_torch.calibration import CalibrationError, rate_beside, set_agreed_levels
     from saferedir_torch.models import load_pipeline
     from saferedir_torch.recording import record
     from saferedir_torch.safety_module import SafetyModule
@@ -159,7 +162,8 @@ def calibrate_agreed(
     texts, seeds, _ = benign_prompts(prompts, promise.pictures, seed, module.config.concept_names)
     runs = record(pipeline, texts, seeds, steps=promise.steps, guidance_scale=promise.guidance_scale, folder=recorded / "bound")
     fire = set_agreed_levels(module, runs)
-    promise = replace(promise, allowed=fire, rate=round(joint_rate(fire, promise.pictures, promise.confidence), 6))
+    holds = rate_beside(fire, module.last_branch.agreed_count, promise.pictures, promise.confidence)
+    promise = replace(promise, allowed=fire, rate=math.ceil(holds * 1e6) / 1e6)
     module.config = replace(module.config, promise=promise)
     module.save(safety)
     typer.echo(json.dumps({"agreed_levels": module.last_branch.agreed_levels.tolist(), "promise": asdict(promise)}, indent=1))

@@ -182,8 +182,8 @@ def allowed_exceedances(pictures: int, rate: float = RATE, confidence: float = C
 
 
 def joint_rate(spoilt: int, pictures: int, confidence: float = CONFIDENCE) -> float:
-    """The rate that holds where concepts with given thresholds fire on `spoilt` of `pictures`, and what is added to them on no
-    other: other concepts, or what two sources say together.
+    """The rate that holds where concepts with given thresholds fire on `spoilt` of `pictures`, and those added to them on no
+    other.
 
     Each half of what may go wrong is spent on one of the two: on the rate of the former (Clopper and Pearson's upper limit),
     and on that at which the latter exceed the highest score they had on the same pictures.
@@ -194,11 +194,23 @@ def joint_rate(spoilt: int, pictures: int, confidence: float = CONFIDENCE) -> fl
     return float(beta.ppf(each, spoilt + 1, pictures - spoilt) + beta.ppf(each, 1, pictures))
 
 
-def allowed_beside(pictures: int, rate: float) -> int | None:
-    """How many of `pictures` may fire for a promise of `rate` to hold where what is added to them fires on no other; None where
-    not even none would do."""
-    within = [spoilt for spoilt in range(allowed_exceedances(pictures, rate) + 1) if joint_rate(spoilt, pictures) <= rate]
-    return max(within, default=None)
+def rate_beside(spoilt: int, levels: int, pictures: int, confidence: float = CONFIDENCE) -> float:
+    """The rate that holds where `spoilt` of `pictures` pass a threshold that was set on them, and none of the others any of
+    `levels` that were set on them as well.
+
+    Pictures divide what is possible into n + 1 blocks, of which every level cuts off one, and the threshold one and `spoilt`
+    more. How much so many blocks hold follows a Beta distribution, however many statistics they are cut by (Tukey 1947,
+    "Non-parametric estimation II"); the rate is its quantile.
+    """
+    blocks = spoilt + 1 + levels
+    return float(beta.ppf(confidence, blocks, pictures + 1 - blocks)) if blocks <= pictures else 1.0
+
+
+def allowed_beside(levels: int, pictures: int, rate: float) -> int | None:
+    """How many of `pictures` may fire for a promise of `rate` to hold beside so many levels; None where not even none would
+    do."""
+    most = allowed_exceedances(pictures, rate)
+    return max((spoilt for spoilt in range(most + 1) if rate_beside(spoilt, levels, pictures) <= rate), default=None)
 
 
 def bound(logits: npt.NDArray[np.float64], allowed: int) -> float:
@@ -230,8 +242,8 @@ def calibrate(
     """Set levels by the benign pictures `leveling`, and thresholds to where the promise of `rate` holds on the others, `runs`;
     state the promise in the configuration of `module`, and return it. `level_prompts` sets its `prompt_levels` between the two.
 
-    Where a step is looked at without the prompt, what it says together with all inputs has a level of its own (see
-    `set_agreed_levels`), for which half of the promise is spent, and which is left out where there are too few runs for that.
+    Where a step is looked at without the prompt, what it says together with all inputs has levels of its own (see
+    `set_agreed_levels`), which the promise holds with (`rate_beside`), and which are left out where there are too few runs.
 
     Only the concepts trained last are calibrated: those which were there before they were added decide as they did, and the
     promise is for all together. Where those alone fire on as many pictures as may be, or more, the new ones are to fire on
@@ -240,17 +252,17 @@ def calibrate(
     Raises:
         CalibrationError: there are too few runs, or the concepts that were there before fire on far too many.
     """
-    allowed, agreeing = allowed_exceedances(len(runs.latent), rate), module.last_branch.alone is not None
-    if agreeing:
-        fewer = allowed_beside(len(runs.latent), rate)
-        agreeing, allowed = fewer is not None, allowed if fewer is None else fewer
-        if not agreeing:
-            log.warning("%d pictures are too few for a level of what two sources say together", len(runs.latent))
     set_levels(module, leveling)
     if level_prompts is not None:
         level_prompts(module)
     own = len(module.last_branch.gains)
     before, last = module.config.concepts[:-own], module.config.concepts[-own:]
+    allowed, agreeing = allowed_exceedances(len(runs.latent), rate), not before and module.last_branch.alone is not None
+    if agreeing:
+        fewer = allowed_beside(own, len(runs.latent), rate)
+        agreeing, allowed = fewer is not None, allowed if fewer is None else fewer
+        if not agreeing:
+            log.warning("%d pictures are too few for levels of what two sources say together", len(runs.latent))
     logits = highest_logits(module, runs)
     fired = np.array([logit_of(concept.threshold) for concept in before])
     spoilt: npt.NDArray[np.bool_] = np.any(logits[:, :-own] >= fired, axis=1)

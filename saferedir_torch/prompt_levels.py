@@ -17,10 +17,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from scipy.stats import beta
 from torch import Tensor
 
 from saferedir_torch.attacks.hardening import in_strange_words
+from saferedir_torch.calibration import rate_beside
 from saferedir_torch.config import Promise
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.trajectories import encode, initial_noise
@@ -60,12 +60,13 @@ def fires_first(
     return torch.cat(fired)
 
 
-def restated(promise: Promise, more: int) -> Promise:
-    """What a promise comes to where `more` of its benign pictures fire than it allowed: the upper limit of their rate (Clopper
-    and Pearson)."""
+def restated(promise: Promise, more: int, *, levels: int = 0) -> Promise:
+    """What a promise comes to where `more` of its benign pictures fire than it allowed, and none by `levels` that were set on
+    them."""
+    if more <= 0:
+        return promise
     allowed = promise.allowed + more
-    rate = promise.rate if more <= 0 else float(beta.ppf(promise.confidence, allowed + 1, promise.pictures - allowed))
-    return replace(promise, allowed=allowed, rate=round(rate, 6))
+    return replace(promise, allowed=allowed, rate=round(rate_beside(allowed, levels, promise.pictures, promise.confidence), 6))
 
 
 def first_timestep(pipeline: StableDiffusionPipeline, steps: int) -> float:

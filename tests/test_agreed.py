@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,10 +15,22 @@ from small_module import TOKENS, WIDTH, small_module
 from typer.testing import CliRunner
 
 from saferedir_torch.__main__ import app
-from saferedir_torch.calibration import AGREED_MARGIN, allowed_beside, highest_logits, joint_rate, logit_of, set_agreed_levels
+from saferedir_torch.calibration import (
+    AGREED_MARGIN,
+    allowed_beside,
+    allowed_exceedances,
+    highest_logits,
+    logit_of,
+    rate_beside,
+    set_agreed_levels,
+)  # fmt: skip
+from saferedir_torch.config import Promise
 from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY
+from saferedir_torch.prompt_levels import restated
 from saferedir_torch.recording import RecordedRuns
 from saferedir_torch.safety_module import HIGHEST, WEIGHTS_FILE, SafetyModule
+
+PROMISE = Promise(rate=0.001, confidence=0.95, pictures=4742, allowed=1, steps=25, guidance_scale=5.0, prompts="none")
 
 
 @torch.no_grad()
@@ -67,12 +80,28 @@ def test_nothing_benign_fires_by_both_that_does_not_by_one() -> None:
     assert ((lowered >= thresholds).any(dim=0) | (branch.agreed_levels > HIGHEST / 2)).all()
 
 
-def test_half_of_the_promise_is_spent_on_it() -> None:
-    assert allowed_beside(7375, 0.001) is None
-    assert allowed_beside(7376, 0.001) == allowed_beside(9258, 0.001) == 0
-    assert allowed_beside(9259, 0.001) == 1
-    assert allowed_beside(10511, 0.00089) == 1
-    assert joint_rate(1, 10511) <= 0.00089 < joint_rate(2, 10511)
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_what_is_promised_beside_levels_holds(spoilt: int) -> None:
+    """Of uniform numbers it is known how many pass: one threshold for the first, a level of its own for each of the others."""
+    pictures, levels, rng = 200, 3, np.random.default_rng(5)
+    promised = rate_beside(spoilt, levels, pictures)
+    broken = 0
+    for _ in range(2000):
+        drawn = rng.random((pictures, 1 + levels))
+        threshold = np.sort(drawn[:, 0])[-1 - spoilt]
+        highest = drawn[drawn[:, 0] <= threshold, 1:].max(axis=0)
+        broken += 1 - threshold * highest.prod() > promised
+    assert 0.03 < broken / 2000 < 0.065  # 5 % of trials, by a margin of three deviations
+
+
+def test_as_many_may_fire_as_the_promise_holds_with() -> None:
+    assert allowed_beside(3, 7751, 0.001) is None
+    assert allowed_beside(3, 7752, 0.001) == allowed_beside(3, 9150, 0.001) == 0
+    assert allowed_beside(3, 9151, 0.001) == 1
+    assert allowed_beside(0, 4742, 0.001) == allowed_exceedances(4742) == 1
+    assert rate_beside(1, 0, 10511) <= 0.000455
+    assert restated(PROMISE, 1, levels=3).rate > restated(PROMISE, 1).rate > PROMISE.rate
+    assert restated(PROMISE, 0, levels=3) == PROMISE
 
 
 def test_a_module_calibrated_without_decides_as_it_did(tmp_path: Path) -> None:
@@ -94,6 +123,6 @@ def test_a_calibrated_module_is_given_its_level(tmp_path: Path) -> None:
     made = SafetyModule.load(tmp_path / "safety")
     assert (made.last_branch.agreed_levels < HIGHEST / 2).all()
     assert made.config.promise is not None
-    assert made.config.promise.rate == pytest.approx(joint_rate(0, 4), abs=1e-6)
+    assert made.config.promise.rate == pytest.approx(rate_beside(0, 3, 4), abs=1e-6)
     assert [one.threshold for one in made.config.concepts] == [one.threshold for one in module.config.concepts]
     assert json.loads(said.stdout[said.stdout.index("{") :])["promise"]["pictures"] == 4

@@ -42,5 +42,5 @@ def test_the_bundle_states_what_the_module_was_calibrated_for() -> None:
     assert config.promise is not None
     assert safety.promise is not None
     assert asdict(safety.promise) == asdict(config.promise)
-    assert (safety.promise.rate, safety.promise.confidence) == (0.000881, 0.95)
+    assert (safety.promise.rate, safety.promise.confidence) == (0.000871, 0.95)
     assert safety.promise.pictures >= 3000
