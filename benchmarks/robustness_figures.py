@@ -39,8 +39,8 @@ the steps on these, against such rewrites in whose pictures neither judge finds 
 by the first judge alone, and whatever concept fired counted as a false alarm). The last column
 is the ASR under a negative prompt, since what breaks nothing is no attack. Rows
 "before hardening" are of the module that was shipped before the present one was trained from it, against families of attacks that
-nothing is tested with; those "before the first step's levels" of the present one, without what calibration has set since: of church
-and weapons they are drawn anew but for some families. That evidence of two sources adds up was thought of when ink that had got through here had been looked at; its levels
+nothing is tested with; those "before the first step's levels" of the present one, without what calibration has set since:
+some families of church and weapons were not drawn again. That evidence of two sources adds up was thought of when ink that had got through here had been looked at; its levels
 were set on calibration pictures, and its use was seen on validation prompts. (`python -m benchmarks.evaluate attacks`,
 `gradient-attacks`)
 
