@@ -6,11 +6,16 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from saferedir_torch.command_options import Config, Device, Model, Seed, device_of
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+    from saferedir_torch.recording import RecordedRuns
 
 app = typer.Typer()
 
@@ -47,13 +52,10 @@ def calibrate(
     """
     from dataclasses import asdict, replace
 
-    from rich.progress import Progress, TaskID
-
     from saferedir_torch.benign_prompts import benign_prompts
     from saferedir_torch.calibration import calibrate as calibrate_module
     from saferedir_torch.models import load_pipeline
     from saferedir_torch.prompt_levels import set_prompt_levels
-    from saferedir_torch.recording import record
     from saferedir_torch.safety_module import SafetyModule
 
     pipeline = load_pipeline(model, config).to(device_of(device))
@@ -62,20 +64,10 @@ def calibrate(
     named = (replace(one, alpha_scale=scales.get(one.name, one.alpha_scale)) for one in module.config.concepts)
     module.config = replace(module.config, concepts=tuple(named))
     drawn, asked = [], []
-    with Progress() as progress:
-        for name, pictures, stream in (("levels", level_count, seed + 1), ("bound", count, seed)):
-            texts, seeds, kind = benign_prompts(prompts, pictures, stream, module.config.concept_names)
-            asked.append(texts)
-            bar = progress.add_task(f"benign trajectories: {name}", total=pictures)
-
-            def advance(done: int, _: int, bar: TaskID = bar) -> None:
-                progress.update(bar, completed=done)
-
-            drawn.append(
-                record(
-                    pipeline, texts, seeds, steps=steps, guidance_scale=guidance, folder=recorded / name, on_progress=advance
-                )
-            )  # fmt: skip
+    for name, pictures, stream in (("levels", level_count, seed + 1), ("bound", count, seed)):
+        texts, seeds, kind = benign_prompts(prompts, pictures, stream, module.config.concept_names)
+        asked.append(texts)
+        drawn.append(_recorded(pipeline, texts, seeds, steps, guidance, recorded / name))
     leveling, bounding = drawn
     promise = calibrate_module(
         module, leveling, bounding, steps=steps, guidance_scale=guidance, prompts=kind, rate=rate,
@@ -151,22 +143,39 @@ def calibrate_agreed(
     from saferedir_torch.benign_prompts import benign_prompts
     from saferedir_torch.calibration import CalibrationError, rate_beside, set_agreed_levels
     from saferedir_torch.models import load_pipeline
-    from saferedir_torch.recording import record
     from saferedir_torch.safety_module import SafetyModule
 
     pipeline = load_pipeline(model, config).to(device_of(device))
     module = SafetyModule.load(safety).to(pipeline.device)
     promise = module.config.promise
-    if promise is None or module.last_branch.alone is None:
-        raise CalibrationError(f"{safety} was never calibrated, or looks at no step without the prompt; run `calibrate` first")
+    if module.last_branch.alone is None:
+        raise CalibrationError(f"the concepts of {safety} that were trained last are not looked for without the prompt")
+    if promise is None:
+        raise CalibrationError(f"{safety} was never calibrated; run `calibrate` first")
     texts, seeds, _ = benign_prompts(prompts, promise.pictures, seed, module.config.concept_names)
-    runs = record(pipeline, texts, seeds, steps=promise.steps, guidance_scale=promise.guidance_scale, folder=recorded / "bound")
+    runs = _recorded(pipeline, texts, seeds, promise.steps, promise.guidance_scale, recorded / "bound")
     fire = set_agreed_levels(module, runs)
     holds = rate_beside(fire, module.last_branch.agreed_count, promise.pictures, promise.confidence)
     promise = replace(promise, allowed=fire, rate=math.ceil(holds * 1e6) / 1e6)
     module.config = replace(module.config, promise=promise)
     module.save(safety)
     typer.echo(json.dumps({"agreed_levels": module.last_branch.agreed_levels.tolist(), "promise": asdict(promise)}, indent=1))
+
+
+def _recorded(
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, folder: Path
+) -> RecordedRuns:
+    """Benign trajectories, drawn under a progress bar where `folder` has not got them."""
+    from rich.progress import Progress
+
+    from saferedir_torch.recording import record
+
+    with Progress() as progress:
+        bar = progress.add_task(f"benign trajectories: {folder.name}", total=len(prompts))
+        return record(
+            pipeline, prompts, seeds, steps=steps, guidance_scale=guidance, folder=folder,
+            on_progress=lambda done, _: progress.update(bar, completed=done),
+        )  # fmt: skip
 
 
 def _strengths(texts: list[str], concepts: Sequence[str]) -> dict[str, float]:

@@ -23,7 +23,7 @@ from saferedir_torch.calibration import (
     logit_of,
     rate_beside,
     set_agreed_levels,
-)  # fmt: skip
+)
 from saferedir_torch.config import Promise
 from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY
 from saferedir_torch.prompt_levels import restated
