@@ -44,7 +44,7 @@ def test_rows_of_an_earlier_table_are_of_settings_that_are_made_now() -> None:
     material = Material(names, [], [], ClipWorld.load(Path("benchmarks/networks/clip_world")))
     now = methods(None, None, PublishedNetwork(), concept, material, Size())  # type: ignore[arg-type]
     settings = {method.name: set(method.settings) for method in now}
-    earlier = rows_of_methods(RESULTS / "peers_weapons.json", "weapons", parameters_sha256(load_pipeline().unet))
+    earlier = rows_of_methods(RESULTS / "peers_weapons.json", "weapons", parameters_sha256(load_pipeline().unet), "")
     assert {"UCE", "ESD", "SAFREE"} <= set(earlier)
     for method, row in earlier.items():
         assert row["setting"] in settings[method]
@@ -65,7 +65,15 @@ def test_a_kept_row_is_only_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_of_another_model_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path, concept="ink", model="another", environment={}, rows=[])
     with pytest.raises(EarlierResultError, match="another model"):
-        rows_of_methods(path, "ink", "this")
+        rows_of_methods(path, "ink", "this", "")
+
+
+def test_own_row_is_kept_of_the_same_module_only(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, concept="ink", model="m", safety="s", environment={}, rows=[{"method": "UCE"}, {"method": "SafeRedir"}]
+    )
+    assert set(rows_of_methods(path, "ink", "m", "s")) == {"UCE", "SafeRedir"}
+    assert set(rows_of_methods(path, "ink", "m", "another")) == {"UCE"}
 
 
 @pytest.mark.parametrize(

@@ -80,11 +80,16 @@ def gradient_attacks(
 
 @app.command()
 def peers(
-    runs: Annotated[Path, typer.Option(help="Folder of the training whose recorded runs the published network learns from.")],
     task: Task = "church",
+    runs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a training whose recorded runs the published network learns from, which then is one of the methods."
+        ),
+    ] = None,
     add_to: Annotated[
         Path | None,
-        typer.Option(help="Earlier result of this task and model, whose rows of other methods are kept and only timed anew."),
+        typer.Option(help="Earlier result of this task, model and module, whose other rows are kept and only timed anew."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.")] = "auto",
     quick: Quick = False,
@@ -92,18 +97,24 @@ def peers(
     work: Work = WORK,
     features: FeatureChoice = "auto",
 ) -> None:
-    """Other methods on the same model, each at its best setting on validation prompts. Hours on a CPU, minutes on a GPU."""
+    """Other methods on the same model, each at its best setting on validation prompts. Hours on a CPU, minutes on a GPU.
+
+    Example, the published network beside the others of a stored table: `python -m benchmarks.evaluate peers --task ink
+    --runs runs/ink --add-to benchmarks/results/peers_ink.json`
+    """
     from benchmarks.tables.ablation import STEPS, Lessons, train_published
     from benchmarks.tables.peers import QUICK, Size
     from benchmarks.tables.peers import peers as measure
 
     model, module, split = load_pipeline().to(device_called(device)), SafetyModule.load(SHIPPED_SAFETY), load_split()
     try:
-        earlier = rows_of_methods(add_to, task, parameters_sha256(model.unet)) if add_to is not None else {}
+        earlier = rows_of_methods(add_to, task, parameters_sha256(model.unet), module.sha256()) if add_to else {}
     except EarlierResultError as error:
         raise typer.BadParameter(str(error), param_hint="--add-to") from None
     size, steps = (QUICK, 2) if quick else (Size(), STEPS)
-    published = train_published(Lessons.untaught(model, task, split, runs, work / f"published_{task}", steps))
+    published = None
+    if runs is not None:
+        published = train_published(Lessons.untaught(model, task, split, runs, work / f"published_{task}", steps))
     figures = measure(
         Studio(work), model, module, published, CONCEPTS[task], split, load_chosen(features), NETWORKS, size, earlier
     )

@@ -101,16 +101,16 @@ class Method:
 
 
 def methods(
-    model: Any, module: SafetyModule, published: PublishedNetwork, concept: WorldConcept, material: Material, size: Size
+    model: Any, module: SafetyModule, published: PublishedNetwork | None, concept: WorldConcept, material: Material, size: Size
 ) -> list[Method]:
-    """All of them, with the settings that are tried."""
+    """All of them, with the settings that are tried; without the `published` network, all others."""
     few, many = material.names[0], ", ".join(material.names[:6])
     rewrites = [(pair.unsafe, pair.safe) for pair in material.pairs]
     replacement = f"a {concept.replacement}" if concept.members else load_vocabulary().styles[concept.replacement][0]
     named = [(name, replacement) for name in material.names]
     guidance = {"weak": WEAK, "medium": MEDIUM, "strong": STRONG, "max": MAX}
     lists = (few, many)
-    return [
+    made = [
         Method("no safety", {"": partial(Peer, model)}, True, ""),
         Method(
             "negative prompt", {words: partial(NegativePrompt, model, words) for words in lists}, True, "one list",
@@ -158,18 +158,16 @@ def methods(
             True, "one threshold each",
         ),
         Method(
-            "published SafeRedir",
-            {
-                f"alpha {scale:g}": partial(PublishedSafeRedir, model, published, alpha_scale=scale)
-                for scale in (1.0, 1.25, 1.5)
-            },
-            True, "one each",
-        ),
-        Method(
-            "SafeRedir", {"as shipped": partial(SafeRedir, model, module, EagerPolicy(enabled=(concept.name,)))}, True,
+            SafeRedir.name, {"as shipped": partial(SafeRedir, model, module, EagerPolicy(enabled=(concept.name,)))}, True,
             "jointly trained",
         ),
     ]  # fmt: skip
+    if published is not None:
+        scales = {
+            f"alpha {scale:g}": partial(PublishedSafeRedir, model, published, alpha_scale=scale) for scale in (1.0, 1.25, 1.5)
+        }
+        made.insert(-1, Method(PublishedSafeRedir.name, scales, True, "one each"))  # type: ignore[arg-type]
+    return made
 
 
 def _clip_finds(material: Material, concept: WorldConcept, level: float) -> Callable[[Tensor], Tensor]:
@@ -188,18 +186,21 @@ def _clip_finds(material: Material, concept: WorldConcept, level: float) -> Call
 
 
 def peers(
-    studio: Studio, model: Any, module: SafetyModule, published: PublishedNetwork, concept: WorldConcept, split: Split,
+    studio: Studio, model: Any, module: SafetyModule, published: PublishedNetwork | None, concept: WorldConcept, split: Split,
     features: Features, networks: Any, size: Size, earlier: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """A row a method: FSR, companion, distances to the rewrite, retention, ASR of each family, seconds and minutes.
 
-    `earlier` are rows by method of an earlier table of this model. Those of methods that the model alone decides are kept,
-    timed anew beside the others; their pictures are not drawn again.
+    Without a `published` network its row is left out. `earlier` are rows by method of an earlier table of this model and
+    module. They are kept, timed anew beside the others, and their pictures not drawn again, but for those of no safety, which
+    all are compared with, and of the published network.
     """
-    networks_of = {SafeRedir.name: module.sha256(), PublishedSafeRedir.name: parameters_sha256(published)}
+    networks_of = {SafeRedir.name: module.sha256()}
+    if published is not None:
+        networks_of[PublishedSafeRedir.name] = parameters_sha256(published)
     bench = Bench(studio, model, networks_of, concept, split, features, networks, size)
     material = Material.of(concept, split, networks)
-    kept = {name: row for name, row in (earlier or {}).items() if name not in (Peer.name, *networks_of)}
+    kept = {name: row for name, row in (earlier or {}).items() if name not in (Peer.name, PublishedSafeRedir.name)}
     return {
         "concept": concept.name,
         "model": parameters_sha256(model.unet),
