@@ -201,10 +201,12 @@ def peers() -> str:
     results = [read_result(path.stem) for path in sorted(RESULTS.glob("peers_*.json"))]
     _, perceptual, frechet = results[0]["measures"]
     timed = _by_place({result["concept"]: result["environment"]["machine"] for result in results})
-    elsewhere = {
-        f"{result['concept']}, {row['method']}": row["environment"]["machine"]
-        for result in results for row in result["rows"] if "environment" in row
-    }  # fmt: skip
+    elsewhere = {}
+    for result in results:
+        kept = [row for row in result["rows"] if "environment" in row]
+        if kept:
+            title = f"{result['concept']}: {', '.join(row['method'] for row in kept)}"
+            elsewhere[title] = kept[0]["environment"]["machine"]
     stands = any(row["method"] == PublishedSafeRedir.name for result in results for row in result["rows"])
     published = "learns from runs of this concept alone" if stands else "and its controller stand in the ablation"
     drawn = f" Drawn elsewhere, from the same noise: {_by_place(elsewhere)}." if elsewhere else ""
