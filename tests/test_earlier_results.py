@@ -14,6 +14,7 @@ from benchmarks.evaluate import app
 from benchmarks.report import RESULTS
 from benchmarks.tables.peers import Bench, Material, Method, Size, methods
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.peers.published import PublishedSafeRedir
 from saferedir_torch.published import PublishedNetwork
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.world.clip_world import ClipWorld
@@ -44,6 +45,8 @@ def test_rows_of_an_earlier_table_are_of_settings_that_are_made_now() -> None:
     material = Material(names, [], [], ClipWorld.load(Path("benchmarks/networks/clip_world")))
     now = methods(None, None, PublishedNetwork(), concept, material, Size())  # type: ignore[arg-type]
     settings = {method.name: set(method.settings) for method in now}
+    others = methods(None, None, None, concept, material, Size())  # type: ignore[arg-type]
+    assert [method.name for method in now if method.name != PublishedSafeRedir.name] == [method.name for method in others]
     earlier = rows_of_methods(RESULTS / "peers_weapons.json", "weapons", parameters_sha256(load_pipeline().unet), "")
     assert {"UCE", "ESD", "SAFREE"} <= set(earlier)
     for method, row in earlier.items():

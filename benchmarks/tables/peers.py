@@ -110,7 +110,7 @@ def methods(
     named = [(name, replacement) for name in material.names]
     guidance = {"weak": WEAK, "medium": MEDIUM, "strong": STRONG, "max": MAX}
     lists = (few, many)
-    made = [
+    return [
         Method("no safety", {"": partial(Peer, model)}, True, ""),
         Method(
             "negative prompt", {words: partial(NegativePrompt, model, words) for words in lists}, True, "one list",
@@ -157,17 +157,21 @@ def methods(
             },
             True, "one threshold each",
         ),
+        *_published(model, published),
         Method(
             SafeRedir.name, {"as shipped": partial(SafeRedir, model, module, EagerPolicy(enabled=(concept.name,)))}, True,
             "jointly trained",
         ),
     ]  # fmt: skip
-    if published is not None:
-        scales = {
-            f"alpha {scale:g}": partial(PublishedSafeRedir, model, published, alpha_scale=scale) for scale in (1.0, 1.25, 1.5)
-        }
-        made.insert(-1, Method(PublishedSafeRedir.name, scales, True, "one each"))  # type: ignore[arg-type]
-    return made
+
+
+def _published(model: Any, network: PublishedNetwork | None) -> list[Method]:
+    if network is None:
+        return []
+    settings: dict[str, Callable[[], Peer]] = {
+        f"alpha {scale:g}": partial(PublishedSafeRedir, model, network, alpha_scale=scale) for scale in (1.0, 1.25, 1.5)
+    }
+    return [Method(PublishedSafeRedir.name, settings, True, "one each")]
 
 
 def _clip_finds(material: Material, concept: WorldConcept, level: float) -> Callable[[Tensor], Tensor]:
