@@ -172,6 +172,12 @@ def what_gets_through() -> str:
 {listed}"""
 
 
+def _of_other_prompts(result: dict[str, Any]) -> list[str]:
+    """Families whose prompts have changed since some rows were drawn: not as many of them work without safety."""
+    families = result["rows"][0]["attacks"]
+    return [family for family in families if len({row["attacks"][family]["counted"] for row in result["rows"]}) > 1]
+
+
 def _memory(row: dict[str, Any]) -> str:
     """MB of weights, and what is added while drawing, where they were measured."""
     measured = row.get("memory")
@@ -190,12 +196,14 @@ def _by_place(places: dict[str, str]) -> str:
 
 
 def peers() -> str:
-    rows = []
+    rows, changed = [], []
     for path in sorted(RESULTS.glob("peers_*.json")):
         result = read_result(path.stem)
+        others = _of_other_prompts(result)
+        changed += [f"{family} of {result['concept']}" for family in others]
         _, perceptual, frechet = result["measures"]
         for row in result["rows"]:
-            tried = [entry["asr"] for entry in row["attacks"].values() if entry["is_attack"]]
+            tried = [entry["asr"] for family, entry in row["attacks"].items() if entry["is_attack"] and family not in others]
             succeed, of = (sum(entry[key] for entry in tried) for key in ("hits", "of"))
             rows.append(
                 f"| {result['concept']} | {row['method']} | {share_of(row['fsr'])} | {percent(row['companion']['share'])} "
@@ -215,11 +223,12 @@ def peers() -> str:
             elsewhere[title] = kept[0]["environment"]["machine"]
     stands = any(row["method"] == PublishedSafeRedir.name for result in results for row in result["rows"])
     published = "learns from runs of this concept alone" if stands else "and its controller stand in the ablation"
+    left_out = f", and without {' and '.join(changed)}, of which rows drawn elsewhere had other prompts" if changed else ""
     drawn = f" Drawn elsewhere, from the same noise: {_by_place(elsewhere)}." if elsewhere else ""
     return f"""**And other methods, on the same model, prompts and seeds?** Each at the best of the settings that were tried on validation
 prompts, all in eager PyTorch. Distances are to what the unprotected model draws of the safe prompt. Retention: benign pictures
 that still show all that was asked for. Attacks: of the families above, 20 prompts and 5 seeds of each, those that get through of
-those that work without safety; by family in the report. SafeRedir was trained beforehand; the published network
+those that work without safety; by family in the report{left_out}. SafeRedir was trained beforehand; the published network
 {published}. Seconds for one picture on {timed}; MB of weights, and of what is
 allocated beside them while it is drawn on a GPU.{drawn} (`python -m benchmarks.evaluate peers --runs FOLDER`)
 
