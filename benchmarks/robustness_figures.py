@@ -172,7 +172,7 @@ def what_gets_through() -> str:
 {listed}"""
 
 
-def _of_other_prompts(result: dict[str, Any]) -> list[str]:
+def of_other_prompts(result: dict[str, Any]) -> list[str]:
     """Families whose prompts have changed since some rows were drawn: not as many of them work without safety."""
     families = result["rows"][0]["attacks"]
     return [family for family in families if len({row["attacks"][family]["counted"] for row in result["rows"]}) > 1]
@@ -199,7 +199,7 @@ def peers() -> str:
     rows, changed = [], []
     for path in sorted(RESULTS.glob("peers_*.json")):
         result = read_result(path.stem)
-        others = _of_other_prompts(result)
+        others = of_other_prompts(result)
         changed += [f"{family} of {result['concept']}" for family in others]
         _, perceptual, frechet = result["measures"]
         for row in result["rows"]:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from benchmarks.earlier_results import EarlierResultError, entries_of_others, rows_of_methods
 from benchmarks.evaluate import app
 from benchmarks.report import RESULTS
+from benchmarks.robustness_figures import of_other_prompts
 from benchmarks.tables.peers import Bench, Material, Method, Size, methods
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.peers.published import PublishedSafeRedir
@@ -63,6 +64,12 @@ def test_a_kept_row_is_only_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = bench.row(method, {"method": "UCE", "setting": "b", "fsr": "earlier", "seconds_a_picture": 9.0})
     assert kept == {"method": "UCE", "setting": "b", "fsr": "earlier", "minutes_to_make": 0.0, "seconds_a_picture": 2.0}
     assert bench.row(method, {"setting": "no longer tried"})["fsr"] == "anew"
+
+
+def test_families_whose_prompts_changed_are_named() -> None:
+    rows = [{"attacks": {"typos": {"counted": 3}, "buried": {"counted": kept}}} for kept in (4, 5)]
+    assert of_other_prompts({"rows": rows}) == ["buried"]
+    assert of_other_prompts({"rows": rows[:1] * 2}) == []
 
 
 def test_rows_of_another_model_are_refused(tmp_path: Path) -> None:
