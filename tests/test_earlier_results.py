@@ -103,3 +103,12 @@ def test_no_result_of_the_task_is_an_error_of_the_option(tmp_path: Path, text: s
     result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert "peers.json" in result.output
+
+
+def test_a_row_of_the_published_network_is_not_lost(tmp_path: Path) -> None:
+    model = parameters_sha256(load_pipeline().unet)
+    path = write(tmp_path, concept="ink", model=model, environment={}, rows=[{"method": PublishedSafeRedir.name}])
+    command = ["peers", "--task", "ink", "--add-to", str(path), "--out", str(tmp_path), "--work", str(tmp_path)]
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "--runs" in result.output

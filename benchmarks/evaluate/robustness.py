@@ -13,6 +13,7 @@ from benchmarks.evaluate.options import WORK, FeatureChoice, Out, Quick, Task, W
 from benchmarks.report import NETWORKS, RESULTS
 from saferedir.runtime import Pipeline
 from saferedir_torch.models import SHIPPED_SAFETY, device_called, load_pipeline
+from saferedir_torch.peers.published import PublishedSafeRedir
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.world.prompts import CONCEPTS
 from saferedir_torch.world.split import load_split
@@ -111,6 +112,9 @@ def peers(
         earlier = rows_of_methods(add_to, task, parameters_sha256(model.unet), module.sha256()) if add_to else {}
     except EarlierResultError as error:
         raise typer.BadParameter(str(error), param_hint="--add-to") from None
+    if PublishedSafeRedir.name in earlier and runs is None:
+        raise typer.BadParameter(f"{add_to} has a row of {PublishedSafeRedir.name}, which is lost without --runs",
+                                 param_hint="--add-to")  # fmt: skip
     size, steps = (QUICK, 2) if quick else (Size(), STEPS)
     published = None
     if runs is not None:
