@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.markdown import percent
+from benchmarks.stages import LatestRows
 from benchmarks.tables.gradient_attacks import BLIND, EMBEDDING, TEXT, WHITE_BOX
 
 #: ASR above which a family is named: what is promised of families that training has not seen.
@@ -20,12 +21,12 @@ def limits(results: dict[str, Any]) -> list[str]:
     tables = [result for name, result in results.items() if "attacks_" in name]
     shipped = _through([result for result in tables if "module" not in result])
     by_gradient = (TEXT, BLIND, WHITE_BOX, EMBEDDING)
-    by_text = _through([result for name, result in results.items() if name.startswith("attacks_")])
-    anew = {(concept, family) for concept, family, _ in shipped}
+    by_text = [result for name, result in results.items() if name.startswith("attacks_")]
+    latest = LatestRows(by_text)
     written = [
-        (title, family, share) for title, family, share in by_text
-        if family not in by_gradient and share > PROMISED
-        and ((title, family) in anew or (title.split(", ")[0], family) not in anew)
+        (title, family, share)
+        for result in by_text for title, family, share in _through([result])
+        if family not in by_gradient and share > PROMISED and not latest.superseded(result, family)
     ]  # fmt: skip
     through, modules = shipped, ""
     if not any(family == EMBEDDING for _, family, _ in shipped):

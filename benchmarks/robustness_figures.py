@@ -7,22 +7,20 @@ from typing import Any
 from benchmarks.limits import limits
 from benchmarks.markdown import percent, read_result, share_of
 from benchmarks.report import RESULTS
+from benchmarks.stages import LatestRows
 from saferedir_torch.peers.published import PublishedSafeRedir
-
-#: Of the shipped module without what calibration has set since: rows that have not been drawn again, and those alone.
-UNFINISHED = "before the first step's levels"
 
 
 def attacks() -> str:
     rows, bands = [], []
     results = [read_result(path.stem) for path in sorted(RESULTS.glob("*attacks_*.json"))]
-    anew = {(result["concept"], family) for result in results if "module" not in result for family in result["families"]}
+    latest = LatestRows(results)
     for result in results:
         title = ", ".join([result["concept"], *([result["module"]] if "module" in result else [])])
         if result.get("together"):
             bands.append(_by_band(title, result["together"]))
         for family, row in result["families"].items():
-            if result.get("module") == UNFINISHED and (result["concept"], family) in anew:
+            if latest.superseded(result, family):
                 continue
             other = row.get("asr_of_negative_prompt")
             early = row.get("detected", {}).get("40%", {}).get("balanced_accuracy")
@@ -45,8 +43,8 @@ the steps on these, against such rewrites in whose pictures neither judge finds 
 by the first judge alone, and whatever concept fired counted as a false alarm). The last column
 is the ASR under a negative prompt, since what breaks nothing is no attack. Rows
 "before hardening" are of the module that was shipped before the present one was trained from it, against families of attacks that
-nothing is tested with; those "before the first step's levels" of the present one, without what calibration has set since:
-some families of church and weapons were not drawn again. That evidence of two sources adds up was thought of when ink that had got through here had been looked at; its levels
+nothing is tested with; those "before the first step's levels" of one that fires as before these were set, and those "before masks
+heeded how sure they are" of one that fires alike and moves less of a name: these families were not drawn again. That evidence of two sources adds up was thought of when ink that had got through here had been looked at; its levels
 were set on calibration pictures, and its use was seen on validation prompts. (`python -m benchmarks.evaluate attacks`,
 `gradient-attacks`)
 

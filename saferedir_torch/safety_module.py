@@ -21,6 +21,9 @@ from saferedir_torch.redirector import Redirection, Redirector, redirect
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TIMESTEPS = 1000
+#: Counts up where the same weights redirect otherwise than before: 2 since single words count against a mask in so far as it
+#: is unsure.
+REDIRECTION_RULE = 2
 #: Timesteps at which the level of clean pictures is stated: 0, 125, ... 1000.
 KNOTS = 9
 #: The comparable logit that all but 1 % of unsafe runs reach; 0 is what clean steps come up to.
@@ -167,18 +170,21 @@ class Branch(nn.Module):
         concepts [B, concepts] bool.
 
         A token that means one of them is moved, whatever stands beside it. Where such tokens are there for every active
-        concept, how far the logit of a token by itself is below `SAYS_NOTHING` is taken from that of its mask: words that say
-        nothing of the kind belong to what stands beside, unless the mask's head is very sure. Without such tokens
-        the name is one that nobody taught, and the mask is left to its head, which is taught without all this. So it is
-        where a concept fires though it is active, `again` [B, concepts] bool: what was spared may be what draws it.
+        concept, how far the logit of a token by itself is below `SAYS_NOTHING` is taken from that of its mask, in so far as
+        the mask's head is unsure: words that say nothing of the kind belong to what stands beside, but the pieces of a name
+        that is spelt strangely say nothing by themselves either, and the head sees what they are pieces of. Without tokens
+        that mean it the name is one that nobody taught, and the mask is left to its head. So it is where a concept fires
+        though it is active, `again` [B, concepts] bool: what was spared may be what draws it.
         """
         chosen = active[:, None, :]
         means = torch.where(chosen, torch.sigmoid(words), torch.zeros_like(words))
         named = torch.where(chosen, means, torch.ones_like(means)).amax(dim=1).amin(dim=1, keepdim=True)  # [B, 1]
         named = torch.where(again.any(dim=1, keepdim=True), torch.zeros_like(named), named)
         most = torch.where(chosen, words, torch.full_like(words, LOWEST)).amax(dim=2)
-        mask = torch.sigmoid(redirection.mask_logits - named * torch.relu(SAYS_NOTHING - most))
-        return redirection._replace(mask=mask + (1 - mask) * means.amax(dim=2))
+        unsure = torch.sigmoid(-redirection.mask_logits)
+        mask_logits = redirection.mask_logits - named * unsure * torch.relu(SAYS_NOTHING - most)
+        mask = torch.sigmoid(mask_logits)
+        return redirection._replace(mask=mask + (1 - mask) * means.amax(dim=2), mask_logits=mask_logits)
 
 
 def _without_later_levels(branch: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
@@ -303,10 +309,10 @@ class SafetyModule(nn.Module):
             yield branch
 
     def sha256(self) -> str:
-        """SHA-256 over all that a decision and a redirection depend on: weights, levels, gains, refuge, and how concepts are
-        configured."""
+        """SHA-256 over all that a decision and a redirection depend on: weights, levels, gains, refuge, how concepts are
+        configured, and the rule that weights are redirected by."""
         config = self.config
-        stated = (config.concepts, config.cooldown, config.persistence, config.vigilance)
+        stated = (config.concepts, config.cooldown, config.persistence, config.vigilance, REDIRECTION_RULE)
         digest = hashlib.sha256(repr(stated).encode())
         _hash_tensors(digest, self.state_dict())
         return digest.hexdigest()

@@ -70,7 +70,8 @@ def train(
     With `extend` the concepts are added to that module, whose own weights and thresholds stay as they are.
     With `start`, a module of these concepts, perhaps for another model, its weights are where training begins, as far as they
     fit; `only` some of the `PARTS` may then be taught, and the others stay as they are. Where detector and redirector are not
-    taught together, levels, thresholds and strengths stay as well, until calibration.
+    taught together, levels, thresholds and strengths stay as well, until calibration; and so does the promise on false alarms
+    where the redirector alone is taught, for the same model.
     Batches hold `batch_scale` times as many cases as what two cores can bear.
     `runs_from` is the folder of another training, of these concepts and perhaps more, whose runs are used as they are.
 
@@ -144,7 +145,9 @@ def train(
             dataclasses.replace(concept, threshold=known[concept.name].threshold, alpha_scale=known[concept.name].alpha_scale)
             for concept in module.config.concepts
         )
-        module.config = dataclasses.replace(module.config, concepts=kept)
+        # Until something has fired nothing is redirected: false alarms are as they were.
+        holds = tuple(parts) == ("redirector",) and start.config.unet_sha256 == module.config.unet_sha256
+        module.config = dataclasses.replace(module.config, concepts=kept, promise=start.config.promise if holds else None)
     module.config = dataclasses.replace(
         module.config,
         provenance={

@@ -206,6 +206,7 @@ def test_some_parts_are_taught_and_the_others_stay(eager: Any, tmp_path: Path) -
     start.config = dataclasses.replace(
         start.config,
         concepts=tuple(dataclasses.replace(concept, threshold=0.875, alpha_scale=1.8) for concept in start.config.concepts),
+        promise=SafetyModule.load(SHIPPED_SAFETY).config.promise,
     )
     taught = train(eager, source, tmp_path / "more", steps=2, start=start, only=["redirector"], **options)
     changed = {name for name, value in taught.state_dict().items() if not torch.equal(value, start.state_dict()[name])}
@@ -213,6 +214,9 @@ def test_some_parts_are_taught_and_the_others_stay(eager: Any, tmp_path: Path) -
     assert all(".redirector." in name for name in changed)
     assert taught.config.concepts == start.config.concepts
     assert taught.config.provenance["only"] == ["redirector"]
+    assert taught.config.promise == start.config.promise  # the detector is as it was
+    words = train(eager, source, tmp_path / "words", steps=1, start=start, only=["words"], **options)
+    assert words.config.promise is None
     with pytest.raises(TrainingError, match="no part colour to teach; expected together, words, alone, redirector"):
         train(eager, source, tmp_path / "no", start=start, only=["colour"])
     with pytest.raises(TrainingError, match="give a module to start from"):
