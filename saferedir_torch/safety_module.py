@@ -181,7 +181,7 @@ class Branch(nn.Module):
         named = torch.where(chosen, means, torch.ones_like(means)).amax(dim=1).amin(dim=1, keepdim=True)  # [B, 1]
         named = torch.where(again.any(dim=1, keepdim=True), torch.zeros_like(named), named)
         most = torch.where(chosen, words, torch.full_like(words, LOWEST)).amax(dim=2)
-        unsure = torch.sigmoid(-redirection.mask_logits)
+        unsure = 1 - torch.sigmoid(redirection.mask_logits)  # not of -x: ONNX Runtime has no CUDA kernel for Neg in this opset
         mask_logits = redirection.mask_logits - named * unsure * torch.relu(SAYS_NOTHING - most)
         mask = torch.sigmoid(mask_logits)
         return redirection._replace(mask=mask + (1 - mask) * means.amax(dim=2), mask_logits=mask_logits)
