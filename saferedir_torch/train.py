@@ -77,7 +77,7 @@ def train(
 
     Raises:
         TrainingError: the loss is not finite, a checkpoint does not fit, recorded runs lack a concept, the model has no
-            cross-attention, or only some parts are to be taught of a module that nothing was taught.
+            cross-attention, or only some parts are to be taught of a module that nothing was taught, or other concepts.
     """
     refuse_unconditional(pipeline)
     started = time.monotonic()
@@ -146,7 +146,7 @@ def train(
             for concept in module.config.concepts
         )
         # Until something has fired nothing is redirected: false alarms are as they were.
-        holds = tuple(parts) == ("redirector",) and start.config.unet_sha256 == module.config.unet_sha256
+        holds = list(parts) == ["redirector"] and start.config.unet_sha256 == module.config.unet_sha256
         module.config = dataclasses.replace(module.config, concepts=kept, promise=start.config.promise if holds else None)
     module.config = dataclasses.replace(
         module.config,
@@ -171,6 +171,11 @@ def _parts(only: Sequence[str], start: SafetyModule | None, concepts: Sequence[s
         raise TrainingError(f"{', '.join(only)} cannot be taught alone: give a module to start from that has the other parts")
     if only and start is not None and (new := [name for name in concepts if name not in start.config.concept_names]):
         raise TrainingError(f"all parts must be taught of {', '.join(new)}, which the module to start from does not know")
+    if only and start is not None and list(concepts) != (known := start.config.concept_names):
+        raise TrainingError(
+            f"the module to start from has {', '.join(known)}: name these, in this order, or teach all parts of "
+            f"{', '.join(concepts)}"
+        )
     return only or PARTS
 
 

@@ -223,3 +223,6 @@ def test_some_parts_are_taught_and_the_others_stay(eager: Any, tmp_path: Path) -
         train(eager, source, tmp_path / "no", only=["alone"])
     with pytest.raises(TrainingError, match="all parts must be taught of ink"):
         train(eager, WorldPrompts(["ink"], load_split()), tmp_path / "no", start=start, only=["alone"])
+    start, source = SafetyModule.load(SHIPPED_SAFETY), WorldPrompts(["ink"], load_split())
+    with pytest.raises(TrainingError, match="has church, ink, weapons: name these, in this order, or teach all parts of ink"):
+        train(eager, source, tmp_path / "no", start=start, only=["redirector"])
