@@ -184,7 +184,7 @@ class Branch(nn.Module):
         unsure = 1 - torch.sigmoid(redirection.mask_logits)  # not of -x: ONNX Runtime has no CUDA kernel for Neg in this opset
         mask_logits = redirection.mask_logits - named * unsure * torch.relu(SAYS_NOTHING - most)
         mask = torch.sigmoid(mask_logits)
-        return redirection._replace(mask=mask + (1 - mask) * means.amax(dim=2), mask_logits=mask_logits)
+        return redirection._replace(mask=mask + (1 - mask) * means.amax(dim=2))
 
 
 def _without_later_levels(branch: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
