@@ -16,6 +16,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from saferedir.engines.plain_letters import in_plain_letters
 from saferedir.runtime import Pipeline
 from saferedir.runtime.record import SafetyRecord
 from saferedir_torch.peers.peer import Peer
@@ -121,5 +122,6 @@ def _key(pipeline: Pipeline | Peer, identity: str, prompts: list[str], seeds: li
     files = {name: file.sha256 for name, file in pipeline.manifest.files.items()} if identity == DEPLOYED else own
     values = [policy.enabled, policy.threshold, policy.alpha_scale, np.array(policy.cooldown)]
     rules = None if policy.unprotected else [value.tolist() for value in values]
-    stated = json.dumps([files, identity, rules, prompts, seeds])
+    read = prompts if policy.unprotected else [in_plain_letters(prompt) for prompt in prompts]
+    stated = json.dumps([files, identity, rules, read, seeds])
     return hashlib.sha256(stated.encode()).hexdigest()[:32]

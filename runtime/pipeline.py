@@ -16,6 +16,7 @@ from PIL import Image
 from saferedir.engines import DEFAULT_BUNDLE, Bundle, open_bundle
 from saferedir.engines.errors import BackendError, BundleError, NonFiniteError, SafeRedirError
 from saferedir.engines.manifest import ModelInfo
+from saferedir.engines.plain_letters import in_plain_letters
 from saferedir.runtime.backend import Backend
 from saferedir.runtime.backends import make_backend
 from saferedir.runtime.loop import Batch, Denoised, StepCallback, denoise
@@ -24,7 +25,7 @@ from saferedir.runtime.policy import ResolvedPolicy, SafetyPolicy, Tightening, r
 from saferedir.runtime.record import SafetyRecord, StepRecord
 from saferedir.runtime.request import ImageRequest, Seeds, build_requests, check_guidance, latent_size
 from saferedir.runtime.schedulers import Schedule, make_schedule
-from saferedir.runtime.tokenizer import PromptTokenizer, Tokenised
+from saferedir.runtime.tokenizer import PromptTokenizer, Tokenised, check_prompt
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class Pipeline:
         """Draw one picture a prompt (times `num_images_per_prompt`).
 
         `height` and `width` are pixels, of a size that the bundle has engines for; the model's own by default.
-        `prompt_embeds` [pictures, T, D] may stand in place of the prompts and is protected alike. An integer `seed` is
+        `prompt_embeds` [pictures, T, D] may stand in place of the prompts and is protected alike. Under safety, words in
+        letters that look like plain ones are read as plain words (`in_plain_letters`). An integer `seed` is
         the first picture's and counts up; the noise is that of torch's CPU generator. Guidance of at most 1 draws
         unguided. `scheduler` is another sampler than the bundle's: ddim, euler, dpm-solver or lcm. `on_step(done, total)`
         counts over all pictures' steps; setting `cancel` ends the run between steps.
@@ -149,12 +151,13 @@ class Pipeline:
         self, chunk: list[ImageRequest], size: tuple[int, int], guidance: float, policy: ResolvedPolicy, schedule: Schedule
     ) -> tuple[Batch, list[Tokenised | None]]:
         shape = (1, self.model.latent_channels, *size)
-        tokenised = [None if request.prompt is None else self._tokenizer(request.prompt) for request in chunk]
+        read = [None if request.prompt is None else _read(request.prompt, policy) for request in chunk]
+        tokenised = [None if text is None else self._tokenizer(text) for text in read]
         texts = {request.negative_prompt or "" for request in chunk}
-        texts |= {request.prompt for request in chunk if request.prompt is not None}
+        texts |= {text for text in read if text is not None}
         ordered = sorted(texts)
         embeds = dict(zip(ordered, self.encode(ordered), strict=True))
-        prompt = [r.prompt_embeds if r.prompt is None else embeds[r.prompt] for r in chunk]
+        prompt = [r.prompt_embeds if text is None else embeds[text] for r, text in zip(chunk, read, strict=True)]
         negative = [
             embeds[r.negative_prompt or ""] if r.negative_prompt_embeds is None else r.negative_prompt_embeds for r in chunk
         ]
@@ -249,6 +252,11 @@ class Pipeline:
             **self.backend.versions(),
             **hashes,
         }
+
+
+def _read(prompt: str, policy: ResolvedPolicy) -> str:
+    prompt = check_prompt(prompt)
+    return prompt if policy.unprotected else in_plain_letters(prompt)
 
 
 def _step_noise(schedule: Schedule, streams: list[TorchNoise], shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None:

@@ -29,7 +29,8 @@ class SafetyRecord:
     #: How many tokens of the prompt did not fit and were cut.
     tokens_cut: int
     steps: tuple[StepRecord, ...]
-    #: Token texts up to end of text; empty where embeddings were given.
+    #: Token texts up to end of text, of the prompt as it was read (`saferedir.engines.plain_letters`); empty where
+    #: embeddings were given.
     tokens: tuple[str, ...]
     #: Concept -> mask of every prompt position in the last step, in [0, 1]; only concepts that fired.
     token_mask: dict[str, tuple[float, ...]]

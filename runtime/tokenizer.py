@@ -29,6 +29,23 @@ class Tokenised:
     cut: int
 
 
+def check_prompt(prompt: object) -> str:
+    """`prompt`, if it is text that can be tokenised.
+
+    Raises:
+        RequestError: it is not text, or longer than 10,000 characters.
+    """
+    if not isinstance(prompt, str):
+        raise RequestError(f"prompt is {type(prompt).__name__}; expected text")
+    if len(prompt) > LONGEST_PROMPT:
+        raise RequestError(f"prompt has {len(prompt)} characters; expected at most {LONGEST_PROMPT}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(f"prompt holds half of a surrogate pair at character {error.start}; expected text") from None
+    return prompt
+
+
 class PromptTokenizer:
     """CLIP's or T5's tokenizer from a bundle, without transformers."""
 
@@ -56,14 +73,7 @@ class PromptTokenizer:
         Raises:
             RequestError: it is not text, or longer than 10,000 characters.
         """
-        if not isinstance(prompt, str):
-            raise RequestError(f"prompt is {type(prompt).__name__}; expected text")
-        if len(prompt) > LONGEST_PROMPT:
-            raise RequestError(f"prompt has {len(prompt)} characters; expected at most {LONGEST_PROMPT}")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(f"prompt holds half of a surrogate pair at character {error.start}; expected text") from None
+        prompt = check_prompt(prompt)
         for word, tokens in self._added:
             prompt = prompt.replace(word, " ".join(tokens))
         encoding = self._tokenizer.encode(prompt)

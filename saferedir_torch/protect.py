@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from saferedir.engines.plain_letters import in_plain_letters
 from saferedir_torch.controller import Controller, Policy, State, Verdict
 from saferedir_torch.expectation import noise_beside
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
@@ -130,8 +131,8 @@ def protect(pipeline: StableDiffusionPipeline, safety: SafetyModule, policy: Eag
     Under samplers that add fresh noise in a step nothing is known of the picture to be expected, and what nobody asked for in
     words is seen later; except lcm, which states it, with models that predict noise.
 
-    Works with any batch size, `num_images_per_prompt`, `prompt_embeds`, negative prompts, guidance on and off. State
-    belongs to one call of the pipeline and one thread.
+    Words in letters that look like plain ones are read as plain words. Works with any batch size, `num_images_per_prompt`,
+    `prompt_embeds`, negative prompts, guidance on and off. State belongs to one call of the pipeline and one thread.
 
     Raises:
         SafetyMismatchError: channels, tokens, width, prediction type, noise schedule or text encoder differ from the module's.
@@ -145,8 +146,8 @@ def protect(pipeline: StableDiffusionPipeline, safety: SafetyModule, policy: Eag
     guard = Guard()
     encode_prompt = pipeline.encode_prompt
 
-    def encode_and_begin(*args: Any, **kwargs: Any) -> Any:
-        embeds, negative = encode_prompt(*args, **kwargs)
+    def encode_and_begin(prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        embeds, negative = encode_prompt(_in_plain_letters(prompt), *args, **kwargs)
         resolved = operator.resolve(safety, len(embeds), embeds.device)
         state = State.initial(embeds, len(safety.config.concepts))
         guard._current.set(Generation(embeds, pipeline.do_classifier_free_guidance, state, resolved))
@@ -216,6 +217,13 @@ def check_match(pipeline: StableDiffusionPipeline, safety: SafetyModule) -> None
         off = float((shares - safety.alphas).abs().max()) if shares.shape == safety.alphas.shape else 1.0
         if off > SCHEDULE_TOLERANCE:
             raise SafetyMismatchError(f"noise schedule: signal shares differ by up to {off:.2g} from the safety module's")
+
+
+def _in_plain_letters(prompt: str | list[str] | None) -> str | list[str] | None:
+    """As a pipeline takes prompts; None where embeddings are given."""
+    if isinstance(prompt, list):
+        return [in_plain_letters(text) for text in prompt]
+    return None if prompt is None else in_plain_letters(prompt)
 
 
 def is_deterministic(scheduler: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 from diffusers import LCMScheduler
 from torch import Tensor
 
+from saferedir.engines.plain_letters import in_plain_letters
 from saferedir_torch.controller import Controller, State
 from saferedir_torch.peers.peer import Batch, Peer
 from saferedir_torch.protect import EagerPolicy, NonFiniteError, check_match
@@ -27,6 +28,10 @@ class SafeRedir(Peer):
         self.controller = Controller(module).to(pipeline.device).eval()
         self.policy = policy or EagerPolicy()
         self.stochastic = isinstance(pipeline.scheduler, LCMScheduler)
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings of the prompts in plain letters, [B, T, D]."""
+        return super().encode([in_plain_letters(prompt) for prompt in prompts])
 
     def begin(self, prompts: Sequence[str], embeds: Tensor) -> Batch:
         batch = super().begin(prompts, embeds)
