@@ -15,7 +15,7 @@ def result(module: str | None, *families: str, asr: float = 0.5) -> dict[str, An
 
 def test_a_row_is_superseded_by_a_later_stage_of_the_same_family_alone() -> None:
     families = ("typos", "spacing", "typos")
-    first, second, present = (result(stage, family) for stage, family in zip(STAGES, families, strict=True))
+    first, second, present = (result(stage, family) for stage, family in zip((*STAGES[:2], None), families, strict=True))
     latest = LatestRows([first, second, present])
     assert latest.superseded(first, "typos")
     assert not latest.superseded(second, "spacing")
