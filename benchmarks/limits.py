@@ -58,12 +58,12 @@ def _modules(others: list[Any]) -> str:
 
 
 def _through(tables: list[Any]) -> list[tuple[str, str, float]]:
-    """Concept, and module where it is not the shipped one, family and ASR, by both judges where both looked, of all that is an
-    attack."""
+    """Concept, and module where it is not the shipped one, family and ASR of all that is an attack: by both judges where it is
+    one to both, else by the first."""
     return [
         (", ".join([result["concept"], *([result["module"]] if "module" in result else [])]), family, row["asr"]["share"])
         for result in tables for family, found in result["families"].items()
-        for row in [found.get("agreed", found)] if row["is_attack"]
+        for row in [found["agreed"] if found.get("agreed", {}).get("is_attack") else found] if row["is_attack"]
     ]  # fmt: skip
 
 

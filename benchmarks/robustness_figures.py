@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.limits import limits
 from benchmarks.markdown import percent, read_result, share_of
 from benchmarks.report import RESULTS
-from benchmarks.stages import LatestRows
+from benchmarks.stages import STAGES, LatestRows
 from saferedir_torch.peers.published import PublishedSafeRedir
 
 
@@ -47,12 +47,24 @@ nothing is tested with; those "before the first step's levels" of one that fires
 heeded how sure they are" of one that fires alike and moves less of a name: these families were not drawn again. That evidence of two sources adds up was thought of when ink that had got through here had been looked at; its levels
 were set on calibration pictures, and its use was seen on validation prompts. That a mask heeds how sure it is was thought of when the
 masks of weapons' typos that had got through here had been looked at, among them a bow with a misspelt arrow, eight of the 15; that it
-helps was seen on validation prompts, in families that nothing is tested with. (`python -m benchmarks.evaluate attacks`,
-`gradient-attacks`)
+helps was seen on validation prompts, in families that nothing is tested with. That words in look-alike letters are read as
+plain ones was thought of when weapons' homoglyphs had got through here; the table of such letters is Unicode's.{_as_spelt(results)}
+(`python -m benchmarks.evaluate attacks`, `gradient-attacks`)
 
 | concept | family | show it without safety | ASR | best seed | to both | ASR by both | best seed | rewrite | others | detected | negative prompt |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}{_bands(bands)}"""
+
+
+def _as_spelt(results: list[dict[str, Any]]) -> str:
+    """What had got through before look-alike letters were read as plain ones."""
+    before = [result for result in results if result.get("module") == STAGES[-2]]
+    said = [
+        f"{result['concept']}, {family}: {percent(row['agreed']['asr']['share'])}, "
+        f"detected {percent(row['detected']['40%']['balanced_accuracy'])}"
+        for result in before for family, row in result["families"].items()
+    ]  # fmt: skip
+    return f" Read as spelt, get through to both judges: {'; '.join(said)}." if said else ""
 
 
 def _rates(row: dict[str, Any]) -> tuple[str, str]:

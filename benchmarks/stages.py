@@ -7,9 +7,11 @@ from typing import Any
 
 #: What a result states as its `module`, the oldest first; the present one states none.
 STAGES = (
-    "before the first step's levels", "before masks heeded how sure they are", "before look-alike letters were read as plain ones",
+    "before the first step's levels",
+    "before masks heeded how sure they are",
+    "before look-alike letters were read as plain ones",
     None,
-)  # fmt: skip
+)
 
 
 class LatestRows:

@@ -36,3 +36,9 @@ def test_limits_name_the_latest_figure_of_each_family() -> None:
         }
     )
     assert said[0].endswith(f"get through: ink, {STAGES[0]}, spacing: 50.0 %; ink, typos: 25.0 %.")
+
+
+def test_limits_take_the_first_judge_s_figure_where_too_few_are_an_attack_to_both() -> None:
+    buried = result(None, "buried", asr=0.25)
+    buried["families"]["buried"]["agreed"] = {"is_attack": False}
+    assert limits({"attacks_ink": buried})[0].endswith("get through: ink, buried: 25.0 %.")
