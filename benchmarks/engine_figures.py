@@ -1,4 +1,4 @@
-"""What the README says of the engines: what they cost, and that they equal their reference."""
+"""What the figures say of the engines: what they cost, and that they equal their reference."""
 
 from __future__ import annotations
 

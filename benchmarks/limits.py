@@ -57,13 +57,18 @@ def _modules(others: list[Any]) -> str:
     return f" (measured on another module: {', '.join(dict.fromkeys(result['module'] for result in others))})"
 
 
+def counted_row(found: dict[str, Any]) -> dict[str, Any]:
+    """A family's figures by both judges where it is an attack to both, else by the first."""
+    agreed: dict[str, Any] | None = found.get("agreed")
+    return agreed if agreed is not None and agreed["is_attack"] else found
+
+
 def _through(tables: list[Any]) -> list[tuple[str, str, float]]:
-    """Concept, and module where it is not the shipped one, family and ASR of all that is an attack: by both judges where it is
-    one to both, else by the first."""
+    """Concept, and module where it is not the shipped one, family and ASR of all that is an attack."""
     return [
         (", ".join([result["concept"], *([result["module"]] if "module" in result else [])]), family, row["asr"]["share"])
         for result in tables for family, found in result["families"].items()
-        for row in [found["agreed"] if found.get("agreed", {}).get("is_attack") else found] if row["is_attack"]
+        for row in [counted_row(found)] if row["is_attack"]
     ]  # fmt: skip
 
 

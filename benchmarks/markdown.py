@@ -1,4 +1,4 @@
-"""Figures as the README writes them: shares with their intervals, counts, and where they were measured."""
+"""Figures as README and `FIGURES.md` write them: shares with their intervals, counts, and where they were measured."""
 
 from __future__ import annotations
 

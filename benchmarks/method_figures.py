@@ -1,4 +1,4 @@
-"""What the README says of the method: is the concept gone, is everything else untouched, and what makes it so."""
+"""What the figures say of the method: is the concept gone, is everything else untouched, and what makes it so."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.markdown import drawn_on, hits_of, percent, read_result, share_o
 from benchmarks.report import RESULTS
 from saferedir_torch.world.vocabulary import load_vocabulary
 
-#: Of which the README shows a row.
+#: Of which a row is shown.
 COOLDOWNS = (0, 2, 10)
 
 
@@ -53,7 +53,7 @@ the figures of the module of all three are of pictures drawn on {drawn_on("forge
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}
 
-![Rows: unprotected, protected, safe rewrite](benchmarks/results/forgetting_church_held_out.png)"""
+![Rows: unprotected, protected, safe rewrite](results/forgetting_church_held_out.png)"""
 
 
 def benign() -> str:

@@ -1,33 +1,50 @@
-"""Writes the README's figures from the files in `benchmarks/results`, so that no figure there is typed by hand."""
+"""Writes the README's figures and all tables of `FIGURES.md` from the files in `benchmarks/results`: none is typed by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import engine_figures, method_figures, robustness_figures
+from benchmarks import engine_figures, method_figures, robustness_figures, summary_figures
 from benchmarks.markdown import read_result
 from benchmarks.report import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
+FIGURES = Path(__file__).with_name("FIGURES.md")
 BEGIN, END = "<!-- figures: python -m benchmarks.readme -->", "<!-- end of figures -->"
+
+
+#: A section, and the results that it needs.
+Sections = Mapping[Callable[[], str], tuple[str, ...]]
 
 
 def main() -> None:
     README.write_text(with_figures(README.read_text()))
-    print(README)
+    FIGURES.write_text(figures())
+    print(README, FIGURES, sep="\n")
 
 
 def with_figures(text: str) -> str:
     """`text` with what stands between the two markers replaced by the current figures."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{figures()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{summary()}\n{END}{after}"
+
+
+def summary() -> str:
+    """What the README shows, in Markdown."""
+    return _measured(
+        {
+            summary_figures.in_short: ("forgetting_church", "forgetting_ink", "forgetting_weapons", "benign", "parity"),
+            summary_figures.methods: ("peers_church", "peers_ink", "peers_weapons"),
+            robustness_figures.what_gets_through: ("attacks_church",),
+        }
+    )
 
 
 def figures() -> str:
-    """The tables of which there are results, in Markdown."""
-    sections = {
+    """All tables of which there are results, in Markdown."""
+    sections: Sections = {
         method_figures.forgetting: ("forgetting_church", "forgetting_ink", "forgetting_weapons"),
         method_figures.benign: ("benign",),
         method_figures.base: ("base_quality",),
@@ -54,6 +71,11 @@ def figures() -> str:
         engine_figures.precision: ("precision",),
         method_figures.ladder: ("oracle_church",),
     }
+    title = "# Figures\n\nEvery table, written by `python -m benchmarks.readme` from the files in [results](results)."
+    return f"{title}\n\n{_measured(sections)}\n"
+
+
+def _measured(sections: Sections) -> str:
     measured = {path.stem for path in RESULTS.glob("*.json")}
     return "\n\n".join(write() + _module(needed) for write, needed in sections.items() if measured.issuperset(needed))
 

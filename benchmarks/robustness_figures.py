@@ -1,4 +1,4 @@
-"""What the README says of attackers, of other methods and of other models."""
+"""What the figures say of attackers, of other methods and of other models."""
 
 from __future__ import annotations
 

@@ -1,0 +1,99 @@
+"""What the README itself shows: the figures that people judge by, one table of ours and one of everybody's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.limits import counted_row
+from benchmarks.markdown import hits_of, percent, read_result, share_of
+from benchmarks.report import RESULTS
+from benchmarks.robustness_figures import of_other_prompts
+from benchmarks.stages import LatestRows
+from benchmarks.tables.gradient_attacks import BLIND, EMBEDDING, TEXT, WHITE_BOX
+
+CONCEPTS = ("church", "ink", "weapons")
+BY_GRADIENT = (TEXT, BLIND, WHITE_BOX, EMBEDDING)
+
+
+def in_short() -> str:
+    gone = {concept: read_result(f"forgetting_{concept}") for concept in CONCEPTS}
+    held_out = [gone[concept]["held_out"] for concept in CONCEPTS]
+    kept = [
+        ", ".join(percent(row["kept"][what]["as_often_as_rewrite"]) for what in ("companion", "style", "background"))
+        for row in held_out
+    ]
+    attacked = [_attacks_by_text(concept) for concept in CONCEPTS]
+    rows = {
+        "gone (FSR), held-out names": [share_of(row["fsr_protected"]) for row in held_out],
+        "companion, style, background kept, of what the safe rewrite keeps": kept,
+        "attacks by text that get through: worst family": [_worst(rows) for rows in attacked],
+        "detected by 40 % of the steps: least and most of the families": [_detected(rows) for rows in attacked],
+    }
+    table = "\n".join(f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items())
+    heads = " | ".join(f"{concept} → {gone[concept]['replacement']}" for concept in CONCEPTS)
+    benign, parity = read_result("benign"), read_result("parity")
+    speed, card = read_result("speed"), read_result("speed_ort-cuda")
+    return f"""| | {heads} |
+| --- | --- | --- | --- |
+{table}
+
+- Benign prompts: fires on {hits_of(benign["fired"])}; the others' pictures equal the unprotected ones to the bit
+  ({hits_of(benign["bit_identical_where_nothing_fired"])}).
+- Cost: safety is {percent(speed["safety_share_of_step"]["1"])} of a step of this very small UNet on a CPU,
+  {percent(card["safety_share_of_step"]["1"])} on an H200. Against protected eager diffusers a picture is drawn
+  {_speed(speed):.1f} times as fast on the CPU, {_speed(card):.1f} times on the card.
+- The engines equal PyTorch: {hits_of(parity["decisions_equal"])} decisions, {100 * parity["pixel_values_within_1_of_255"]:.3f} %
+  of pixel values within 1/255.
+
+![Rows: unprotected, protected, safe rewrite](benchmarks/results/forgetting_church_held_out.png)"""
+
+
+def methods() -> str:
+    """FSR, retention and attacks that succeed, of every method and concept."""
+    results = [read_result(f"peers_{concept}") for concept in CONCEPTS]
+    names = [row["method"] for row in results[0]["rows"]]
+    table = "\n".join(f"| {name} | {' | '.join(_of_method(result, name) for result in results)} |" for name in names)
+    return f"""Other methods on the same model, prompts and seeds: FSR / benign pictures that still show all that was asked for / attacks that
+succeed, of those that work without safety.
+
+| method | {" | ".join(CONCEPTS)} |
+| --- | --- | --- | --- |
+{table}"""
+
+
+def _attacks_by_text(concept: str) -> dict[str, dict[str, Any]]:
+    """The latest row of each family of attacks on the shipped module."""
+    results = [read_result(path.stem) for path in sorted(RESULTS.glob(f"attacks_{concept}*.json"))]
+    latest = LatestRows(results)
+    return {
+        family: row
+        for result in results for family, row in result["families"].items()
+        if family not in BY_GRADIENT and not latest.superseded(result, family)
+    }  # fmt: skip
+
+
+def _worst(rows: dict[str, dict[str, Any]]) -> str:
+    counted = {family: counted_row(row) for family, row in rows.items()}
+    family = max((family for family, row in counted.items() if row["is_attack"]), key=lambda own: counted[own]["asr"]["share"])
+    alone = ", by the first judge alone" if "agreed" in counted[family] else ""
+    return f"{family}, {share_of(counted[family]['asr'])}{alone}"
+
+
+def _detected(rows: dict[str, dict[str, Any]]) -> str:
+    early = [row["detected"]["40%"]["balanced_accuracy"] for row in rows.values() if row.get("detected")]
+    return f"{percent(min(early))} to {percent(max(early))}"
+
+
+def _speed(result: dict[str, Any]) -> float:
+    ratio: float = next(row["ratio"] for row in result["rows"] if row["batch"] == 1 and row["what"] == "runtime, protected")
+    return ratio
+
+
+def _of_method(result: dict[str, Any], name: str) -> str:
+    row = next((row for row in result["rows"] if row["method"] == name), None)
+    if row is None:
+        return "not drawn"
+    left_out = of_other_prompts(result)
+    tried = [entry["asr"] for family, entry in row["attacks"].items() if entry["is_attack"] and family not in left_out]
+    succeed, of = (sum(entry[key] for entry in tried) for key in ("hits", "of"))
+    return f"{percent(row['fsr']['share'])} / {percent(row['retention']['share'])} / {succeed} of {of}"
