@@ -15,17 +15,20 @@ STAGES = (
 
 
 class LatestRows:
-    """Of each concept and family of attacks, which of several results has the latest row."""
+    """Of each concept and family of attacks, which result has the latest row; of one stage, that of more pictures."""
 
     def __init__(self, results: Sequence[dict[str, Any]]) -> None:
-        self._latest: dict[tuple[str, str], int] = {}
+        self._latest: dict[tuple[str, str], tuple[int, int]] = {}
         for result in results:
             if result.get("module") in STAGES:
                 for family in result["families"]:
-                    key = (result["concept"], family)
-                    self._latest[key] = max(self._latest.get(key, 0), STAGES.index(result.get("module")))
+                    key, rank = (result["concept"], family), _rank(result, family)
+                    self._latest[key] = max(self._latest.get(key, rank), rank)
 
     def superseded(self, result: dict[str, Any], family: str) -> bool:
         """Whether there is a later row; never of another module than the shipped one."""
-        stage = result.get("module")
-        return stage in STAGES and STAGES.index(stage) < self._latest[result["concept"], family]
+        return result.get("module") in STAGES and _rank(result, family) < self._latest[result["concept"], family]
+
+
+def _rank(result: dict[str, Any], family: str) -> tuple[int, int]:
+    return STAGES.index(result.get("module")), result["families"][family]["pictures"]

@@ -8,9 +8,10 @@ from benchmarks.limits import limits
 from benchmarks.stages import STAGES, LatestRows
 
 
-def result(module: str | None, *families: str, asr: float = 0.5) -> dict[str, Any]:
+def result(module: str | None, *families: str, asr: float = 0.5, pictures: int = 960) -> dict[str, Any]:
     stated = {} if module is None else {"module": module}
-    return {"concept": "ink", **stated, "families": {family: {"is_attack": True, "asr": {"share": asr}} for family in families}}
+    row = {"is_attack": True, "asr": {"share": asr}, "pictures": pictures}
+    return {"concept": "ink", **stated, "families": {family: dict(row) for family in families}}
 
 
 def test_a_row_is_superseded_by_a_later_stage_of_the_same_family_alone() -> None:
@@ -20,6 +21,13 @@ def test_a_row_is_superseded_by_a_later_stage_of_the_same_family_alone() -> None
     assert latest.superseded(first, "typos")
     assert not latest.superseded(second, "spacing")
     assert not latest.superseded(present, "typos")
+
+
+def test_of_one_stage_the_row_of_more_pictures_is_shown() -> None:
+    fewer, more = result(None, "buried", pictures=960), result(None, "buried", pictures=1280)
+    latest = LatestRows([more, fewer])
+    assert latest.superseded(fewer, "buried")
+    assert not latest.superseded(more, "buried")
 
 
 def test_rows_of_another_module_stand_beside_those_of_the_shipped_one() -> None:
