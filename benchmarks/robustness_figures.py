@@ -43,8 +43,8 @@ the steps on these, against such rewrites in whose pictures neither judge finds 
 by the first judge alone, and whatever concept fired counted as a false alarm). The last column
 is the ASR under a negative prompt, since what breaks nothing is no attack. Rows
 "before hardening" are of the module that was shipped before the present one was trained from it, against families of attacks that
-nothing is tested with; those "before the first step's levels" of one that fires as before these were set, and those "before masks
-heeded how sure they are" of one that fires alike and moves less of a name: these families were not drawn again. That evidence of two sources adds up was thought of when ink that had got through here had been looked at; its levels
+nothing is tested with, and those "before the first step's levels" of one that fires as before these were set: these families were
+not drawn again. That evidence of two sources adds up was thought of when ink that had got through here had been looked at; its levels
 were set on calibration pictures, and its use was seen on validation prompts. That a mask heeds how sure it is was thought of when the
 masks of weapons' typos that had got through here had been looked at, among them a bow with a misspelt arrow, eight of the 15; that it
 helps was seen on validation prompts, in families that nothing is tested with. That words in look-alike letters are read as
