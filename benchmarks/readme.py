@@ -35,7 +35,15 @@ def summary() -> str:
     """What the README shows, in Markdown."""
     return _measured(
         {
-            summary_figures.in_short: ("forgetting_church", "forgetting_ink", "forgetting_weapons", "benign", "parity"),
+            summary_figures.in_short: (
+                "forgetting_church",
+                "forgetting_ink",
+                "forgetting_weapons",
+                "benign",
+                "parity",
+                "speed",
+                "speed_ort-cuda",
+            ),
             summary_figures.methods: ("peers_church", "peers_ink", "peers_weapons"),
             robustness_figures.what_gets_through: ("attacks_church",),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.limits import limits
@@ -190,6 +191,12 @@ def of_other_prompts(result: dict[str, Any]) -> list[str]:
     return [family for family in families if len({row["attacks"][family]["counted"] for row in result["rows"]}) > 1]
 
 
+def attacks_that_succeed(row: dict[str, Any], left_out: Sequence[str]) -> str:
+    """Of a method's attacks that work without safety, those that get through; all families together but `left_out`."""
+    tried = [entry["asr"] for family, entry in row["attacks"].items() if entry["is_attack"] and family not in left_out]
+    return f"{sum(asr['hits'] for asr in tried)} of {sum(asr['of'] for asr in tried)}"
+
+
 def _memory(row: dict[str, Any]) -> str:
     """MB of weights, and what is added while drawing, where they were measured."""
     measured = row.get("memory")
@@ -215,12 +222,10 @@ def peers() -> str:
         changed += [f"{family} of {result['concept']}" for family in others]
         _, perceptual, frechet = result["measures"]
         for row in result["rows"]:
-            tried = [entry["asr"] for family, entry in row["attacks"].items() if entry["is_attack"] and family not in others]
-            succeed, of = (sum(entry[key] for entry in tried) for key in ("hits", "of"))
             rows.append(
                 f"| {result['concept']} | {row['method']} | {share_of(row['fsr'])} | {percent(row['companion']['share'])} "
                 f"| {row[perceptual]['mean']:.3f} | {row[frechet]:.2g} | {share_of(row['retention'])} "
-                f"| {percent(row['benign_unchanged']['share'])} | {succeed} of {of} | {row['seconds_a_picture']:.2f} "
+                f"| {percent(row['benign_unchanged']['share'])} | {attacks_that_succeed(row, others)} | {row['seconds_a_picture']:.2f} "
                 f"| {row['minutes_to_make']:.1f} | {_memory(row)} | {'yes' if row['reversible'] else 'no'} |"
             )
     table = "\n".join(rows)

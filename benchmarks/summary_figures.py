@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.limits import counted_row
 from benchmarks.markdown import hits_of, percent, read_result, share_of
 from benchmarks.report import RESULTS
-from benchmarks.robustness_figures import of_other_prompts
+from benchmarks.robustness_figures import attacks_that_succeed, of_other_prompts
 from benchmarks.stages import LatestRows
 from benchmarks.tables.gradient_attacks import BLIND, EMBEDDING, TEXT, WHITE_BOX
 
@@ -51,7 +51,7 @@ def in_short() -> str:
 def methods() -> str:
     """FSR, retention and attacks that succeed, of every method and concept."""
     results = [read_result(f"peers_{concept}") for concept in CONCEPTS]
-    names = [row["method"] for row in results[0]["rows"]]
+    names = dict.fromkeys(row["method"] for result in results for row in result["rows"])
     table = "\n".join(f"| {name} | {' | '.join(_of_method(result, name) for result in results)} |" for name in names)
     return f"""Other methods on the same model, prompts and seeds: FSR / benign pictures that still show all that was asked for / attacks that
 succeed, of those that work without safety.
@@ -93,7 +93,5 @@ def _of_method(result: dict[str, Any], name: str) -> str:
     row = next((row for row in result["rows"] if row["method"] == name), None)
     if row is None:
         return "not drawn"
-    left_out = of_other_prompts(result)
-    tried = [entry["asr"] for family, entry in row["attacks"].items() if entry["is_attack"] and family not in left_out]
-    succeed, of = (sum(entry[key] for entry in tried) for key in ("hits", "of"))
-    return f"{percent(row['fsr']['share'])} / {percent(row['retention']['share'])} / {succeed} of {of}"
+    succeed = attacks_that_succeed(row, of_other_prompts(result))
+    return f"{percent(row['fsr']['share'])} / {percent(row['retention']['share'])} / {succeed}"
