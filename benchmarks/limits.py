@@ -10,6 +10,7 @@ from benchmarks.tables.gradient_attacks import BLIND, EMBEDDING, TEXT, WHITE_BOX
 
 #: ASR above which a family is named: what is promised of families that training has not seen.
 PROMISED = 0.02
+BY_GRADIENT = (TEXT, BLIND, WHITE_BOX, EMBEDDING)
 
 
 def limits(results: dict[str, Any]) -> list[str]:
@@ -20,13 +21,12 @@ def limits(results: dict[str, Any]) -> list[str]:
     """
     tables = [result for name, result in results.items() if "attacks_" in name]
     shipped = _through([result for result in tables if "module" not in result])
-    by_gradient = (TEXT, BLIND, WHITE_BOX, EMBEDDING)
     by_text = [result for name, result in results.items() if name.startswith("attacks_")]
     latest = LatestRows(by_text)
     written = [
         (title, family, share)
         for result in by_text for title, family, share in _through([result])
-        if family not in by_gradient and share > PROMISED and not latest.superseded(result, family)
+        if family not in BY_GRADIENT and share > PROMISED and not latest.superseded(result, family)
     ]  # fmt: skip
     through, modules = shipped, ""
     if not any(family == EMBEDDING for _, family, _ in shipped):

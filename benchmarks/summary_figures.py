@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.limits import counted_row
+from benchmarks.limits import BY_GRADIENT, counted_row
 from benchmarks.markdown import hits_of, percent, read_result, share_of
 from benchmarks.report import RESULTS
 from benchmarks.robustness_figures import attacks_that_succeed, of_other_prompts
 from benchmarks.stages import LatestRows
-from benchmarks.tables.gradient_attacks import BLIND, EMBEDDING, TEXT, WHITE_BOX
 
 CONCEPTS = ("church", "ink", "weapons")
-BY_GRADIENT = (TEXT, BLIND, WHITE_BOX, EMBEDDING)
 
 
 def in_short() -> str:
@@ -33,7 +31,10 @@ def in_short() -> str:
     heads = " | ".join(f"{concept} → {gone[concept]['replacement']}" for concept in CONCEPTS)
     benign, parity = read_result("benign"), read_result("parity")
     speed, card = read_result("speed"), read_result("speed_ort-cuda")
-    return f"""| | {heads} |
+    return f"""Gone: the judge, a classifier that shares nothing with model or safety, no longer finds the concept. Attacks are those of the
+pictures that show it without safety to two judges in which either still finds it. In brackets 95 % intervals.
+
+| | {heads} |
 | --- | --- | --- | --- |
 {table}
 
