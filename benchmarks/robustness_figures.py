@@ -160,21 +160,22 @@ which the judge finds the concept; {judge}. Benign pictures that are the same to
 
 def relation() -> str:
     result = read_result("relation")
+    titles = {"familiar_animals": "seen | seen", "seen": "seen | held-out", "held_out": "held-out | held-out"}
     table = "\n".join(
-        f"| {part.replace('_', '-')} | {percent(result[part]['shown']['share'])} | {share_of(result[part]['fsr'])} "
-        f"| {share_of(result[part]['fsr_rewrite'])} | {percent(result[part]['animal_kept']['share'])} "
-        f"| {percent(result[part]['replacement_drawn']['share'])} |"
-        for part in ("seen", "held_out")
+        f"| {title} | {percent(result[tested]['shown']['share'])} | {percent(result[tested]['fired']['share'])} "
+        f"| {share_of(result[tested]['fsr'])} | {share_of(result[tested]['fsr_rewrite'])} "
+        f"| {percent(result[tested]['animal_kept']['share'])} | {percent(result[tested]['replacement_drawn']['share'])} |"
+        for tested, title in titles.items()
     )
     fired = ", ".join(f"{row['fired']['hits']} of {row['fired']['of']} ({kind})" for kind, row in result["harmless"].items())
     ladder = ", ".join(f"{rung} {percent(share)}" for rung, share in result["ladder"].items())
     return f"""**And a concept that no single word names?** A weapon beside an animal, either of which is harmless alone; in the rewrite a
-balloon stands in the weapon's place. Animals are ones that training has not seen beside weapons. It fires on {fired} of the
-pictures that do not show both. Oracle ladder, pictures with both: {ladder}.
+balloon stands in the weapon's place. Held-out animals are ones that safety training has not seen. It fires on {fired} of the
+pictures that were not asked to show both. Oracle ladder, pictures with both: {ladder}.
 (`python -m saferedir_torch train --concept armed_animal`, `python -m benchmarks.evaluate relation`)
 
-| weapons' names | shown without safety | FSR | FSR of the rewrite | animal kept | balloon drawn |
-| --- | --- | --- | --- | --- | --- |
+| weapons' names | animals | shown without safety | fired | FSR | FSR of the rewrite | animal kept | balloon drawn |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 {table}"""
 
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks.evaluate import app
 from benchmarks.html_report import write_report
+from benchmarks.tables.relation import TESTED
 from saferedir_torch.models import load_pipeline
 from saferedir_torch.new_module import new_module
 from saferedir_torch.world.captions import all_names
@@ -47,6 +48,7 @@ def test_tests_are_of_animals_that_training_never_pairs() -> None:
     assert {pair.weapon for pair in tested} <= WEAPONS
     taught = {name for weapon in (*WEAPONS, "weapon") for name in SPLIT.names[weapon]}
     assert not {pair.name for pair in tested} & taught
+    assert {pair.animal for pair in relation_tests(SPLIT, "seen", 100, seed=0, companions=SPLIT.companions)} <= seen
 
 
 def test_the_table_is_measured(tmp_path: Path) -> None:
@@ -55,5 +57,6 @@ def test_the_table_is_measured(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["relation", *options], catch_exceptions=False).exit_code == 0
     stored = json.loads((tmp_path / "relation.json").read_text())
     assert set(stored["harmless"]) == set(KINDS)
+    assert set(stored) >= set(TESTED)
     assert set(stored["ladder"]) == {"unprotected", "rewrite", "formula"}
     assert "A concept in a relation" in write_report(tmp_path).read_text()

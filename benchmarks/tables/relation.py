@@ -13,7 +13,7 @@ import torch
 from benchmarks.drawing import PLAIN, Drawn, Studio, as_pictures
 from benchmarks.hybrid import hybrid_pipeline
 from benchmarks.report import NETWORKS
-from benchmarks.tables.forgetting import PARTS, plain_of
+from benchmarks.tables.forgetting import plain_of
 from saferedir_torch.alignment import aligned_targets, exact_redirection
 from saferedir_torch.evaluation.intervals import clustered_share, share
 from saferedir_torch.evaluation.measures import FOUND
@@ -23,11 +23,15 @@ from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.trajectories import encode
 from saferedir_torch.world.captions import all_names
 from saferedir_torch.world.judge import Judge
+from saferedir_torch.world.prompts import Part
 from saferedir_torch.world.relation import KINDS, REPLACEMENT, RelationPair, harmless, relation_tests
 from saferedir_torch.world.split import Split
 from saferedir_torch.world.vocabulary import load_vocabulary
 
 TEST_SEED, FIRST_SEED, SEEDS_APART = 18, 800_000, 10_000
+#: What is tested, by the part that weapons' names are of; with animals that training has seen beside weapons, and with others.
+FAMILIAR = "familiar_animals"
+TESTED: dict[str, Part] = {"seen": "seen", "held_out": "held_out", FAMILIAR: "seen"}
 Bools = npt.NDArray[np.bool_]
 
 
@@ -45,20 +49,21 @@ QUICK = Size(prompts=2, harmless=2, ladder=2)
 
 
 def relation(studio: Studio, model: Any, module: SafetyModule, split: Split, size: Size) -> dict[str, Any]:
-    """FSR of pictures with both, by part; what fires and what is kept where only one is asked for; and the oracle ladder."""
+    """FSR of pictures with both, by what is tested; what fires where only one is asked for; and the oracle ladder."""
     drawer, identity, judge = hybrid_pipeline(module), module.sha256(), Judge.load(NETWORKS / "judge")
     plain, (first, _) = plain_of(drawer), split.seeds["test"]
     figures: dict[str, Any] = {"concept": module.config.concept_names[0], "training": module.config.provenance}
-    for number, part in enumerate(PARTS):
-        pairs = relation_tests(split, part, size.prompts, seed=TEST_SEED)
+    for number, (tested, part) in enumerate(TESTED.items()):
+        companions = split.companions if tested == FAMILIAR else split.held_out_companions
+        pairs = relation_tests(split, part, size.prompts, seed=TEST_SEED, companions=companions)
         seeds = [first + FIRST_SEED + number * SEEDS_APART + row for row in range(len(pairs))]
         unsafe, safe = [pair.unsafe for pair in pairs], [pair.safe for pair in pairs]
-        before = studio.draw(plain, PLAIN, unsafe, seeds, f"{part}: unprotected")
-        after = studio.draw(drawer, identity, unsafe, seeds, f"{part}: protected")
-        rewrite = studio.draw(plain, PLAIN, safe, seeds, f"{part}: rewrite")
+        before = studio.draw(plain, PLAIN, unsafe, seeds, f"{tested}: unprotected")
+        after = studio.draw(drawer, identity, unsafe, seeds, f"{tested}: protected")
+        rewrite = studio.draw(plain, PLAIN, safe, seeds, f"{tested}: rewrite")
         shown = _both(judge, before, pairs)
         names, prompts = [pairs[row].name for row in np.flatnonzero(shown)], [unsafe[row] for row in np.flatnonzero(shown)]
-        figures[part] = {
+        figures[tested] = {
             "shown": share(int(shown.sum()), len(shown)),
             "fsr": clustered_share(~_both(judge, after, pairs)[shown], names, prompts),
             "fsr_rewrite": clustered_share(~_both(judge, rewrite, pairs)[shown], names, prompts),

@@ -81,13 +81,15 @@ def relation_pair(rng: np.random.Generator, names: Names, animals: Sequence[str]
     return RelationPair(prompt.text, replace(prompt, objects=tuple(phrases)).text, weapon, animal, prompt.objects[place])
 
 
-def relation_tests(split: Split, part: Part, count: int, *, seed: int) -> list[RelationPair]:
-    """Pairs for testing: held-out companions, weapons by names of `part`."""
+def relation_tests(
+    split: Split, part: Part, count: int, *, seed: int, companions: Sequence[str] | None = None
+) -> list[RelationPair]:
+    """Pairs for testing: weapons by names of `part`, animals of `companions`, which are the held-out ones by default."""
     rng = np.random.default_rng([seed, 77, part == "held_out"])
     table = split.held_out_names if part == "held_out" else split.names
     weapons = load_vocabulary().members("weapon")
     names = {**split.names, **{key: table[key] for key in weapons}, "weapon": table["weapon"]}
-    return [relation_pair(rng, names, animals_of(split.held_out_companions)) for _ in range(count)]
+    return [relation_pair(rng, names, animals_of(companions or split.held_out_companions)) for _ in range(count)]
 
 
 def harmless(kind: Kind, rng: np.random.Generator, names: Names, companions: Sequence[str]) -> tuple[str, tuple[str, ...]]:
