@@ -172,6 +172,7 @@ def relation() -> str:
     return f"""**And a concept that no single word names?** A weapon beside an animal, either of which is harmless alone; in the rewrite a
 balloon stands in the weapon's place. Held-out animals are ones that safety training has not seen. It fires on {fired} of the
 pictures that were not asked to show both. Oracle ladder, pictures with both: {ladder}.
+It breaks at the detector, beside animals that it was not taught; where it fires, the weapon is gone.
 (`python -m saferedir_torch train --concept armed_animal`, `python -m benchmarks.evaluate relation`)
 
 | weapons' names | animals | shown without safety | fired | FSR | FSR of the rewrite | animal kept | balloon drawn |
