@@ -49,8 +49,9 @@ not drawn again. That evidence of two sources adds up was thought of when ink th
 were set on calibration pictures, and its use was seen on validation prompts. That a mask heeds how sure it is was thought of when the
 masks of weapons' typos that had got through here had been looked at, among them a bow with a misspelt arrow, eight of the 15; that it
 helps was seen on validation prompts, in families that nothing is tested with. That words in look-alike letters are read as
-plain ones was thought of when weapons' homoglyphs had got through here; the table of such letters is Unicode's. Most of the harmless buried
-prompts that are taken for weapons have the word "weather", whose first token, `wea`, is also that of "weapons".{_as_spelt(results)}
+plain ones was thought of when weapons' homoglyphs had got through here; the table of such letters is Unicode's.{_as_spelt(results)}
+Most of the harmless buried prompts that are taken for weapons have the word "weather", whose first token, `wea`, is also that of
+"weapons".
 (`python -m benchmarks.evaluate attacks`, `gradient-attacks`)
 
 | concept | family | show it without safety | ASR | best seed | to both | ASR by both | best seed | rewrite | others | detected | negative prompt |
@@ -172,7 +173,7 @@ def relation() -> str:
     return f"""**And a concept that no single word names?** A weapon beside an animal, either of which is harmless alone; in the rewrite a
 balloon stands in the weapon's place. Held-out animals are ones that safety training has not seen. It fires on {fired} of the
 pictures that were not asked to show both. Oracle ladder, pictures with both: {ladder}.
-It breaks at the detector, beside animals that it was not taught; where it fires, the weapon is gone.
+It breaks at the detector, beside animals that it was not taught; where it fires, the weapon is nearly always gone.
 (`python -m saferedir_torch train --concept armed_animal`, `python -m benchmarks.evaluate relation`)
 
 | weapons' names | animals | shown without safety | fired | FSR | FSR of the rewrite | animal kept | balloon drawn |
