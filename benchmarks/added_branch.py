@@ -12,7 +12,8 @@ import torch
 import typer
 from safetensors.torch import load_file, save_file
 
-from saferedir_torch.config import SafetyConfig, SafetyConfigError
+from saferedir.engines.errors import RequestError
+from saferedir_torch.config import SafetyConfig
 from saferedir_torch.models import SHIPPED_SAFETY
 from saferedir_torch.safety_module import CONFIG_FILE, WEIGHTS_FILE, SafetyModule
 
@@ -23,14 +24,14 @@ def save_branch(base: SafetyModule, extended: SafetyModule, folder: Path) -> Non
     """Write the last branch of `extended` to `folder`, with the configuration of the whole.
 
     Raises:
-        SafetyConfigError: `extended` is not `base` with one branch more.
+        RequestError: `extended` is not `base` with one branch more.
     """
     new = _prefix(base)
     tensors = {name: tensor.half().contiguous() for name, tensor in extended.state_dict().items() if name.startswith(new)}
     rest = {name: tensor for name, tensor in extended.state_dict().items() if not name.startswith(new)}
     own = base.state_dict()
     if not tensors or rest.keys() != own.keys() or any(not torch.equal(rest[name], own[name]) for name in own):
-        raise SafetyConfigError("the module is not the shipped one with a branch more; train it with --extend")
+        raise RequestError("the module is not the shipped one with a branch more; train it with --extend")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     extended.config.save(folder / CONFIG_FILE)

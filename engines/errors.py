@@ -4,8 +4,9 @@ SafeRedirError
 ├── BundleError                the bundle cannot be used                                  exit 3
 │   ├── BundleMissingFileError     a file it lists is not there
 │   ├── BundleAlteredError         a file's hash, or the manifest itself, is wrong
-│   └── BundleSchemaError          made by a newer version
-├── RequestError               the request cannot be drawn as asked                       exit 2
+│   ├── BundleSchemaError          made by a newer version
+│   └── ExportError                a graph cannot be exported
+├── RequestError               what was asked for or given cannot be used                 exit 2
 ├── BackendError               the execution backend cannot be had                        exit 4
 │   ├── MissingDependencyError     a package is missing; the message names the extra
 │   ├── ProviderMismatchError      another provider than the one asked for
@@ -15,6 +16,7 @@ SafeRedirError
 │   ├── SafetyMismatchError        it was made for another model
 │   ├── SafetyEngineError          it raised
 │   └── NonFiniteError             NaN or infinity in latent, score, embedding or picture
+├── TrainingError              training cannot begin or go on                             exit 2
 ├── OutputError                the picture or record cannot be written                    exit 6
 ├── VerificationError          an engine does not equal its reference                     exit 7
 └── CancelledError             the caller cancelled                                       exit 130
@@ -47,8 +49,12 @@ class BundleSchemaError(BundleError):
     """The bundle's schema is newer than this version reads."""
 
 
+class ExportError(BundleError):
+    """A graph cannot be exported, or is not what the bundle needs."""
+
+
 class RequestError(SafeRedirError):
-    """The request cannot be drawn as asked; the message names the field, the value and what is allowed."""
+    """What was asked for or given cannot be used; the message names the field or file, the value and what is allowed."""
 
     exit_code = 2
 
@@ -91,6 +97,12 @@ class SafetyEngineError(SafetyError):
 
 class NonFiniteError(SafetyError):
     """NaN or infinity in a latent, score, embedding or picture."""
+
+
+class TrainingError(SafeRedirError):
+    """Training cannot begin or go on; what was trained so far stays."""
+
+    exit_code = 2
 
 
 class OutputError(SafeRedirError):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from saferedir.engines.bundle import file_sha256
-from saferedir.engines.errors import RequestError
+from saferedir.engines.errors import ExportError, RequestError
 from saferedir.engines.manifest import (
     MANIFEST_FILE,
     SCHEMA_VERSION,
@@ -37,7 +37,7 @@ from saferedir.export.graphs import all_graphs
 from saferedir.export.half import ISLANDS, PARTS, PRECISIONS, halved
 from saferedir.export.model_changes import with_words
 from saferedir.export.model_graphs import own_size
-from saferedir.export.onnx_export import BF16_OPSET, LARGEST_BATCH, OPSET, ExportError, tensor_infos, to_onnx
+from saferedir.export.onnx_export import BF16_OPSET, LARGEST_BATCH, OPSET, tensor_infos, to_onnx
 from saferedir.export.room import check_disk, check_memory
 from saferedir.export.unfinished import unfinished
 from saferedir.export.weights import WeightFile, externalise

@@ -10,18 +10,15 @@ from typing import Any
 
 from diffusers import StableDiffusionPipeline
 
-from saferedir.engines.errors import BundleError, OutputError, RequestError, SafetyMismatchError
+from saferedir.engines.errors import OutputError, RequestError
 from saferedir.engines.manifest import DRAWING_ENGINES, PUBLISHED, SAFETY_ENGINES, SIZED_ENGINES, SPLIT_SAFETY
 from saferedir.export.bundle_export import BundleOptions, export_bundle, latent_sizes
 from saferedir.export.families import checked_unet, family_of
 from saferedir.export.model_changes import ModelChanges, change, with_words
-from saferedir.export.onnx_export import ExportError
 from saferedir.export.published_import import PublishedOptions, import_published
-from saferedir_torch import protect
-from saferedir_torch.config import SafetyConfigError
-from saferedir_torch.model_source import ModelSourceError, locate
+from saferedir_torch.model_source import locate
 from saferedir_torch.models import load_pipeline
-from saferedir_torch.published_checkpoint import PublishedCheckpointError, load_published
+from saferedir_torch.published_checkpoint import load_published
 from saferedir_torch.safety_module import SafetyModule
 
 
@@ -49,10 +46,7 @@ def export_folder(
         OutputError: `out` cannot be written, or there is too little room or memory.
     """
     with _typed_errors(out):
-        try:
-            module = SafetyModule.load(safety)
-        except SafetyConfigError as error:
-            raise RequestError(str(error)) from error
+        module = SafetyModule.load(safety)
         pipeline = change(_open(model, config), changes or ModelChanges())
         if save_model is not None and not isinstance(pipeline, StableDiffusionPipeline):
             raise RequestError(f"--save-model writes Stable Diffusion pipelines alone; {model} is of another family")
@@ -85,10 +79,7 @@ def import_checkpoint(
     """
     engines = len({*(DRAWING_ENGINES if model else ()), *SAFETY_ENGINES[PUBLISHED]})
     with _typed_errors(out):
-        try:
-            network = load_published(checkpoint)
-        except PublishedCheckpointError as error:
-            raise RequestError(str(error)) from error
+        network = load_published(checkpoint)
         pipeline = None if model is None else _open(model)
         import_published(network, out, options, bundle, pipeline=pipeline, on_engine=_counter(on_step, engines))
     on_step(engines, engines)
@@ -111,8 +102,6 @@ def _open(model: Path, config: str | None = None) -> Any:
         return pipeline
     except RequestError:
         raise
-    except ModelSourceError as error:
-        raise RequestError(str(error)) from error
     except Exception as error:  # diffusers, transformers and safetensors raise several types of their own
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise RequestError(f"{model} cannot be opened as a diffusers pipeline: {reason}") from error
@@ -122,9 +111,5 @@ def _open(model: Path, config: str | None = None) -> Any:
 def _typed_errors(out: Path) -> Iterator[None]:
     try:
         yield
-    except protect.SafetyMismatchError as error:
-        raise SafetyMismatchError(str(error)) from error
-    except ExportError as error:
-        raise BundleError(str(error)) from error
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error}") from error

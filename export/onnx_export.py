@@ -12,6 +12,7 @@ import onnx
 import torch
 from torch.onnx import OnnxExporterError
 
+from saferedir.engines.errors import ExportError
 from saferedir.engines.manifest import TensorInfo
 from saferedir.export.attention import attention_nodes, define_attention
 from saferedir.export.engine_calls import called_engines, calls_for_engines, write_in
@@ -36,10 +37,6 @@ DTYPES = {
     onnx.TensorProto.INT64: "int64",
     onnx.TensorProto.BOOL: "bool",
 }
-
-
-class ExportError(RuntimeError):
-    """A graph could not be exported, or is not what the bundle needs."""
 
 
 def to_onnx(name: str, graphs: Mapping[str, Graph], done: dict[str, Any] | None = None, opset: int = OPSET) -> Any:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saferedir.engines.errors import RequestError
+from saferedir.engines.errors import RequestError, SafetyMismatchError
 from saferedir.engines.manifest import PUBLISHED, ConceptInfo, SafetyInfo
 from saferedir.export.bundle_export import BundleOptions, write_bundle
 from saferedir.export.published_graphs import published_graphs
 from saferedir.export.weights import WeightFile
-from saferedir_torch.protect import SafetyMismatchError
 from saferedir_torch.published import PublishedNetwork
 from saferedir_torch.safety_module import parameters_sha256
 

@@ -12,7 +12,7 @@ from saferedir.export.engine_graph import Graph
 from saferedir.export.graphs import all_graphs
 from saferedir.export.published_graphs import published_graphs
 from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
-from saferedir_torch.published_checkpoint import PublishedCheckpointError, load_published
+from saferedir_torch.published_checkpoint import load_published
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 
 
@@ -44,8 +44,5 @@ def open_reference(bundle: Bundle, model: Path | None = None, safety: Path | Non
         return Reference(pipeline, all_graphs(pipeline, SafetyModule.load(safety or SHIPPED_SAFETY), further))
     if safety is None:
         raise RequestError(f"{bundle.folder} was made of a published checkpoint; name it by --safety to compare with it")
-    try:
-        network = load_published(safety)
-    except PublishedCheckpointError as error:
-        raise RequestError(str(error)) from error
+    network = load_published(safety)
     return Reference(pipeline, published_graphs(pipeline, network, mask_again=manifest.safety.mask_again))

@@ -15,8 +15,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from saferedir.engines import Bundle
+from saferedir.engines.errors import ExportError
 from saferedir.export.attention import define_attention, inlined
-from saferedir.export.onnx_export import ExportError
 from saferedir.runtime.ort import OrtBackend
 
 HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from saferedir.engines.errors import OutputError, SafeRedirError
 from saferedir_torch import calibrate_command
 from saferedir_torch.command_options import Config, Device, Model, Seed, device_of
 
@@ -180,33 +181,15 @@ def oracle(
 
 
 def main() -> None:
-    """Run a command; what a user can cause ends in one line and exit code 2."""
-    from saferedir_torch.calibration import CalibrationError
-    from saferedir_torch.config import SafetyConfigError
-    from saferedir_torch.model_source import ModelSourceError
-    from saferedir_torch.pairs_file import PairsFileError
-    from saferedir_torch.protect import ProtectionError
-    from saferedir_torch.recording import RecordingError
-    from saferedir_torch.training_run import TrainingError
-    from saferedir_torch.world.source import UnknownConceptError
-    from saferedir_torch.world.split import SplitError
-
+    """Run a command; what a user can cause ends in one line and the error's exit code."""
     try:
         app()
-    except (
-        CalibrationError,
-        ModelSourceError,
-        RecordingError,
-        TrainingError,
-        SplitError,
-        SafetyConfigError,
-        PairsFileError,
-        ProtectionError,
-        UnknownConceptError,
-        OSError,
-    ) as error:
+    except SafeRedirError as error:
         typer.echo(f"error: {error}", err=True)
-        raise SystemExit(2) from None
+        raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(OutputError.exit_code) from None
 
 
 if __name__ == "__main__":

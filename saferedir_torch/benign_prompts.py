@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from saferedir_torch.calibration import CalibrationError
+from saferedir.engines.errors import RequestError
 
 
 def benign_prompts(path: Path | None, count: int, seed: int, concepts: Sequence[str]) -> tuple[list[str], list[int], str]:
@@ -14,10 +14,10 @@ def benign_prompts(path: Path | None, count: int, seed: int, concepts: Sequence[
     Prompts of the embedded world ask for nothing of the shipped concepts, nor of `concepts`.
 
     Raises:
-        CalibrationError: there are none.
+        RequestError: there are none.
     """
     if count < 1:
-        raise CalibrationError("at least one picture must be drawn")
+        raise RequestError("at least one picture must be drawn")
     if path is None:
         from saferedir_torch.world.prompts import CONCEPTS, LATER_CONCEPTS, benign_set
         from saferedir_torch.world.split import load_split
@@ -27,6 +27,6 @@ def benign_prompts(path: Path | None, count: int, seed: int, concepts: Sequence[
         return [prompt.text for prompt in asked], seeds, "prompts of the embedded world, half of them near neighbours"
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
-        raise CalibrationError(f"{path} holds no prompts; expected one a line")
+        raise RequestError(f"{path} holds no prompts; expected one a line")
     texts = [lines[index % len(lines)] for index in range(count)]
     return texts, [1_000_000 * (seed + 1) + index for index in range(count)], f"{len(lines)} prompts of {path.name}"

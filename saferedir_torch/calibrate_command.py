@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from saferedir.engines.errors import RequestError
 from saferedir_torch.command_options import Config, Device, Model, Seed, device_of
 
 if TYPE_CHECKING:
@@ -98,7 +99,6 @@ def calibrate_first_step(
     from dataclasses import asdict, replace
 
     from saferedir_torch.benign_prompts import benign_prompts
-    from saferedir_torch.calibration import CalibrationError
     from saferedir_torch.models import load_pipeline
     from saferedir_torch.prompt_levels import fires_first, first_timestep, restated, set_prompt_levels
     from saferedir_torch.safety_module import SafetyModule
@@ -107,7 +107,7 @@ def calibrate_first_step(
     module = SafetyModule.load(safety).to(pipeline.device)
     promise = module.config.promise
     if promise is None:
-        raise CalibrationError(f"{safety} was never calibrated; run `calibrate` first")
+        raise RequestError(f"{safety} was never calibrated; run `calibrate` first")
     names = module.config.concept_names
     texts, seeds, _ = benign_prompts(prompts, promise.pictures, seed, names)
     begin = first_timestep(pipeline, promise.steps)
@@ -141,7 +141,7 @@ def calibrate_agreed(
     from dataclasses import asdict, replace
 
     from saferedir_torch.benign_prompts import benign_prompts
-    from saferedir_torch.calibration import CalibrationError, rate_beside, set_agreed_levels
+    from saferedir_torch.calibration import rate_beside, set_agreed_levels
     from saferedir_torch.models import load_pipeline
     from saferedir_torch.safety_module import SafetyModule
 
@@ -149,9 +149,9 @@ def calibrate_agreed(
     module = SafetyModule.load(safety).to(pipeline.device)
     promise = module.config.promise
     if module.last_branch.alone is None:
-        raise CalibrationError(f"the concepts of {safety} that were trained last are not looked for without the prompt")
+        raise RequestError(f"the concepts of {safety} that were trained last are not looked for without the prompt")
     if promise is None:
-        raise CalibrationError(f"{safety} was never calibrated; run `calibrate` first")
+        raise RequestError(f"{safety} was never calibrated; run `calibrate` first")
     texts, seeds, _ = benign_prompts(prompts, promise.pictures, seed, module.config.concept_names)
     runs = _recorded(pipeline, texts, seeds, promise.steps, promise.guidance_scale, recorded / "bound")
     fire = set_agreed_levels(module, runs)

@@ -21,6 +21,7 @@ import torch
 from scipy.stats import beta, binom
 from torch import Tensor
 
+from saferedir.engines.errors import RequestError
 from saferedir_torch.config import Promise
 from saferedir_torch.expectation import expected_in_runs
 from saferedir_torch.recording import RecordedRuns
@@ -41,10 +42,6 @@ MARGIN = 1e-3
 AGREED_MARGIN = 0.02
 #: Scores are kept away from 0 and 1 by this much before their logit is taken.
 SMALLEST = 1e-7
-
-
-class CalibrationError(ValueError):
-    """Too few trajectories for the promise."""
 
 
 def highest_logits(module: SafetyModule, runs: RecordedRuns) -> npt.NDArray[np.float64]:
@@ -167,14 +164,14 @@ def allowed_exceedances(pictures: int, rate: float = RATE, confidence: float = C
     """How many of `pictures` may reach the bound for the promise to hold.
 
     Raises:
-        CalibrationError: not even none would do, because there are too few pictures.
+        RequestError: not even none would do, because there are too few pictures.
     """
     allowed = -1
     while binom.cdf(allowed + 1, pictures, rate) <= 1 - confidence:
         allowed += 1
     if allowed < 0:
         needed = math.ceil(math.log(1 - confidence) / math.log(1 - rate))
-        raise CalibrationError(
+        raise RequestError(
             f"{pictures} benign pictures cannot promise {100 * rate:g} % with {100 * confidence:g} % confidence; "
             f"at least {needed} are needed"
         )
@@ -250,7 +247,7 @@ def calibrate(
     none, and a rate is promised that holds for both (`joint_rate`).
 
     Raises:
-        CalibrationError: there are too few runs, or the concepts that were there before fire on far too many.
+        RequestError: there are too few runs, or the concepts that were there before fire on far too many.
     """
     set_levels(module, leveling)
     if level_prompts is not None:
@@ -270,7 +267,7 @@ def calibrate(
         allowed, rate = int(spoilt.sum()), round(joint_rate(int(spoilt.sum()), len(spoilt)), 6)
         fires = f"{', '.join(concept.name for concept in before)} fire on {allowed} of {len(spoilt)} pictures"
         if rate > WORST_RATE:
-            raise CalibrationError(f"{fires}; calibrate the module that the concept was added to first")
+            raise RequestError(f"{fires}; calibrate the module that the concept was added to first")
         log.warning("%s: %.2g %% are promised for all concepts together", fires, 100 * rate)
     threshold = round(bound(logits[~spoilt, -own:], allowed - int(spoilt.sum())), 8)
     promise = Promise(

@@ -7,9 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-
-class SafetyConfigError(ValueError):
-    """A safety module's configuration is missing, malformed or does not fit."""
+from saferedir.engines.errors import RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +105,7 @@ class SafetyConfig:
         """The configuration in `path`.
 
         Raises:
-            SafetyConfigError: the file is missing, not JSON, or lacks or misnames a field.
+            RequestError: the file is missing, not JSON, or lacks or misnames a field.
         """
         try:
             raw = json.loads(path.read_text())
@@ -122,4 +120,4 @@ class SafetyConfig:
                 raise TypeError(f"branches {config.branches} do not add up to {len(config.concepts)} concepts")
             return config
         except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise SafetyConfigError(f"{path} is not a safety module's configuration: {error}") from error
+            raise RequestError(f"{path} is not a safety module's configuration: {error}") from error

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from saferedir.engines.errors import RequestError
+
 #: Parts of a Stable Diffusion checkpoint in one file, by what the names of their tensors begin with.
 PARTS = {
     "model.diffusion_model.": "UNet",
@@ -26,28 +28,24 @@ OTHERS = {
 }
 
 
-class ModelSourceError(ValueError):
-    """There is no model where one was named, or it cannot be read."""
-
-
 def locate(model: str | Path) -> Path:
     """The folder or file of `model`; a hub name's folder is that of the hub's cache, which it is fetched to where needed.
 
     Raises:
-        ModelSourceError: there is no such folder or file, and no such name can be had from the hub.
+        RequestError: there is no such folder or file, and no such name can be had from the hub.
     """
     path = Path(model)
     if path.exists():
         return path
     name = str(model)
     if name.count("/") != 1 or name.startswith((".", "/")) or path.suffix:
-        raise ModelSourceError(f"{model} does not exist; expected a diffusers folder, a hub name or a .safetensors file")
+        raise RequestError(f"{model} does not exist; expected a diffusers folder, a hub name or a .safetensors file")
     from diffusers import StableDiffusionPipeline
 
     try:
         return Path(StableDiffusionPipeline.download(name))
     except Exception as error:  # huggingface_hub and httpx raise many types of their own
-        raise ModelSourceError(
+        raise RequestError(
             f"{name} is no folder here and cannot be had from the hub: {_first_line(error)}; name a folder, or fetch it first"
         ) from error
 
@@ -67,14 +65,14 @@ def open_single_file(path: Path, config: str | Path | None = None) -> Any:
     for that family by default.
 
     Raises:
-        ModelSourceError: the file is of another kind, lacks a part, or does not fit the configuration.
+        RequestError: the file is of another kind, lacks a part, or does not fit the configuration.
     """
     from diffusers import StableDiffusionPipeline
 
     _check(path)
     folder = None if config is None else locate(config)
     if folder is not None and not (folder / "model_index.json").is_file():
-        raise ModelSourceError(f"{folder} holds no model_index.json; expected the configuration of a diffusers model")
+        raise RequestError(f"{folder} holds no model_index.json; expected the configuration of a diffusers model")
     try:
         return StableDiffusionPipeline.from_single_file(
             str(path), config=None if folder is None else str(folder), torch_dtype=torch.float32,
@@ -82,24 +80,24 @@ def open_single_file(path: Path, config: str | Path | None = None) -> Any:
         )  # fmt: skip
     except Exception as error:  # diffusers, transformers and huggingface_hub raise many types of their own
         known = "" if config is not None else "; its configuration comes from the hub unless --config names a folder"
-        raise ModelSourceError(f"{path} cannot be opened as a Stable Diffusion model: {_first_line(error)}{known}") from error
+        raise RequestError(f"{path} cannot be opened as a Stable Diffusion model: {_first_line(error)}{known}") from error
 
 
 def _check(path: Path) -> None:
-    """Raise `ModelSourceError` where the file is no whole Stable Diffusion checkpoint; reads its header alone."""
+    """Raise `RequestError` where the file is no whole Stable Diffusion checkpoint; reads its header alone."""
     if path.suffix != ".safetensors":
-        raise ModelSourceError(f"{path} is no .safetensors file; others may run code when they are opened, so convert it first")
+        raise RequestError(f"{path} is no .safetensors file; others may run code when they are opened, so convert it first")
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
     except (OSError, SafetensorError) as error:
-        raise ModelSourceError(f"{path} is damaged or cut short: {_first_line(error)}") from error
+        raise RequestError(f"{path} is damaged or cut short: {_first_line(error)}") from error
     for mark, kind in OTHERS.items():
         if any(mark in name for name in names):
-            raise ModelSourceError(f"{path} is {kind}; expected a Stable Diffusion 1.x or 2.x model")
+            raise RequestError(f"{path} is {kind}; expected a Stable Diffusion 1.x or 2.x model")
     missing = [part for prefix, part in PARTS.items() if not any(name.startswith(prefix) for name in names)]
     if missing:
-        raise ModelSourceError(f"{path} has no {', no '.join(missing)}; expected a whole Stable Diffusion model")
+        raise RequestError(f"{path} has no {', no '.join(missing)}; expected a whole Stable Diffusion model")
 
 
 def _first_line(error: Exception) -> str:

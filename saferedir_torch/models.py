@@ -10,7 +10,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from saferedir_torch.model_source import ModelSourceError, locate, open_single_file, pipeline_class
+from saferedir.engines.errors import RequestError
+from saferedir_torch.model_source import locate, open_single_file, pipeline_class
 from saferedir_torch.pixart import PROMPT_TOKENS, PixArt
 
 SHIPPED = Path(__file__).with_name("shipped")
@@ -47,7 +48,7 @@ def load_pipeline(model: str | Path = SHIPPED_MODEL, config: str | Path | None =
 
     Raises:
         FileNotFoundError: the shipped model is not there (a source checkout without its weights).
-        ModelSourceError: there is no such model, or the file holds none.
+        RequestError: there is no such model, or the file holds none.
     """
     if Path(model) == SHIPPED_MODEL and not SHIPPED_MODEL.is_dir():
         raise FileNotFoundError(f"{SHIPPED_MODEL} is missing; build it with `python -m saferedir_torch.world`, or restore it")
@@ -55,7 +56,7 @@ def load_pipeline(model: str | Path = SHIPPED_MODEL, config: str | Path | None =
     transformers_logging.disable_progress_bar()
     place = locate(model)
     if config is not None and not place.is_file():
-        raise ModelSourceError(f"{model} has a configuration of its own; one is named for a single file alone")
+        raise RequestError(f"{model} has a configuration of its own; one is named for a single file alone")
     pipeline: Any = open_single_file(place, config) if place.is_file() else _open_folder(place)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -10,11 +10,11 @@ import numpy as np
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from saferedir.engines.errors import TrainingError
 from saferedir_torch.config import Concept, SafetyConfig
 from saferedir_torch.learner import STRENGTH
 from saferedir_torch.prompt_source import PromptSource
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
-from saferedir_torch.training_run import TrainingError
 from saferedir_torch.trajectories import encode
 
 #: Prompts among which the shortest is looked for.

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from saferedir.engines.errors import RequestError
 from saferedir_torch.prompt_source import TrainingPair
 
 log = logging.getLogger("saferedir")
@@ -25,10 +26,6 @@ log = logging.getLogger("saferedir")
 #: Share of pairs that ask for a second concept as well, where there are several.
 JOINT_SHARE = 0.25
 SEEDS = (0, 1_000_000)
-
-
-class PairsFileError(ValueError):
-    """The file of prompt pairs cannot be trained on; the message names file, concept and entry."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class FilePrompts:
         A pair that occurs twice is kept once, which is logged.
 
         Raises:
-            PairsFileError: the file is not of this form, a concept is empty or unknown, a pair changes nothing, or a
+            RequestError: the file is not of this form, a concept is empty or unknown, a pair changes nothing, or a
                 prompt is called both unsafe and safe.
         """
         self.path = path
@@ -59,7 +56,7 @@ class FilePrompts:
         known = [key for key, value in raw.items() if not isinstance(value, str) and key != "benign"]
         chosen = list(concepts) or known
         if unknown := [name for name in chosen if name not in known]:
-            raise PairsFileError(f"{path} has no concept {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+            raise RequestError(f"{path} has no concept {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
         self.pairs = {name: self._pairs_of(name, raw[name], (rewrites or {}).get(name)) for name in chosen}
         self.benign_prompts = _prompts(path, "benign", raw.get("benign", []))
         for name in chosen:
@@ -101,13 +98,13 @@ class FilePrompts:
         `encode` maps prompts to token ids [P, T].
 
         Raises:
-            PairsFileError: names the pair.
+            RequestError: names the pair.
         """
         for name, pairs in self.pairs.items():
             unsafe: Tensor = encode([pair[0] for pair in pairs])
             safe: Tensor = encode([pair[1] for pair in pairs])
             for row in (unsafe == safe).all(dim=1).nonzero().flatten().tolist():
-                raise PairsFileError(
+                raise RequestError(
                     f"{self.path}: concept {name!r}, pair {row}: {pairs[row][0]!r} and its rewrite are the same "
                     f"{unsafe.shape[1]} tokens, since the rest is cut off; shorten them"
                 )
@@ -119,10 +116,10 @@ class FilePrompts:
         else:
             found = _columns(where, entry, rewrite)
         if not found:
-            raise PairsFileError(f"{where} is empty; give at least one pair of an unsafe prompt and its safe rewrite")
+            raise RequestError(f"{where} is empty; give at least one pair of an unsafe prompt and its safe rewrite")
         for index, (unsafe, safe) in enumerate(found):
             if unsafe == safe:
-                raise PairsFileError(f"{where}, pair {index}: {unsafe!r} is its own rewrite; nothing would change")
+                raise RequestError(f"{where}, pair {index}: {unsafe!r} is its own rewrite; nothing would change")
         distinct = list(dict.fromkeys(found))
         if len(distinct) < len(found):
             log.warning("%s: %d pairs occur more than once and are kept once", where, len(found) - len(distinct))
@@ -134,52 +131,50 @@ class FilePrompts:
             safe = benign | {pair[1] for pair in pairs}
             for unsafe, _ in pairs:
                 if unsafe in safe:
-                    raise PairsFileError(f"{self.path}: concept {name!r} calls {unsafe!r} both unsafe and safe; remove one")
+                    raise RequestError(f"{self.path}: concept {name!r} calls {unsafe!r} both unsafe and safe; remove one")
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PairsFileError(f"{path} cannot be read as JSON: {error}") from error
+        raise RequestError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise PairsFileError(f"{path} holds a {type(raw).__name__}; expected an object with one key a concept")
+        raise RequestError(f"{path} holds a {type(raw).__name__}; expected an object with one key a concept")
     return raw
 
 
 def _pair(where: str, row: Any) -> tuple[str, str]:
     if not isinstance(row, dict) or not {"unsafe", "safe"} <= set(row):
-        raise PairsFileError(f'{where} is {json.dumps(row)[:80]}; expected {{"unsafe": ..., "safe": ...}}')
+        raise RequestError(f'{where} is {json.dumps(row)[:80]}; expected {{"unsafe": ..., "safe": ...}}')
     return _prompt(where, row["unsafe"]), _prompt(where, row["safe"])
 
 
 def _columns(where: str, entry: Any, rewrite: Rewrite | None) -> list[tuple[str, str]]:
     if not isinstance(entry, dict) or not isinstance(entry.get("unsafe"), list):
-        raise PairsFileError(f"{where} is neither a list of pairs nor an object with a list `unsafe`")
+        raise RequestError(f"{where} is neither a list of pairs nor an object with a list `unsafe`")
     unsafe = [_prompt(f"{where}, unsafe prompt {index}", prompt) for index, prompt in enumerate(entry["unsafe"])]
     if "safe" not in entry:
         if rewrite is None:
-            raise PairsFileError(
-                f"{where} has no safe prompts; give a list `safe`, or a rule with --rewrite CONCEPT:WORD=OTHER"
-            )
+            raise RequestError(f"{where} has no safe prompts; give a list `safe`, or a rule with --rewrite CONCEPT:WORD=OTHER")
         return [(prompt, rewrite(prompt)) for prompt in unsafe]
     safe = entry["safe"]
     if not isinstance(safe, list) or len(safe) != len(unsafe):
         found = len(safe) if isinstance(safe, list) else "no list of"
-        raise PairsFileError(f"{where} has {len(unsafe)} unsafe and {found} safe prompts; they must correspond one to one")
+        raise RequestError(f"{where} has {len(unsafe)} unsafe and {found} safe prompts; they must correspond one to one")
     return [(prompt, _prompt(f"{where}, safe prompt {index}", safe[index])) for index, prompt in enumerate(unsafe)]
 
 
 def _prompts(path: Path, name: str, entries: Any) -> list[str]:
     if not isinstance(entries, list):
-        raise PairsFileError(f"{path}: the benign prompts of {name!r} are no list")
+        raise RequestError(f"{path}: the benign prompts of {name!r} are no list")
     rows = [entry.get("prompt") if isinstance(entry, dict) else entry for entry in entries]
     return [_prompt(f"{path}: {name!r}, benign prompt {index}", row) for index, row in enumerate(rows)]
 
 
 def _prompt(where: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise PairsFileError(f"{where} is {value!r}; expected a prompt")
+        raise RequestError(f"{where} is {value!r}; expected a prompt")
     return value
 
 

@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from saferedir.engines.errors import NonFiniteError, SafetyError, SafetyMismatchError
 from saferedir.engines.plain_letters import in_plain_letters
 from saferedir_torch.controller import Controller, Policy, State, Verdict
 from saferedir_torch.expectation import noise_beside
@@ -26,18 +27,6 @@ DETERMINISTIC = frozenset({
 
 #: How far signal shares may lie from the module's, which are rounded on disk.
 SCHEDULE_TOLERANCE = 1e-3
-
-
-class ProtectionError(RuntimeError):
-    """The safety cannot do its work; no picture is drawn."""
-
-
-class SafetyMismatchError(ProtectionError):
-    """The safety module was made for another model."""
-
-
-class NonFiniteError(ProtectionError):
-    """A latent, score, embedding or noise prediction is NaN or infinite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +46,12 @@ class EagerPolicy:
         """The policy of `batch` requests as tensors.
 
         Raises:
-            ProtectionError: a name that the module has no concept of.
+            SafetyError: a name that the module has no concept of.
         """
         config = module.config
         unknown = {*(self.enabled or ()), *self.thresholds, *self.alpha_scales} - set(config.concept_names)
         if unknown:
-            raise ProtectionError(f"unknown concepts {sorted(unknown)}; the module knows {config.concept_names}")
+            raise SafetyError(f"unknown concepts {sorted(unknown)}; the module knows {config.concept_names}")
         enabled = [self.enabled is None or concept.name in self.enabled for concept in config.concepts]
         thresholds = [self.thresholds.get(concept.name, concept.threshold) for concept in config.concepts]
         scales = [self.alpha_scales.get(concept.name, concept.alpha_scale) for concept in config.concepts]
@@ -120,7 +109,7 @@ class Guard:
     def last(self) -> Generation:
         generation = self._current.get()
         if generation is None:
-            raise ProtectionError("nothing was generated yet under this guard")
+            raise SafetyError("nothing was generated yet under this guard")
         return generation
 
 
@@ -136,7 +125,7 @@ def protect(pipeline: StableDiffusionPipeline, safety: SafetyModule, policy: Eag
 
     Raises:
         SafetyMismatchError: channels, tokens, width, prediction type, noise schedule or text encoder differ from the module's.
-        ProtectionError: an unknown concept in the policy; during generation, a UNet call without a prompt.
+        SafetyError: an unknown concept in the policy; during generation, a UNet call without a prompt.
         NonFiniteError: during generation, NaN or infinity anywhere.
     """
     check_match(pipeline, safety)
@@ -156,11 +145,11 @@ def protect(pipeline: StableDiffusionPipeline, safety: SafetyModule, policy: Eag
     def before_unet(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         generation = guard._current.get()
         if generation is None:
-            raise ProtectionError("the UNet was called without a prompt having been encoded under protection")
+            raise SafetyError("the UNet was called without a prompt having been encoded under protection")
         latent, embeds = args[0], kwargs["encoder_hidden_states"]
         requests = len(generation.original)
         if len(embeds) != requests * (2 if generation.guided else 1):
-            raise ProtectionError(f"the UNet got {len(embeds)} embeddings for {requests} requests; protection cannot follow")
+            raise SafetyError(f"the UNet got {len(embeds)} embeddings for {requests} requests; protection cannot follow")
         redirected = _step(controller, generation, latent[-requests:], args[1])
         kept = embeds[:-requests]
         return args, kwargs | {"encoder_hidden_states": torch.cat([kept, redirected]) if len(kept) else redirected}

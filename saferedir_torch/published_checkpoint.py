@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from saferedir.engines.errors import RequestError
 from saferedir_torch.published import PublishedNetwork
 
 #: Keys under which trainers put the parameters, beside optimiser state and the like.
@@ -19,23 +20,19 @@ PARALLEL_PREFIX = "module."
 LISTED = 6
 
 
-class PublishedCheckpointError(ValueError):
-    """The file holds no whole checkpoint of the published layout."""
-
-
 def load_published(path: Path) -> PublishedNetwork:
     """The network in `path`, in evaluation mode. Its prompt width is the checkpoint's (768 in the released ones).
 
     Nothing in the file is executed. Batch norm's count of batches may be absent, since inference does not read it.
 
     Raises:
-        PublishedCheckpointError: the file is missing, unreadable or holds other objects than tensors; parameters are
+        RequestError: the file is missing, unreadable or holds other objects than tensors; parameters are
             missing, unknown, of another shape, or not finite. The message names them.
     """
     state = _parameters(path)
     embed, conv = state.get("pos_embed"), state.get("latent_encoder.0.conv.0.weight")
     if embed is None or conv is None or embed.dim() != 3 or conv.dim() != 4 or embed.shape[2] % 4:
-        raise PublishedCheckpointError(
+        raise RequestError(
             f"{path} is not of the published layout: pos_embed [1, tokens, width] and latent_encoder.0.conv.0.weight "
             f"[64, channels, 3, 3] are {_shape(embed)} and {_shape(conv)}"
         )
@@ -54,7 +51,7 @@ def load_published(path: Path) -> PublishedNetwork:
     ]
     if problems:
         more = f", and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        raise PublishedCheckpointError(f"{path} is not of the published layout: {'; '.join(problems[:LISTED])}{more}")
+        raise RequestError(f"{path} is not of the published layout: {'; '.join(problems[:LISTED])}{more}")
     network.load_state_dict({name: value.to(wanted[name].dtype) for name, value in state.items()}, strict=False)
     return network.eval()
 
@@ -63,17 +60,17 @@ def _parameters(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise PublishedCheckpointError(
+        raise RequestError(
             f"{path} holds more than tensors, or is no checkpoint, and is not opened: {_first_line(error)}"
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise PublishedCheckpointError(f"{path} cannot be read as a PyTorch checkpoint: {_first_line(error)}") from error
+        raise RequestError(f"{path} cannot be read as a PyTorch checkpoint: {_first_line(error)}") from error
     for key in WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
             break
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise PublishedCheckpointError(f"{path} holds no mapping of parameter names to tensors, nor one under {WRAPPERS}")
+        raise RequestError(f"{path} holds no mapping of parameter names to tensors, nor one under {WRAPPERS}")
     return {str(name).removeprefix(PARALLEL_PREFIX): value for name, value in loaded.items()}
 
 

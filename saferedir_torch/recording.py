@@ -14,11 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from saferedir.engines.errors import RequestError
 from saferedir_torch.trajectories import encode, initial_noise, sample
-
-
-class RecordingError(ValueError):
-    """A recorded chunk is damaged, or of other prompts."""
 
 
 @dataclass
@@ -67,7 +64,7 @@ def _load_runs(path: Path, stated: str) -> dict[str, Tensor]:
     try:
         with safe_open(path, "pt") as file:
             if file.metadata()["made_from"] != stated:
-                raise RecordingError(f"{path} was recorded with other prompts, seeds or steps; give another folder")
+                raise RequestError(f"{path} was recorded with other prompts, seeds or steps; give another folder")
         return load_file(path)
     except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise RecordingError(f"{path} holds no recorded runs ({error}); delete it to record them anew") from error
+        raise RequestError(f"{path} holds no recorded runs ({error}); delete it to record them anew") from error

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from saferedir_torch.config import SafetyConfig, SafetyConfigError
+from saferedir.engines.errors import RequestError
+from saferedir_torch.config import SafetyConfig
 from saferedir_torch.detector import AloneEvidence, Detector, StepEncoder
 from saferedir_torch.expectation import expected_of_prediction
 from saferedir_torch.redirector import Redirection, Redirector, redirect
@@ -331,14 +332,14 @@ class SafetyModule(nn.Module):
         """The module in `folder`, in fp32 and evaluation mode (its weights are rounded to fp16 on disk).
 
         Raises:
-            SafetyConfigError: a file is missing or cut short, or the weights are of other shapes.
+            RequestError: a file is missing or cut short, or the weights are of other shapes.
         """
         module = cls(SafetyConfig.load(folder / CONFIG_FILE))
         weights = folder / WEIGHTS_FILE
         try:
             module.load_state_dict({name: tensor.float() for name, tensor in load_file(weights).items()})
         except (OSError, SafetensorError, RuntimeError) as error:
-            raise SafetyConfigError(f"{weights} does not hold the weights that {CONFIG_FILE} describes: {error}") from error
+            raise RequestError(f"{weights} does not hold the weights that {CONFIG_FILE} describes: {error}") from error
         return module.eval()
 
 

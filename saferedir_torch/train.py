@@ -18,6 +18,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
+from saferedir.engines.errors import TrainingError
 from saferedir_torch.comparable import make_comparable, make_comparable_alone
 from saferedir_torch.learner import Learner
 from saferedir_torch.loss_plot import plot_losses
@@ -28,7 +29,7 @@ from saferedir_torch.protect import check_match
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.short_runs import recorded_short_runs, short_runs
 from saferedir_torch.training_data import SAMPLINGS, cached_runs, load_runs, make_pairs, record_runs
-from saferedir_torch.training_run import Schedule, TrainingError, run_training
+from saferedir_torch.training_run import Schedule, run_training
 from saferedir_torch.warm_start import start_from
 
 PEAK_RATE = 1e-3

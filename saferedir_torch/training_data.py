@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from saferedir.engines.errors import TrainingError
 from saferedir_torch.alignment import aligned_targets
 from saferedir_torch.meaning import confirmed
 from saferedir_torch.prompt_source import PromptSource, flags
-from saferedir_torch.training_run import TrainingError
 from saferedir_torch.trajectories import encode, initial_noise, sample
 
 #: A run whose prompt was switched later than this timestep still shows what it started with; its label is left open.

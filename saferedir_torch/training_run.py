@@ -13,11 +13,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from saferedir.engines.errors import TrainingError
+
 LOG_EVERY = 25
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: the loss is not finite, or a checkpoint does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,14 +12,13 @@ import torch
 
 from benchmarks.added_branch import load_with_branch, save_branch
 from benchmarks.hybrid import hybrid_pipeline
+from saferedir.engines.errors import RequestError, TrainingError
 from saferedir.runtime import Pipeline, SafetyPolicy
-from saferedir_torch.config import SafetyConfigError
 from saferedir_torch.learner import Learner
 from saferedir_torch.models import SHIPPED_SAFETY
 from saferedir_torch.new_module import extended_module
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.training_data import LatentBank, PairBank
-from saferedir_torch.training_run import TrainingError
 from saferedir_torch.world.source import AddedPrompts
 from saferedir_torch.world.split import load_split
 
@@ -52,7 +51,7 @@ def test_an_added_branch_is_kept_without_the_module_under_it(
     assert kept < 0.5 * (tmp_path / "whole" / "model.safetensors").stat().st_size
     with torch.no_grad():
         whole.branches[0].detector.heads.bias += 1
-    with pytest.raises(SafetyConfigError, match="not the shipped one with a branch more"):
+    with pytest.raises(RequestError, match="not the shipped one with a branch more"):
         save_branch(base, whole, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

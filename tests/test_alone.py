@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_module import TOKENS, WIDTH, small_module
 
+from saferedir.engines.errors import TrainingError
 from saferedir_torch.calibration import RATE, highest_logits, set_levels, tail_level
 from saferedir_torch.comparable import make_comparable_alone
 from saferedir_torch.controller import Controller, Policy, State
@@ -22,7 +23,6 @@ from saferedir_torch.recording import RecordedRuns
 from saferedir_torch.safety_module import KNOTS, SafetyModule, near_knots
 from saferedir_torch.train import teach_alone, train
 from saferedir_torch.training_data import LatentBank, PairBank
-from saferedir_torch.training_run import TrainingError
 from saferedir_torch.trajectories import encode, initial_noise, sample
 from saferedir_torch.world.source import WorldPrompts
 from saferedir_torch.world.split import load_split

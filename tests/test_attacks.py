@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 from benchmarks.evaluate import app as evaluate
 from benchmarks.tables.attacks import save_worst, worst_of
 from benchmarks.tables.firings import Firings, together
+from saferedir.engines.errors import RequestError
 from saferedir_torch.attacks.__main__ import app, load_judge, read_targets
 from saferedir_torch.attacks.evolution import Evolution, evolve
 from saferedir_torch.attacks.suite import UNCHANGED, Attempts, Outcome, Pixels, attack, attempts, confirmed
-from saferedir_torch.attacks.techniques import TechniqueError, drawing_with, load_technique
+from saferedir_torch.attacks.techniques import drawing_with, load_technique
 from saferedir_torch.attacks.text_families import FAMILIES, LOOKALIKES, WORD_FAMILIES, Target
 from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
 from saferedir_torch.world.prompts import CONCEPTS
@@ -204,7 +205,7 @@ def test_a_class_of_the_users_is_a_technique() -> None:
     ],
 )
 def test_a_technique_that_is_none_is_named(name: str, options: dict[str, Any], says: str) -> None:
-    with pytest.raises(TechniqueError, match=says):
+    with pytest.raises(RequestError, match=says):
         load_technique(name, options)
 
 
@@ -243,7 +244,7 @@ def test_what_is_detected_is_counted_by_a_share_of_the_steps() -> None:
 
 
 def test_a_technique_that_draws_nothing_is_an_error() -> None:
-    with pytest.raises(TechniqueError, match=r"Silent.generate gave \[\] for one prompt"):
+    with pytest.raises(RequestError, match=r"Silent.generate gave \[\] for one prompt"):
         drawing_with(Silent())(["a"], [1], "")
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from typer.testing import CliRunner
 
+from saferedir.engines.errors import RequestError
 from saferedir_torch.__main__ import app
 from saferedir_torch.calibration import (
     RARE,
-    CalibrationError,
     allowed_exceedances,
     bound,
     calibrate,
@@ -28,7 +28,7 @@ from saferedir_torch.calibration import (
 )
 from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.new_module import extended_module
-from saferedir_torch.recording import RecordedRuns, RecordingError, record
+from saferedir_torch.recording import RecordedRuns, record
 from saferedir_torch.safety_module import SafetyModule
 
 PROMPTS = ["a cat", "a dog on blue", "a house"]
@@ -39,7 +39,7 @@ def test_how_many_may_fire() -> None:
     assert allowed_exceedances(2995) == 0
     assert allowed_exceedances(4742) == 0 + 1
     assert allowed_exceedances(10511, 0.000455) == 1
-    with pytest.raises(CalibrationError, match="at least 2995"):
+    with pytest.raises(RequestError, match="at least 2995"):
         allowed_exceedances(2994)
 
 
@@ -88,11 +88,11 @@ def test_a_recording_resumes_and_refuses_another_ones_chunks(tmp_path: Path) -> 
     again = record(pipeline, PROMPTS, [1, 2, 3], steps=2, guidance_scale=5.0, folder=tmp_path, chunk=2)
     assert torch.equal(first.latent, again.latent)
     assert (tmp_path / "runs-000000.safetensors").stat().st_mtime_ns == written["runs-000000.safetensors"]
-    with pytest.raises(RecordingError, match="other prompts"):
+    with pytest.raises(RequestError, match="other prompts"):
         record(pipeline, PROMPTS, [1, 2, 4], steps=2, guidance_scale=5.0, folder=tmp_path, chunk=2)
     data = (tmp_path / "runs-000000.safetensors").read_bytes()
     (tmp_path / "runs-000000.safetensors").write_bytes(data[:500])
-    with pytest.raises(RecordingError, match=r"runs-000000\.safetensors"):
+    with pytest.raises(RequestError, match=r"runs-000000\.safetensors"):
         record(pipeline, PROMPTS, [1, 2, 3], steps=2, guidance_scale=5.0, folder=tmp_path, chunk=2)
 
 
@@ -100,7 +100,7 @@ def test_too_few_runs_carry_no_promise(tmp_path: Path) -> None:
     pipeline, module = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
     runs = record(pipeline, PROMPTS, [1, 2, 3], steps=3, guidance_scale=5.0, folder=tmp_path)
     assert highest_logits(module, runs).shape == (3, len(module.config.concepts))
-    with pytest.raises(CalibrationError):
+    with pytest.raises(RequestError):
         calibrate(module, runs, runs, steps=3, guidance_scale=5.0, prompts="three")
 
 
@@ -178,7 +178,7 @@ def test_calibrating_an_addition_leaves_the_others_as_they_were() -> None:
     assert module.config.promise is not None
     eager = tuple(dataclasses.replace(concept, threshold=1e-6) for concept in base.config.concepts)
     module.config = dataclasses.replace(module.config, concepts=eager + module.config.concepts[old:])
-    with pytest.raises(CalibrationError, match="church, ink, weapons fire on 2995"):
+    with pytest.raises(RequestError, match="church, ink, weapons fire on 2995"):
         calibrate(module, calm, runs, steps=1, guidance_scale=5.0, prompts="noise")
 
 

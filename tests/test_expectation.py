@@ -10,13 +10,14 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from small_module import CONCEPTS, TOKENS, WIDTH, small_module
 
+from saferedir.engines.errors import SafetyMismatchError
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.backends import make_backend
 from saferedir.runtime.replay import RecordingBackend
 from saferedir_torch.controller import Controller, Policy, State
 from saferedir_torch.expectation import FARTHEST, expected_in_runs, expected_of_latents, expected_of_prediction
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
-from saferedir_torch.protect import SafetyMismatchError, check_match, is_deterministic, protect
+from saferedir_torch.protect import check_match, is_deterministic, protect
 from saferedir_torch.safety_module import SafetyModule
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000)

@@ -18,15 +18,13 @@ from diffusers import (
 
 from benchmarks.small_pipeline import SMALL, save_small_pipeline
 from saferedir.engines import open_bundle
-from saferedir.engines.errors import OutputError, RequestError, SafetyMismatchError, VerificationError
+from saferedir.engines.errors import ExportError, OutputError, RequestError, SafetyMismatchError, VerificationError
 from saferedir.export.bundle_export import BundleOptions, export_bundle, scheduler_info
 from saferedir.export.command import export_folder
-from saferedir.export.onnx_export import ExportError
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
 from saferedir_torch.new_module import extended_module, new_module
-from saferedir_torch.protect import SafetyMismatchError as EagerMismatchError
 from saferedir_torch.safety_module import SafetyModule
 
 TWO_CONCEPTS = {"church": "house", "castle": "tent"}
@@ -121,7 +119,7 @@ def test_planted_difference_is_found(exported: Path, folder: Path, small: tuple[
 
 
 def test_safety_of_another_model_is_refused_and_leaves_nothing(small: tuple[Any, SafetyModule], tmp_path: Path) -> None:
-    with pytest.raises(EagerMismatchError):
+    with pytest.raises(SafetyMismatchError):
         export_bundle(load_pipeline(), small[1], tmp_path / "bundle", BundleOptions(name="x"))
     assert list(tmp_path.iterdir()) == []
 

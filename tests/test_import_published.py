@@ -25,7 +25,7 @@ from saferedir.runtime import Pipeline, SafetyPolicy, Tightening
 from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
 from saferedir_torch.published import PublishedNetwork
-from saferedir_torch.published_checkpoint import PublishedCheckpointError, load_published
+from saferedir_torch.published_checkpoint import load_published
 from saferedir_torch.trajectories import encode, initial_noise, sample
 
 #: Of each tensor's largest magnitude.
@@ -290,7 +290,7 @@ def test_a_wrong_layout_is_named(checkpoint: Path, tmp_path: Path, change: Any, 
     state = torch.load(checkpoint, weights_only=True)
     change(state)
     torch.save(state, tmp_path / "changed.pt")
-    with pytest.raises(PublishedCheckpointError, match=message):
+    with pytest.raises(RequestError, match=message):
         load_published(tmp_path / "changed.pt")
 
 
@@ -311,13 +311,13 @@ class Harmful:
 def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"pos_embed": Harmful()}, "harmful.pt")
-    with pytest.raises(PublishedCheckpointError, match="is not opened"):
+    with pytest.raises(RequestError, match="is not opened"):
         load_published(Path("harmful.pt"))
     assert not Path("executed").exists()
     Path("cut.pt").write_bytes(b"PK\x03\x04 cut short")
-    with pytest.raises(PublishedCheckpointError, match=r"cannot be read|is not opened"):
+    with pytest.raises(RequestError, match=r"cannot be read|is not opened"):
         load_published(Path("cut.pt"))
-    with pytest.raises(PublishedCheckpointError, match="cannot be read"):
+    with pytest.raises(RequestError, match="cannot be read"):
         load_published(Path("absent.pt"))
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks.report import NETWORKS
-from saferedir_torch.evaluation.features import Features, FeaturesError, load_features
+from saferedir.engines.errors import RequestError
+from saferedir_torch.evaluation.features import Features, load_features
 from saferedir_torch.evaluation.intervals import bootstrap, clustered_mean, clustered_share, share
 from saferedir_torch.evaluation.measures import found_threshold, score_difference_rates, strict_threshold
 from saferedir_torch.world.batches import picture_batch
@@ -39,12 +40,12 @@ def test_the_networks_of_this_world_are_named_so(features: Features) -> None:
 
 
 def test_real_networks_that_cannot_be_had_are_named() -> None:
-    with pytest.raises(FeaturesError, match="Inception"):
+    with pytest.raises(RequestError, match="Inception"):
         load_features(NETWORKS, "real")
 
 
 def test_missing_networks_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FeaturesError, match=str(tmp_path)):
+    with pytest.raises(RequestError, match=str(tmp_path)):
         load_features(tmp_path, "world")
 
 

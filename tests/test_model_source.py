@@ -16,7 +16,7 @@ from benchmarks.single_file import save_single_file
 from benchmarks.small_pipeline import save_first
 from saferedir.engines.errors import RequestError
 from saferedir.export.command import _open
-from saferedir_torch.model_source import ModelSourceError, locate, open_single_file
+from saferedir_torch.model_source import locate, open_single_file
 from saferedir_torch.models import load_pipeline
 
 #: Asks for a name on the hub without a network, as the library itself reads it from its cache.
@@ -71,24 +71,24 @@ def test_other_files_are_named_for_what_they_are(
 def test_a_file_cut_short_is_named(tmp_path: Path, file: Path) -> None:
     path = tmp_path / "cut.safetensors"
     path.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ModelSourceError, match=r"cut\.safetensors is damaged or cut short"):
+    with pytest.raises(RequestError, match=r"cut\.safetensors is damaged or cut short"):
         open_single_file(path)
 
 
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     path = tmp_path / "model.ckpt"
     path.write_bytes(b"")
-    with pytest.raises(ModelSourceError, match="may run code"):
+    with pytest.raises(RequestError, match="may run code"):
         open_single_file(path)
 
 
 def test_a_configuration_folder_without_one_is_named(tmp_path: Path, file: Path) -> None:
-    with pytest.raises(ModelSourceError, match=r"holds no model_index\.json"):
+    with pytest.raises(RequestError, match=r"holds no model_index\.json"):
         open_single_file(file, tmp_path)
 
 
 def test_what_is_nowhere_is_named() -> None:
-    with pytest.raises(ModelSourceError, match=r"nowhere\.safetensors does not exist"):
+    with pytest.raises(RequestError, match=r"nowhere\.safetensors does not exist"):
         locate("nowhere.safetensors")
 
 
@@ -108,4 +108,4 @@ def test_a_name_on_the_hub_is_found_in_its_cache(tmp_path: Path, folder: Path) -
 
 def test_a_name_that_is_not_to_be_had_ends_in_one_line(tmp_path: Path) -> None:
     result = on_the_hub("acme/missing", tmp_path)
-    assert "ModelSourceError: acme/missing is no folder here and cannot be had from the hub" in result.stderr
+    assert "RequestError: acme/missing is no folder here and cannot be had from the hub" in result.stderr

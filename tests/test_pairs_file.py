@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from saferedir.engines.errors import RequestError
 from saferedir_torch.models import load_pipeline
-from saferedir_torch.pairs_file import FilePrompts, PairsFileError, Rewrite
+from saferedir_torch.pairs_file import FilePrompts, Rewrite
 from saferedir_torch.world.base import tokenize
 
 PAIRS = [{"unsafe": "a castle", "safe": "a house"}, {"unsafe": "a castle at night", "safe": "a house at night"}]
@@ -68,13 +69,13 @@ def test_a_pair_that_occurs_twice_is_kept_once_and_said(tmp_path: Path, caplog: 
 )
 def test_files_that_cannot_be_trained_on(tmp_path: Path, content: Any, said: str) -> None:
     path = write(tmp_path / "pairs.json", content)
-    with pytest.raises(PairsFileError, match=said) as caught:
+    with pytest.raises(RequestError, match=said) as caught:
         FilePrompts(path, ["castle"])
     assert str(path) in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PairsFileError, match=r"nowhere\.json"):
+    with pytest.raises(RequestError, match=r"nowhere\.json"):
         FilePrompts(tmp_path / "nowhere.json")
 
 
@@ -87,6 +88,6 @@ def test_pairs_that_differ_only_where_they_are_cut_off(tmp_path: Path) -> None:
     def encode(prompts: list[str]) -> torch.Tensor:
         return tokenize(tokenizer, prompts)
 
-    with pytest.raises(PairsFileError, match=r"pair 2.*same 77 tokens"):
+    with pytest.raises(RequestError, match=r"pair 2.*same 77 tokens"):
         source.check_tokens(encode)
     FilePrompts(write(tmp_path / "short.json", {"castle": PAIRS})).check_tokens(encode)

@@ -16,9 +16,9 @@ from scipy.stats import binom
 from small_module import TOKENS, WIDTH, small_module
 from typer.testing import CliRunner
 
+from saferedir.engines.errors import RequestError
 from saferedir_torch.__main__ import app
 from saferedir_torch.benign_prompts import benign_prompts
-from saferedir_torch.calibration import CalibrationError
 from saferedir_torch.config import Promise
 from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.prompt_levels import fires_first, first_timestep, restated, set_prompt_levels
@@ -122,7 +122,7 @@ def test_the_command_draws_nothing_and_leaves_thresholds(tmp_path: Path, module:
 def test_a_module_that_was_never_calibrated_is_refused(tmp_path: Path, module: SafetyModule) -> None:
     module.config = dataclasses.replace(module.config, promise=None)
     module.save(tmp_path / "safety")
-    with pytest.raises(CalibrationError, match="never calibrated"):
+    with pytest.raises(RequestError, match="never calibrated"):
         CliRunner().invoke(
             app, ["calibrate-first-step", "--model", str(SHIPPED_MODEL), "--safety", str(tmp_path / "safety")],
             catch_exceptions=False,
@@ -131,9 +131,9 @@ def test_a_module_that_was_never_calibrated_is_refused(tmp_path: Path, module: S
 
 def test_no_prompts_are_an_error_that_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "none.txt").write_text("\n \n")
-    with pytest.raises(CalibrationError, match=r"none\.txt holds no prompts"):
+    with pytest.raises(RequestError, match=r"none\.txt holds no prompts"):
         benign_prompts(tmp_path / "none.txt", 3, 0, [])
-    with pytest.raises(CalibrationError, match="at least one"):
+    with pytest.raises(RequestError, match="at least one"):
         benign_prompts(None, 0, 0, [])
 
 

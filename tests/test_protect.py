@@ -8,15 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from saferedir.engines.errors import NonFiniteError, SafetyError, SafetyMismatchError
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
-from saferedir_torch.protect import (
-    EagerPolicy,
-    NonFiniteError,
-    ProtectionError,
-    SafetyMismatchError,
-    protect,
-)
+from saferedir_torch.protect import EagerPolicy, protect
 from saferedir_torch.safety_module import SafetyModule
 
 STEPS = 6
@@ -141,13 +136,13 @@ def test_other_text_encoder_is_refused(eager: Any, safety: SafetyModule) -> None
 
 
 def test_unknown_concept_is_refused(eager: Any, safety: SafetyModule) -> None:
-    with pytest.raises(ProtectionError, match="cathedral"), protect(eager, safety, EagerPolicy(enabled=("cathedral",))):
+    with pytest.raises(SafetyError, match="cathedral"), protect(eager, safety, EagerPolicy(enabled=("cathedral",))):
         pass
 
 
 def test_unet_call_without_a_prompt_is_refused(eager: Any, safety: SafetyModule) -> None:
     latent, embeds = torch.zeros(1, 4, 16, 16), torch.zeros(1, 77, 128)
-    with protect(eager, safety), pytest.raises(ProtectionError, match="without a prompt"):
+    with protect(eager, safety), pytest.raises(SafetyError, match="without a prompt"):
         eager.unet(latent, torch.tensor(1), encoder_hidden_states=embeds)
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from saferedir.engines.errors import BundleError
+from saferedir.engines.errors import BundleError, ExportError
 from saferedir.export.bundle_export import BundleOptions
 from saferedir.export.command import export_folder
 from saferedir.export.engine_graph import graph
-from saferedir.export.onnx_export import ExportError, to_onnx
+from saferedir.export.onnx_export import to_onnx
 from saferedir.export.source_lines import position_in, source_line
 from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY
 

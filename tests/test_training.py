@@ -15,13 +15,14 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
-from saferedir_torch.config import SafetyConfig, SafetyConfigError
+from saferedir.engines.errors import RequestError, TrainingError
+from saferedir_torch.config import SafetyConfig
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.pairs_file import FilePrompts
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.train import train
 from saferedir_torch.training_data import record_runs
-from saferedir_torch.training_run import ExponentialAverage, Schedule, TrainingError, run_training
+from saferedir_torch.training_run import ExponentialAverage, Schedule, run_training
 from saferedir_torch.trajectories import encode
 from saferedir_torch.world.base import train_base
 from saferedir_torch.world.source import WorldPrompts
@@ -173,12 +174,12 @@ def test_a_modules_hash_is_of_all_that_decides() -> None:
 
 
 def test_module_files_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(SafetyConfigError, match=r"config\.json"):
+    with pytest.raises(RequestError, match=r"config\.json"):
         SafetyModule.load(tmp_path)
     SafetyConfig.load(SHIPPED_SAFETY / "config.json").save(tmp_path / "config.json")
-    with pytest.raises(SafetyConfigError, match=r"model\.safetensors"):
+    with pytest.raises(RequestError, match=r"model\.safetensors"):
         SafetyModule.load(tmp_path)
     weights = (SHIPPED_SAFETY / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(weights[:1000])
-    with pytest.raises(SafetyConfigError, match=r"model\.safetensors"):
+    with pytest.raises(RequestError, match=r"model\.safetensors"):
         SafetyModule.load(tmp_path)

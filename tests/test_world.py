@@ -10,12 +10,13 @@ import torch
 from transformers import CLIPTokenizer
 
 from benchmarks.report import NETWORKS
+from saferedir.engines.errors import RequestError
 from saferedir_torch.models import SHIPPED_MODEL
 from saferedir_torch.world.captions import all_names, caption, draft, misspell
 from saferedir_torch.world.judge import Judge, judge_accuracy
 from saferedir_torch.world.prompts import CONCEPTS, benign_prompt, evaluation_pairs, training_pair
 from saferedir_torch.world.scenes import Scene, draw, random_scene
-from saferedir_torch.world.split import SPLIT_FILE, SplitError, draw_split, load_split, save_split
+from saferedir_torch.world.split import SPLIT_FILE, draw_split, load_split, save_split
 from saferedir_torch.world.vocabulary import load_vocabulary
 
 
@@ -105,13 +106,13 @@ def test_benign_prompts_never_show_the_concept() -> None:
 
 def test_damaged_split_is_named(tmp_path: Path) -> None:
     path = tmp_path / "split.json"
-    with pytest.raises(SplitError, match=r"split\.json"):
+    with pytest.raises(RequestError, match=r"split\.json"):
         load_split(path)
     path.write_text("{}")
-    with pytest.raises(SplitError, match="python -m"):
+    with pytest.raises(RequestError, match="python -m"):
         load_split(path)
     path.write_text(SPLIT_FILE.read_text().replace('"anchor"', '"anker"'))
-    with pytest.raises(SplitError, match="anker"):
+    with pytest.raises(RequestError, match="anker"):
         load_split(path)
     save_split(draw_split(1), path)
     assert load_split(path) == draw_split(1)

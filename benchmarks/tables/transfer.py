@@ -12,12 +12,12 @@ import numpy as np
 from benchmarks.drawing import Drawn, Studio
 from benchmarks.tables.forgetting import PARTS, Judges, companion_kept, has_companion
 from benchmarks.test_sets import unsafe_set, validation_rewrites
+from saferedir.engines.errors import SafetyMismatchError
 from saferedir_torch.evaluation.features import Features
 from saferedir_torch.evaluation.intervals import clustered_mean, clustered_share, share
 from saferedir_torch.models import load_pipeline
 from saferedir_torch.peers.peer import Peer
 from saferedir_torch.peers.saferedir import SafeRedir
-from saferedir_torch.protect import SafetyMismatchError
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.world.judge import Judge
 from saferedir_torch.world.prompts import CONCEPTS, Part, WorldConcept, benign_set

@@ -15,9 +15,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from saferedir.engines.errors import RequestError
 from saferedir_torch.attacks.diffusers_model import DiffusersModel
 from saferedir_torch.attacks.suite import AT_LEAST, SEEDS_A_PROMPT, UNCHANGED, Bools, Pixels, Shows, attack, attempts
-from saferedir_torch.attacks.techniques import TechniqueError, drawing_with, load_technique
+from saferedir_torch.attacks.techniques import drawing_with, load_technique
 from saferedir_torch.attacks.text_families import FAMILIES, Target
 from saferedir_torch.evaluation.measures import FOUND
 from saferedir_torch.world.judge import Judge
@@ -127,7 +128,7 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise TechniqueError(f"--option {text!r} is not of the form NAME=VALUE")
+            raise RequestError(f"--option {text!r} is not of the form NAME=VALUE")
         try:
             options[name] = json.loads(value)
         except json.JSONDecodeError:

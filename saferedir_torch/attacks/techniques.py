@@ -11,14 +11,11 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from saferedir.engines.errors import RequestError
 from saferedir_torch.attacks.suite import Draw, Pixels
 
 #: Of entry points that are techniques.
 GROUP = "eval_unlearn.techniques"
-
-
-class TechniqueError(ValueError):
-    """A technique cannot be found or built, or draws something else than pictures."""
 
 
 class Technique(Protocol):
@@ -33,15 +30,15 @@ def load_technique(name: str, options: Mapping[str, Any]) -> Technique:
     """The technique called `name` among the installed ones, or of a class `module:Class`, built with `options`.
 
     Raises:
-        TechniqueError: there is none, or it refuses the options.
+        RequestError: there is none, or it refuses the options.
     """
     made = _class_called(name)
     try:
         technique: Technique = made(**options)
     except Exception as error:  # whatever a foreign class raises
-        raise TechniqueError(f"technique {name!r} cannot be built with {dict(options)}: {error}") from error
+        raise RequestError(f"technique {name!r} cannot be built with {dict(options)}: {error}") from error
     if not callable(getattr(technique, "generate", None)):
-        raise TechniqueError(f"technique {name!r} has no method `generate`")
+        raise RequestError(f"technique {name!r} has no method `generate`")
     return technique
 
 
@@ -54,8 +51,8 @@ def _class_called(name: str) -> Callable[..., Any]:
         if name in installed:
             return cast(Callable[..., Any], installed[name].load())
     except (ImportError, AttributeError) as error:
-        raise TechniqueError(f"technique {name!r} cannot be imported: {error}") from error
-    raise TechniqueError(f"no technique {name!r}; installed: {', '.join(sorted(installed))}, or name a class as module:Class")
+        raise RequestError(f"technique {name!r} cannot be imported: {error}") from error
+    raise RequestError(f"no technique {name!r}; installed: {', '.join(sorted(installed))}, or name a class as module:Class")
 
 
 def drawing_with(technique: Technique) -> Draw:
@@ -66,7 +63,7 @@ def drawing_with(technique: Technique) -> Draw:
         for prompt, seed in track(list(zip(prompts, seeds, strict=True)), description=title):
             made = technique.generate([prompt], seed=seed)
             if len(made) != 1 or not isinstance(made[0], Image.Image):
-                raise TechniqueError(f"{type(technique).__name__}.generate gave {made!r} for one prompt; expected one picture")
+                raise RequestError(f"{type(technique).__name__}.generate gave {made!r} for one prompt; expected one picture")
             pictures.append(np.asarray(made[0].convert("RGB"), np.uint8))
         return np.stack(pictures)
 

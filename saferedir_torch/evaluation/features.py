@@ -15,15 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saferedir.engines.errors import RequestError
 from saferedir_torch.world.clip_world import ClipWorld
 from saferedir_torch.world.judge import Judge
 
 CLIP: Final = "openai/clip-vit-base-patch16"
 Choice = Literal["auto", "real", "world"]
-
-
-class FeaturesError(RuntimeError):
-    """The networks that were asked for cannot be had."""
 
 
 class TextScore(Protocol):
@@ -75,14 +72,14 @@ def load_features(networks: Path, choice: Choice = "auto") -> Features:
     """The real networks where their weights are present (`auto`), always (`real`), or those in `networks` (`world`).
 
     Raises:
-        FeaturesError: the real ones were asked for and cannot be had, or `networks` does not hold the others.
+        RequestError: the real ones were asked for and cannot be had, or `networks` does not hold the others.
     """
     if choice != "world":
         try:
             return _real()
         except (ImportError, OSError, ValueError) as error:
             if choice == "real":
-                raise FeaturesError(
+                raise RequestError(
                     f"the weights of {CLIP}, Inception and AlexNet cannot be had here ({_first_line(error)}); put them where "
                     "transformers and torchvision look, or choose `world`"
                 ) from error
@@ -95,7 +92,7 @@ def load_features(networks: Path, choice: Choice = "auto") -> Features:
             _Pooled(judge),
         )
     except OSError as error:
-        raise FeaturesError(
+        raise RequestError(
             f"{networks} does not hold second_judge and clip_world ({_first_line(error)}); the repository keeps them in "
             "benchmarks/networks, and `python -m saferedir_torch.world second-judge` and `clip-world` make them"
         ) from error

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saferedir.engines.errors import NonFiniteError
 from saferedir_torch.peers.peer import Batch, Peer
-from saferedir_torch.protect import NonFiniteError
 from saferedir_torch.published import PublishedNetwork
 from saferedir_torch.published_controller import PublishedController, PublishedPolicy, PublishedState
 

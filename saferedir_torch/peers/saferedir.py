@@ -9,10 +9,11 @@ import torch
 from diffusers import LCMScheduler
 from torch import Tensor
 
+from saferedir.engines.errors import NonFiniteError
 from saferedir.engines.plain_letters import in_plain_letters
 from saferedir_torch.controller import Controller, State
 from saferedir_torch.peers.peer import Batch, Peer
-from saferedir_torch.protect import EagerPolicy, NonFiniteError, check_match
+from saferedir_torch.protect import EagerPolicy, check_match
 from saferedir_torch.safety_module import SafetyModule
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from saferedir.engines.errors import RequestError
 from saferedir_torch.prompt_source import TrainingPair
 from saferedir_torch.world.prompts import (
     CONCEPTS,
@@ -24,10 +25,6 @@ from saferedir_torch.world.split import Split
 NEIGHBOUR_SHARE = 0.5
 #: Share of the benign prompts of an added concept that ask for one of the known ones.
 KNOWN_SHARE = 0.3
-
-
-class UnknownConceptError(ValueError):
-    """A concept that this world does not have."""
 
 
 class WorldPrompts:
@@ -89,7 +86,7 @@ def _known(names: Sequence[str]) -> list[WorldConcept]:
     unknown = [name for name in names if name not in everything]
     if unknown or not names:
         named = ", ".join(unknown) or "(none given)"
-        raise UnknownConceptError(f"unknown concepts {named}; this world has {', '.join(everything)}")
+        raise RequestError(f"unknown concepts {named}; this world has {', '.join(everything)}")
     return [everything[name] for name in names]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from saferedir.engines.errors import RequestError
 from saferedir_torch.world.vocabulary import load_vocabulary
 
 SPLIT_FILE = Path(__file__).with_name("split.json")
@@ -19,10 +20,6 @@ HELD_OUT_COMPANIONS = 0.25
 
 #: Half-open ranges of picture seeds.
 SEEDS = {"train": (0, 1_000_000), "validation": (1_000_000, 2_000_000), "test": (2_000_000, 3_000_000)}
-
-
-class SplitError(ValueError):
-    """A split file is missing, malformed or does not cover the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def load_split(path: Path = SPLIT_FILE) -> Split:
     """The split in `path`.
 
     Raises:
-        SplitError: the file is missing, is not a split, or names an unknown object.
+        RequestError: the file is missing, is not a split, or names an unknown object.
     """
     try:
         raw = json.loads(path.read_text())
@@ -80,10 +77,10 @@ def load_split(path: Path = SPLIT_FILE) -> Split:
             seeds={k: (int(v[0]), int(v[1])) for k, v in raw["seeds"].items()},
         )
     except (OSError, json.JSONDecodeError, KeyError, TypeError, IndexError) as error:
-        raise SplitError(
+        raise RequestError(
             f"{path} is not a split file ({error}); write one with `python -m saferedir_torch.world split`"
         ) from error
     unknown = [key for key in split.companions + split.held_out_companions if key not in load_vocabulary().objects]
     if unknown:
-        raise SplitError(f"{path} names objects that the vocabulary does not have: {', '.join(unknown)}")
+        raise RequestError(f"{path} names objects that the vocabulary does not have: {', '.join(unknown)}")
     return split
