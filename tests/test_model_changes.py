@@ -13,7 +13,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from benchmarks.small_pipeline import SMALL, save_small_pipeline
+from benchmarks.small_pipeline import save_small_pipeline, save_small_safety
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import RequestError, SafetyMismatchError
 from saferedir.export.bundle_export import BundleOptions
@@ -22,7 +22,6 @@ from saferedir.export.model_changes import ModelChanges, change, with_words
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import load_pipeline
-from saferedir_torch.new_module import new_module
 
 PROMPT = "a church beside a cat"
 
@@ -33,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("changes")
     save_small_pipeline(folder / "model", width=32, heads=2, text_layers=3)
     pipeline = load_pipeline(folder / "model")
-    new_module(pipeline, {"church": "house"}, **SMALL).save(folder / "safety")
+    save_small_safety(folder / "model", folder / "safety")
     torch.manual_seed(1)
     save_lora(pipeline, folder / "unet.safetensors", unet=True)
     save_lora(load_pipeline(folder / "model"), folder / "text.safetensors", unet=False)

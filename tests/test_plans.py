@@ -18,8 +18,9 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
+from typer.testing import CliRunner
 
-from benchmarks.small_pipeline import SMALL, save_small_pipeline
+from benchmarks.small_pipeline import save_small_pipeline, save_small_safety
 from saferedir.engines import Bundle, open_bundle
 from saferedir.engines.bundle import file_sha256
 from saferedir.engines.errors import BundleError, OutputError, PlanError, RequestError
@@ -29,10 +30,10 @@ from saferedir.export.bundle_export import BundleOptions, WeightFile, safety_inf
 from saferedir.export.engine_graph import step_example
 from saferedir.export.plan_builder import DRAWING, PlanOptions, build_plans
 from saferedir.export.safety_graphs import safety_graphs
+from saferedir.runtime.command_line.app import app
 from saferedir.runtime.plan_inspection import count_types
 from saferedir.runtime.tensorrt import TensorRtBackend, check_profile, find_plans
-from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
-from saferedir_torch.new_module import new_module
+from saferedir_torch.models import SHIPPED_SAFETY
 from saferedir_torch.safety_module import SafetyModule
 
 KEY = PlanKey(
@@ -203,6 +204,7 @@ def test_every_plan_takes_and_gives_what_the_manifest_says(bundle: Bundle, built
     agree(bundle, built, (1, 4, 8))
 
 
+@pytest.mark.slow
 def test_safety_of_the_shapes_of_stable_diffusion_1_5_is_built_for_chosen_cards(tmp_path: Path) -> None:
     module = SafetyModule(replace(SafetyModule.load(SHIPPED_SAFETY).config, prompt_width=768, prompt_tokens=77)).eval()
     example = step_example(torch.randn(2, 4, 64, 64), torch.randn(2, 77, 768), len(module.config.concepts))
@@ -352,11 +354,9 @@ def test_impossible_targets_are_named_before_anything_is_exported(tmp_path: Path
 
 def test_export_builds_plans_beside_the_graphs_where_they_are_asked_for(tmp_path: Path) -> None:
     model = save_small_pipeline(tmp_path / "model", width=32, heads=2)
-    new_module(load_pipeline(model), {"church": "house"}, **SMALL).save(tmp_path / "safety")
-    command = [sys.executable, "-m", "saferedir.runtime", "export", str(model), "--safety", str(tmp_path / "safety"),
+    command = ["export", str(model), "--safety", str(save_small_safety(model, tmp_path / "safety")),
                "--out", str(tmp_path / "bundle"), "--target", "onnx,tensorrt-rtx", "--batch", "1:1:2"]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
     bundle = open_bundle(tmp_path / "bundle")
     for engine in DRAWING:
         (plan,) = find_plans(bundle, engine, "tensorrt-rtx", version("tensorrt-rtx"))
