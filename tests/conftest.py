@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cpu_time import CpuTime
 from traced_once import keep_operators, traced_once
 
 from saferedir.engines.bundle import DEFAULT_BUNDLE, file_sha256, locate
@@ -24,8 +25,9 @@ LONGEST = (
 )  # fmt: skip
 
 
-def pytest_configure() -> None:
-    """Of several processes each keeps to a core of its own, so that their threads do not wait for each other's."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests say what they cost. Of several processes each keeps to a core of its own, so that their threads do not wait for each other's."""
+    config.pluginmanager.register(CpuTime())
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
