@@ -14,12 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from saferedir_torch.attacks.hardening import in_strange_words
 from saferedir_torch.calibration import rate_beside
 from saferedir_torch.config import Promise
 from saferedir_torch.safety_module import SafetyModule
@@ -27,19 +25,15 @@ from saferedir_torch.trajectories import encode, initial_noise
 
 #: Share of benign prompts in strange words that stay below the level. What fires lies above it by as much as thresholds do.
 STRANGE_SHARE = 0.95
-#: Prompts in strange words that are looked at.
-STRANGE = 10_000
 CHUNK = 256
 
 
 @torch.no_grad()
-def set_prompt_levels(pipeline: StableDiffusionPipeline, module: SafetyModule, prompts: Sequence[str], *, seed: int) -> None:
-    """Set the `prompt_levels` of the branch trained last by benign `prompts` that are written in strange words."""
-    rng = np.random.default_rng([seed, 41])
-    strange = in_strange_words([prompts[int(row)] for row in rng.integers(len(prompts), size=STRANGE)], rng)
+def set_prompt_levels(pipeline: StableDiffusionPipeline, module: SafetyModule, strange: Sequence[str]) -> None:
+    """Set the `prompt_levels` of the branch trained last by benign prompts in strange words."""
     branch, said = module.last_branch, []
-    for start in range(0, STRANGE, CHUNK):
-        _, embeds = encode(pipeline, strange[start : start + CHUNK])
+    for start in range(0, len(strange), CHUNK):
+        _, embeds = encode(pipeline, list(strange[start : start + CHUNK]))
         said.append(branch.detector.words(embeds.to(branch.gains)).cpu())
     level = torch.quantile(torch.cat(said).double(), STRANGE_SHARE, dim=0)
     branch.prompt_levels.copy_(level.half())  # rounded as it will be on disk

@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from saferedir.engines.errors import RequestError
 from saferedir_torch.__main__ import app
-from saferedir_torch.benign_prompts import benign_prompts
+from saferedir_torch.attacks.hardening import strange_prompts
+from saferedir_torch.command_line.benign_prompts import benign_prompts
 from saferedir_torch.config import Promise
 from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.prompt_levels import fires_first, first_timestep, restated, set_prompt_levels
@@ -66,7 +67,7 @@ def test_the_first_step_fires_for_more_that_asks_and_for_nothing_that_says_littl
 
     module.last_branch.prompt_levels.fill_(HIGHEST)
     missed, falsely = len(asking) - firing(asking), firing(vague)
-    set_prompt_levels(eager, module, benign_prompts(None, 400, 8, names)[0], seed=1)
+    set_prompt_levels(eager, module, strange_prompts(benign_prompts(None, 400, 8, names)[0], seed=1))
     assert 0 < len(asking) - firing(asking) < 0.9 * missed
     assert firing(others) <= 1
     assert firing(vague) == falsely

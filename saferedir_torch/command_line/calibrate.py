@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from saferedir.engines.errors import RequestError
-from saferedir_torch.command_options import Config, Device, Model, Seed, device_of
+from saferedir_torch.command_line.options import Config, Device, Model, Seed, device_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -53,8 +53,9 @@ def calibrate(
     """
     from dataclasses import asdict, replace
 
-    from saferedir_torch.benign_prompts import benign_prompts
+    from saferedir_torch.attacks.hardening import strange_prompts
     from saferedir_torch.calibration import calibrate as calibrate_module
+    from saferedir_torch.command_line.benign_prompts import benign_prompts
     from saferedir_torch.models import load_pipeline
     from saferedir_torch.prompt_levels import set_prompt_levels
     from saferedir_torch.safety_module import SafetyModule
@@ -72,7 +73,7 @@ def calibrate(
     leveling, bounding = drawn
     promise = calibrate_module(
         module, leveling, bounding, steps=steps, guidance_scale=guidance, prompts=kind, rate=rate,
-        level_prompts=lambda own: set_prompt_levels(pipeline, own, asked[0], seed=seed),
+        level_prompts=lambda own: set_prompt_levels(pipeline, own, strange_prompts(asked[0], seed=seed)),
     )  # fmt: skip
     module.save(safety)
     thresholds = {concept.name: concept.threshold for concept in module.config.concepts}
@@ -98,7 +99,8 @@ def calibrate_first_step(
     """
     from dataclasses import asdict, replace
 
-    from saferedir_torch.benign_prompts import benign_prompts
+    from saferedir_torch.attacks.hardening import strange_prompts
+    from saferedir_torch.command_line.benign_prompts import benign_prompts
     from saferedir_torch.models import load_pipeline
     from saferedir_torch.prompt_levels import fires_first, first_timestep, restated, set_prompt_levels
     from saferedir_torch.safety_module import SafetyModule
@@ -112,7 +114,8 @@ def calibrate_first_step(
     texts, seeds, _ = benign_prompts(prompts, promise.pictures, seed, names)
     begin = first_timestep(pipeline, promise.steps)
     before = fires_first(pipeline, module, texts, seeds, begin).any(dim=1)
-    set_prompt_levels(pipeline, module, benign_prompts(prompts, level_count, seed + 1, names)[0], seed=seed)
+    strange = strange_prompts(benign_prompts(prompts, level_count, seed + 1, names)[0], seed=seed)
+    set_prompt_levels(pipeline, module, strange)
     more = fires_first(pipeline, module, texts, seeds, begin).any(dim=1) & ~before
     promise = restated(promise, int(more.sum()), levels=module.last_branch.agreed_count)
     module.config = replace(module.config, promise=promise)
@@ -140,8 +143,8 @@ def calibrate_agreed(
     """
     from dataclasses import asdict, replace
 
-    from saferedir_torch.benign_prompts import benign_prompts
     from saferedir_torch.calibration import rate_beside, set_agreed_levels
+    from saferedir_torch.command_line.benign_prompts import benign_prompts
     from saferedir_torch.models import load_pipeline
     from saferedir_torch.safety_module import SafetyModule
 
