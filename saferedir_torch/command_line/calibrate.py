@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saferedir.engines.errors import RequestError
 from saferedir_torch.command_line.options import Config, Device, Model, Seed, device_of
 
 if TYPE_CHECKING:
@@ -78,91 +76,6 @@ def calibrate(
     module.save(safety)
     thresholds = {concept.name: concept.threshold for concept in module.config.concepts}
     typer.echo(json.dumps({"promise": asdict(promise), "thresholds": thresholds}, indent=1))
-
-
-@app.command(name="calibrate-first-step")
-def calibrate_first_step(
-    model: Model,
-    safety: Annotated[Path, typer.Option(help="Folder of a calibrated safety module, which is updated in place.")],
-    prompts: Annotated[
-        Path | None, typer.Option(help="The prompts it was calibrated on; without it those of the embedded world.")
-    ] = None,
-    level_count: Annotated[int, typer.Option(help="Benign prompts that are written in strange words.")] = 2400,
-    seed: Seed = 0,
-    device: Device = "auto",
-    config: Config = None,
-) -> None:
-    """Set anew what the first step is compared with, as `calibrate` does, but draw nothing: thresholds stay, and the promise is
-    restated where more of its benign prompts fire.
-
-    python -m saferedir_torch calibrate-first-step --model MODEL --safety castle/safety --prompts benign.txt
-    """
-    from dataclasses import asdict, replace
-
-    from saferedir_torch.attacks.hardening import strange_prompts
-    from saferedir_torch.command_line.benign_prompts import benign_prompts
-    from saferedir_torch.models import load_pipeline
-    from saferedir_torch.prompt_levels import fires_first, first_timestep, restated, set_prompt_levels
-    from saferedir_torch.safety_module import SafetyModule
-
-    pipeline = load_pipeline(model, config).to(device_of(device))
-    module = SafetyModule.load(safety).to(pipeline.device)
-    promise = module.config.promise
-    if promise is None:
-        raise RequestError(f"{safety} was never calibrated; run `calibrate` first")
-    names = module.config.concept_names
-    texts, seeds, _ = benign_prompts(prompts, promise.pictures, seed, names)
-    begin = first_timestep(pipeline, promise.steps)
-    before = fires_first(pipeline, module, texts, seeds, begin).any(dim=1)
-    strange = strange_prompts(benign_prompts(prompts, level_count, seed + 1, names)[0], seed=seed)
-    set_prompt_levels(pipeline, module, strange)
-    more = fires_first(pipeline, module, texts, seeds, begin).any(dim=1) & ~before
-    promise = restated(promise, int(more.sum()), levels=module.last_branch.agreed_count)
-    module.config = replace(module.config, promise=promise)
-    module.save(safety)
-    levels = module.last_branch.prompt_levels.tolist()
-    typer.echo(json.dumps({"prompt_levels": levels, "fire": int((before | more).sum()), "promise": asdict(promise)}, indent=1))
-
-
-@app.command(name="calibrate-agreed")
-def calibrate_agreed(
-    model: Model,
-    safety: Annotated[Path, typer.Option(help="Folder of a calibrated safety module, which is updated in place.")],
-    recorded: Annotated[Path, typer.Option(help="Folder that the benign trajectories are kept in, for resuming and reuse.")],
-    prompts: Annotated[
-        Path | None, typer.Option(help="The prompts it was calibrated on; without it those of the embedded world.")
-    ] = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    config: Config = None,
-) -> None:
-    """Set anew what all inputs and a step's look alone are compared with together, as `calibrate` does: thresholds stay, and
-    the promise is restated.
-
-    python -m saferedir_torch calibrate-agreed --model MODEL --safety castle/safety --recorded castle/benign
-    """
-    from dataclasses import asdict, replace
-
-    from saferedir_torch.calibration import rate_beside, set_agreed_levels
-    from saferedir_torch.command_line.benign_prompts import benign_prompts
-    from saferedir_torch.models import load_pipeline
-    from saferedir_torch.safety_module import SafetyModule
-
-    pipeline = load_pipeline(model, config).to(device_of(device))
-    module = SafetyModule.load(safety).to(pipeline.device)
-    promise = module.config.promise
-    if module.last_branch.alone is None:
-        raise RequestError(f"the concepts of {safety} that were trained last are not looked for without the prompt")
-    if promise is None:
-        raise RequestError(f"{safety} was never calibrated; run `calibrate` first")
-    texts, seeds, _ = benign_prompts(prompts, promise.pictures, seed, module.config.concept_names)
-    runs = _recorded(pipeline, texts, seeds, promise.steps, promise.guidance_scale, recorded / "bound")
-    fire = set_agreed_levels(module, runs)
-    holds = rate_beside(fire, module.last_branch.agreed_count, promise.pictures, promise.confidence)
-    promise = replace(promise, allowed=fire, rate=math.ceil(holds * 1e6) / 1e6)
-    module.config = replace(module.config, promise=promise)
-    module.save(safety)
-    typer.echo(json.dumps({"agreed_levels": module.last_branch.agreed_levels.tolist(), "promise": asdict(promise)}, indent=1))
 
 
 def _recorded(
