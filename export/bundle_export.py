@@ -19,6 +19,7 @@ from saferedir.engines.bundle import file_sha256
 from saferedir.engines.errors import ExportError, RequestError
 from saferedir.engines.manifest import (
     MANIFEST_FILE,
+    SAFETY_ENGINES,
     SCHEMA_VERSION,
     TOKENIZER_FILE,
     ConceptInfo,
@@ -30,6 +31,7 @@ from saferedir.engines.manifest import (
     PromiseInfo,
     SafetyInfo,
     SchedulerInfo,
+    drawing_engines,
 )
 from saferedir.export.engine_graph import Graph
 from saferedir.export.families import family_of_unet
@@ -158,7 +160,9 @@ def write_bundle(
         on_size(size)
     key = _key(computing, weights, replace(options, words=()), safety, added, controller)
     with unfinished(out, key) as folder:
-        engines = _write_engines(graphs_of(computing), weights, folder, opset, on_engine)
+        sizes = () if pipeline is None else (own_size(pipeline), *latent_sizes(pipeline, options.further_sizes))
+        names = drawing_engines(sizes) if sizes else SAFETY_ENGINES
+        engines = _write_engines(names, graphs_of(computing), weights, folder, opset, on_engine)
         if pipeline is not None:
             _write_tokenizer(pipeline.tokenizer, folder)
         manifest = Manifest(
@@ -167,7 +171,7 @@ def write_bundle(
             model_family="" if pipeline is None else family_of_unet(pipeline.unet.config).name,
             controller=controller,
             max_batch=options.max_batch,
-            model=None if pipeline is None else _model_info(pipeline, added, latent_sizes(pipeline, options.further_sizes)),
+            model=None if pipeline is None else _model_info(pipeline, added, sizes[1:]),
             scheduler=scheduler,
             safety=safety,
             precision=PRECISION_INFOS[options.precision],
@@ -249,6 +253,7 @@ def scheduler_info(scheduler: Any) -> SchedulerInfo:
 
 
 def _write_engines(
+    names: Sequence[str],
     graphs: Mapping[str, Graph],
     files: Sequence[WeightFile],
     folder: Path,
@@ -258,6 +263,9 @@ def _write_engines(
     engines: dict[str, EngineInfo] = {}
     models: dict[str, Any] = {}
     for name in graphs:
+        if name not in names:  # a part, whose weights are found once for all engines that it is written into
+            externalise(to_onnx(name, graphs, models, opset), files)
+            continue
         if on_engine is not None:
             on_engine(name)
         path = folder / f"{name}.onnx"
