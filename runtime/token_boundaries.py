@@ -1,4 +1,4 @@
-"""Where a long prompt can be cut without any change in the tokens before the cut, so that what no model will read costs nothing.
+"""Where a long prompt can be cut without a change in the tokens before, so that what no model will read costs nothing.
 
 Byte-level BPE only ever joins two neighbouring bytes that stand beside each other in some token of its vocabulary. Where none
 has the last byte of one letter before the first byte of the next, a token ends whatever else the prompt holds, and the tokens

@@ -32,20 +32,20 @@ class Tokenised:
     cut: int
 
 
-def check_prompt(prompt: object) -> str:
+def check_prompt(prompt: object, field: str = "prompt") -> str:
     """`prompt`, if it is text that can be tokenised.
 
     Raises:
-        RequestError: it is not text, or longer than 10,000 characters.
+        RequestError: it is not text, or longer than 10,000 characters; the message names `field`.
     """
     if not isinstance(prompt, str):
-        raise RequestError(f"prompt is {type(prompt).__name__}; expected text")
+        raise RequestError(f"{field} is {type(prompt).__name__}; expected text")
     if len(prompt) > LONGEST_PROMPT:
-        raise RequestError(f"prompt has {len(prompt)} characters; expected at most {LONGEST_PROMPT}")
+        raise RequestError(f"{field} has {len(prompt)} characters; expected at most {LONGEST_PROMPT}")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"prompt holds half of a surrogate pair at character {error.start}; expected text") from None
+        raise RequestError(f"{field} holds half of a surrogate pair at character {error.start}; expected text") from None
     return prompt
 
 
