@@ -15,10 +15,12 @@ import onnx
 import torch
 from torch import nn
 
+import saferedir_torch
 from saferedir.engines.bundle import file_sha256
 from saferedir.engines.errors import ExportError, RequestError
 from saferedir.engines.manifest import (
     MANIFEST_FILE,
+    SAFETY_ENGINES,
     SCHEMA_VERSION,
     TOKENIZER_FILE,
     ConceptInfo,
@@ -30,6 +32,7 @@ from saferedir.engines.manifest import (
     PromiseInfo,
     SafetyInfo,
     SchedulerInfo,
+    drawing_engines,
 )
 from saferedir.export.engine_graph import Graph
 from saferedir.export.families import family_of_unet
@@ -42,8 +45,8 @@ from saferedir.export.room import check_disk, check_memory
 from saferedir.export.unfinished import unfinished
 from saferedir.export.weights import WeightFile, externalise
 from saferedir.runtime.outputs import write_bytes
-from saferedir_torch import protect
 from saferedir_torch.config import SafetyConfig
+from saferedir_torch.fit import check_match, encoder_hashes
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 
 #: diffusers' samplers that the runtime has.
@@ -108,11 +111,13 @@ def export_bundle(
         SafetyMismatchError: the safety module is made for another text encoder or other shapes.
         ExportError: a graph cannot be exported, or the scheduler clips or thresholds.
     """
-    protect.check_match(pipeline, safety)
+    check_match(pipeline, safety)
+    # It fits, so that both name the encoder alike, whatever precision the module met it in.
+    info = replace(safety_info(safety.config), text_encoder_sha256=encoder_hashes(pipeline).through_fp16)
     sizes = latent_sizes(pipeline, options.further_sizes)
     return write_bundle(
         out, pipeline, lambda computing: all_graphs(computing, safety, sizes), WeightFile("safety.safetensors", safety),
-        safety_info(safety.config), options, controller="saferedir", on_engine=on_engine, on_size=on_size,
+        info, options, controller="saferedir", on_engine=on_engine, on_size=on_size,
     )  # fmt: skip
 
 
@@ -139,8 +144,6 @@ def write_bundle(
     added: dict[str, tuple[str, ...]] = {}
     if pipeline is not None and options.words:
         pipeline, added = with_words(pipeline, options.words)
-        # It was found to fit the text encoder, of which all other words stay as they are.
-        safety = replace(safety, text_encoder_sha256=parameters_sha256(pipeline.text_encoder))
     dtype = PRECISIONS[options.precision]
     opset = BF16_OPSET if dtype == torch.bfloat16 else OPSET
     computing = pipeline if pipeline is None or dtype == torch.float32 else halved(pipeline, dtype, options.islands)
@@ -158,7 +161,9 @@ def write_bundle(
         on_size(size)
     key = _key(computing, weights, replace(options, words=()), safety, added, controller)
     with unfinished(out, key) as folder:
-        engines = _write_engines(graphs_of(computing), weights, folder, opset, on_engine)
+        sizes = () if pipeline is None else (own_size(pipeline), *latent_sizes(pipeline, options.further_sizes))
+        names = drawing_engines(sizes) if sizes else SAFETY_ENGINES
+        engines = _write_engines(names, graphs_of(computing), weights, folder, opset, on_engine)
         if pipeline is not None:
             _write_tokenizer(pipeline.tokenizer, folder)
         manifest = Manifest(
@@ -167,7 +172,7 @@ def write_bundle(
             model_family="" if pipeline is None else family_of_unet(pipeline.unet.config).name,
             controller=controller,
             max_batch=options.max_batch,
-            model=None if pipeline is None else _model_info(pipeline, added, latent_sizes(pipeline, options.further_sizes)),
+            model=None if pipeline is None else _model_info(pipeline, added, sizes[1:]),
             scheduler=scheduler,
             safety=safety,
             precision=PRECISION_INFOS[options.precision],
@@ -196,7 +201,7 @@ def _key(
     digest.update(repr((configs, options, safety, added, controller, made_with)).encode())
     for file in weights:
         digest.update(file.sha256.encode())
-    for code in sorted((*Path(__file__).parent.glob("*.py"), *Path(protect.__file__).parent.glob("*.py"))):
+    for code in sorted((*Path(__file__).parent.glob("*.py"), *Path(saferedir_torch.__file__).parent.glob("*.py"))):
         digest.update(code.read_bytes())
     return digest.hexdigest()
 
@@ -249,6 +254,7 @@ def scheduler_info(scheduler: Any) -> SchedulerInfo:
 
 
 def _write_engines(
+    names: Sequence[str],
     graphs: Mapping[str, Graph],
     files: Sequence[WeightFile],
     folder: Path,
@@ -258,6 +264,9 @@ def _write_engines(
     engines: dict[str, EngineInfo] = {}
     models: dict[str, Any] = {}
     for name in graphs:
+        if name not in names:  # a part, whose weights are found once for all engines that it is written into
+            externalise(to_onnx(name, graphs, models, opset), files)
+            continue
         if on_engine is not None:
             on_engine(name)
         path = folder / f"{name}.onnx"
@@ -297,7 +306,7 @@ def _model_info(
         vae_scale_factor=_scale_factor(pipeline),
         vae_scaling_factor=vae.scaling_factor,
         prediction_type=pipeline.scheduler.config.prediction_type,
-        text_encoder_sha256=parameters_sha256(pipeline.text_encoder),
+        text_encoder_sha256=encoder_hashes(pipeline).through_fp16,
         unet_sha256=parameters_sha256(pipeline.unet),
         added_words=added_words,
         further_sizes=further_sizes,

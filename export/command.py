@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 
 from saferedir.engines.errors import OutputError, RequestError
-from saferedir.engines.manifest import DRAWING_ENGINES, PUBLISHED, SAFETY_ENGINES, SIZED_ENGINES, SPLIT_SAFETY
+from saferedir.engines.manifest import DRAWING_ENGINES, SAFETY_ENGINES, SIZED_ENGINES
 from saferedir.export.bundle_export import BundleOptions, export_bundle, latent_sizes
 from saferedir.export.families import checked_unet, family_of
 from saferedir.export.model_changes import ModelChanges, change, with_words
@@ -54,7 +54,7 @@ def export_folder(
             saved, _ = with_words(pipeline, options.words)
             saved.save_pretrained(save_model)
         sizes = latent_sizes(pipeline, options.further_sizes)
-        engines = len(DRAWING_ENGINES) + len(SPLIT_SAFETY) + len(sizes) * len(SIZED_ENGINES)
+        engines = len(DRAWING_ENGINES) + len(sizes) * len(SIZED_ENGINES)
         export_bundle(pipeline, module, out, options, _counter(on_step, engines), on_size)
     on_step(engines, engines)
     return out
@@ -77,7 +77,7 @@ def import_checkpoint(
         BundleError: a graph cannot be exported.
         OutputError: `out` cannot be written.
     """
-    engines = len({*(DRAWING_ENGINES if model else ()), *SAFETY_ENGINES[PUBLISHED]})
+    engines = len(DRAWING_ENGINES if model else SAFETY_ENGINES)
     with _typed_errors(out):
         network = load_published(checkpoint)
         pipeline = None if model is None else _open(model)

@@ -17,15 +17,13 @@ from typing import Any
 
 from saferedir.engines import Bundle
 from saferedir.engines.errors import MissingDependencyError, PlanError, RequestError
-from saferedir.engines.manifest import kind
+from saferedir.engines.manifest import PLAIN_STEPS, kind
 from saferedir.engines.plan_cache import PlanCache, PlanKey
 from saferedir.export.room import check_disk
 from saferedir.export.source_lines import source_line
 
 #: Builder -> distribution that brings it.
 BUILDERS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-#: What engines do that drawing on a plan needs, for every size of picture.
-DRAWING = ("text_encoder", "vae_decoder", "step", "step_unguided")
 #: Largest batch that the exported graphs allow.
 LARGEST_BATCH = 31
 #: A plan holds its weights in the precision it computes in, twice that of the bundle's files; as much again while it is
@@ -115,7 +113,7 @@ def build_plans(
     on_plan: Callable[[int, int], None] | None = None,
     on_wait: Callable[[], None] | None = None,
 ) -> list[BuiltPlan]:
-    """Build what `cache` does not have of the plans of `engines`, by default those that draw.
+    """Build what `cache` does not have of the plans of `engines`, by default those that draw under safety.
 
     Raises:
         RequestError: an option is out of range.
@@ -136,7 +134,7 @@ def build_plans(
             compute_capabilities=options.compute_capabilities,
             options={name: str(value) for name, value in {**options.named, "workspace": options.workspace}.items() if value},
         )
-        for engine in engines or [name for name in bundle.manifest.engines if kind(name) in DRAWING]
+        for engine in engines or [name for name in bundle.manifest.engines if kind(name) not in PLAIN_STEPS]
     ]
     plans = []
     for done, key in enumerate(keys):

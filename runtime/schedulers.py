@@ -49,7 +49,7 @@ def make_schedule(info: SchedulerInfo, prediction_type: str, num_inference_steps
     Raises:
         RequestError: the number of steps is not one the sampler allows, or sampler or prediction type are not known here.
     """
-    kind = kind or info.kind
+    kind = info.kind if kind is None else kind
     most = info.num_train_timesteps - 1
     if not 1 <= as_integer("num_inference_steps", num_inference_steps) <= most:
         raise RequestError(f"num_inference_steps is {num_inference_steps}; expected 1 to {most}")

@@ -49,8 +49,10 @@ class SafetyConfig:
     prompt_width: int
     concepts: tuple[Concept, ...]
     prediction_type: str = "epsilon"
-    #: SHA-256 over the text encoder's parameters; a module fits only the text encoder it was trained with.
+    #: SHA-256 over the text encoder's weights (`fit.encoder_hashes`); a module fits only the text encoder it was trained with.
     text_encoder_sha256: str = ""
+    #: The same of weights that fp16 rounds: without going through it. Empty where both are one.
+    text_encoder_direct_sha256: str = ""
     #: SHA-256 over the UNet's parameters; another UNet is allowed and recorded.
     unet_sha256: str = ""
     #: How many concepts each branch of the network holds, in the order of `concepts`: first those trained together, then

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from saferedir.engines.errors import TrainingError
 from saferedir_torch.comparable import make_comparable, make_comparable_alone
+from saferedir_torch.fit import check_match
 from saferedir_torch.learner import Learner
 from saferedir_torch.loss_plot import plot_losses
 from saferedir_torch.new_module import extended_module, new_module, refuges, refuse_unconditional, with_refuge
 from saferedir_torch.precision import mixed_precision
 from saferedir_torch.prompt_source import PromptSource
-from saferedir_torch.protect import check_match
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.short_runs import recorded_short_runs, short_runs
 from saferedir_torch.training_data import SAMPLINGS, cached_runs, load_runs, make_pairs, record_runs

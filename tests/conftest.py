@@ -26,7 +26,7 @@ LONGEST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests say what they cost. Of several processes each keeps to a core of its own, so that their threads do not wait for each other's."""
+    """Tests say what they cost. Of several processes each keeps to a core of its own, so that none waits for another's."""
     config.pluginmanager.register(CpuTime())
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker and hasattr(os, "sched_setaffinity"):

@@ -19,6 +19,7 @@ from diffusers import (
 from benchmarks.small_pipeline import SMALL, save_small_pipeline
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import ExportError, OutputError, RequestError, SafetyMismatchError, VerificationError
+from saferedir.engines.manifest import PROTECTED_STEPS
 from saferedir.export.bundle_export import BundleOptions, export_bundle, scheduler_info
 from saferedir.export.command import export_folder
 from saferedir.runtime import Pipeline, SafetyPolicy
@@ -54,7 +55,7 @@ def exported(small: tuple[Any, SafetyModule], folder: Path) -> Path:
         folder / "model", folder / "safety", folder / "bundle", BundleOptions(name="small", max_batch=3),
         on_step=lambda done, total: steps.append((done, total)), on_size=sizes.append,
     )  # fmt: skip
-    assert steps == [(done, 10) for done in range(11)]
+    assert steps == [(done, 6) for done in range(7)]
     # A small model's graphs are most of it; of a large one they are nothing.
     assert sum(path.stat().st_size for path in out.iterdir()) <= sizes[0] <= 5_000_000
     return out
@@ -65,7 +66,6 @@ def test_every_engine_equals_its_reference(exported: Path, folder: Path) -> None
     assert report.passed
     assert report.parity is not None
     assert {row.engine for row in report.parity} == set(open_bundle(exported).manifest.engines)
-    assert {"safety_prompt", "safety_step"} <= {row.engine for row in report.parity}
 
 
 def test_large_weights_are_outside_and_in_half_precision(exported: Path) -> None:
@@ -106,14 +106,14 @@ def test_planted_difference_is_found(exported: Path, folder: Path, small: tuple[
     report = verify_bundle(exported, folder / "model", folder / "changed", bisect=True)
     assert not report.passed
     wrong = {(row.engine, row.output) for row in report.parity or [] if not row.passed}
-    assert ("safety", "score") in wrong
-    assert not any(engine in ("text_encoder", "unet", "vae_decoder", "plain_step") for engine, _ in wrong)
+    assert {("step", "score"), ("step_unguided", "score")} <= wrong
+    assert not any(engine not in PROTECTED_STEPS for engine, _ in wrong)
     assert VerificationError.exit_code == 7
     assert report.pictures is not None
     assert report.pictures.worst_score > 1e-3
-    found, other = report.bisected  # and not the steps, which hold the same node
-    assert other.engine == "safety_step"
-    assert (found.engine, found.operator, found.worst) == ("safety", "Gemm", pytest.approx(0.05, rel=0.01))
+    found, other = report.bisected
+    assert (other.engine, other.node) == ("step_unguided", found.node)
+    assert (found.engine, found.operator, found.worst) == ("step", "Gemm", pytest.approx(0.05, rel=0.01))
     assert 0 < found.equal_before < found.tensors
     assert str(found.source).startswith("saferedir_torch/detector.py:")
 
@@ -126,7 +126,7 @@ def test_safety_of_another_model_is_refused_and_leaves_nothing(small: tuple[Any,
 
 def test_an_export_that_fails_leaves_nothing(small: tuple[Any, SafetyModule], tmp_path: Path) -> None:
     def fail(name: str) -> None:
-        if name == "unet":
+        if name == "plain_step":
             raise ExportError("planted")
 
     with pytest.raises(ExportError):

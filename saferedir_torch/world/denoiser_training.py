@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from saferedir_torch.peers.peer import Peer
 from saferedir_torch.precision import mixed_precision
 from saferedir_torch.training_run import ExponentialAverage, Schedule, run_training
-from saferedir_torch.world.base import tokenize
+from saferedir_torch.trajectories import tokenize
 from saferedir_torch.world.batches import save_sheet
 from saferedir_torch.world.captions import caption
 from saferedir_torch.world.scenes import Painter, Scene, random_scene
