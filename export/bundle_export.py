@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -34,6 +32,7 @@ from saferedir.engines.manifest import (
     SchedulerInfo,
     drawing_engines,
 )
+from saferedir.engines.output_place import expect_bundle, output_place, put_in_place
 from saferedir.export.engine_graph import Graph
 from saferedir.export.families import family_of_unet
 from saferedir.export.graphs import all_graphs
@@ -133,14 +132,16 @@ def write_bundle(
     on_engine: Callable[[str], None] | None,
     on_size: Callable[[int], None] | None = None,
 ) -> Path:
-    """Write the bundle of `graphs_of` the pipeline to `out`, which is replaced as a whole; without one, of a safety alone.
+    """Write the bundle of `graphs_of` the pipeline to `out`, which is replaced as a whole where it is a bundle; without a
+    pipeline that of a safety alone.
 
     Raises:
         RequestError: an option is out of range.
         ExportError: a graph cannot be exported, or the scheduler clips or thresholds.
-        OutputError: there is too little room or memory.
+        OutputError: there is too little room or memory, or `out` is neither absent, nor empty, nor a bundle.
     """
     options.check()
+    out = output_place(out, (), expect_bundle)
     added: dict[str, tuple[str, ...]] = {}
     if pipeline is not None and options.words:
         pipeline, added = with_words(pipeline, options.words)
@@ -185,7 +186,7 @@ def write_bundle(
             },
         )
         (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-        _replace(folder, out)
+        put_in_place(folder, out)
     return out
 
 
@@ -327,16 +328,3 @@ def safety_info(config: SafetyConfig) -> SafetyInfo:
         ),
         promise=PromiseInfo(**asdict(config.promise)) if config.promise else None,
     )
-
-
-def _replace(folder: Path, out: Path) -> None:
-    """Put the finished folder in place of what was there."""
-    folder.chmod(0o755)
-    if out.exists():
-        old = out.with_name(f".{out.name}-old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(out, old)
-        os.replace(folder, out)
-        shutil.rmtree(old)
-    else:
-        os.replace(folder, out)

@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 from saferedir.engines.errors import OutputError, RequestError
 from saferedir.engines.manifest import DRAWING_ENGINES, SAFETY_ENGINES, SIZED_ENGINES
+from saferedir.engines.output_place import expect_bundle, output_place, refuse_overlap
 from saferedir.export.bundle_export import BundleOptions, export_bundle, latent_sizes
 from saferedir.export.families import checked_unet, family_of
 from saferedir.export.model_changes import ModelChanges, change, with_words
@@ -20,6 +21,9 @@ from saferedir_torch.model_source import locate
 from saferedir_torch.models import load_pipeline
 from saferedir_torch.published_checkpoint import load_published
 from saferedir_torch.safety_module import SafetyModule
+
+#: Marks a folder as written by `--save-model`, which alone writes it again.
+SAVED = ".saved-by-saferedir"
 
 
 def export_folder(
@@ -43,15 +47,24 @@ def export_folder(
         RequestError: a folder is missing or is not what it should be, or an option is out of range.
         SafetyMismatchError: the module was made for another model.
         BundleError: a graph cannot be exported.
-        OutputError: `out` cannot be written, or there is too little room or memory.
+        OutputError: `out` or `save_model` cannot be written or holds what is not ours or read, or there is too little room or
+            memory.
     """
     with _typed_errors(out):
+        changes = changes or ModelChanges()
+        inputs = (model, safety, config, changes.vae, *(path for path, _ in changes.loras), *options.words)
+        place = output_place(out, inputs, expect_bundle)
+        if save_model is not None:
+            refuse_overlap(save_model, save_model.resolve(), place, "--save-model")
+            save_model = output_place(save_model, inputs, _expect_saved, "--save-model")
         module = SafetyModule.load(safety)
-        pipeline = change(_open(model, config), changes or ModelChanges())
+        pipeline = change(_open(model, config), changes)
         if save_model is not None and not isinstance(pipeline, StableDiffusionPipeline):
             raise RequestError(f"--save-model writes Stable Diffusion pipelines alone; {model} is of another family")
         if save_model is not None:
             saved, _ = with_words(pipeline, options.words)
+            save_model.mkdir(parents=True, exist_ok=True)
+            (save_model / SAVED).touch()
             saved.save_pretrained(save_model)
         sizes = latent_sizes(pipeline, options.further_sizes)
         engines = len(DRAWING_ENGINES) + len(sizes) * len(SIZED_ENGINES)
@@ -75,15 +88,23 @@ def import_checkpoint(
         RequestError: the checkpoint is damaged or of another layout, the model is no pipeline, or an option is impossible.
         SafetyMismatchError: the checkpoint is made for another width, number of tokens or latent channels.
         BundleError: a graph cannot be exported.
-        OutputError: `out` cannot be written.
+        OutputError: `out` cannot be written, or holds what is not ours or read.
     """
     engines = len(DRAWING_ENGINES if model else SAFETY_ENGINES)
     with _typed_errors(out):
+        output_place(out, (checkpoint, model), expect_bundle)
         network = load_published(checkpoint)
         pipeline = None if model is None else _open(model)
         import_published(network, out, options, bundle, pipeline=pipeline, on_engine=_counter(on_step, engines))
     on_step(engines, engines)
     return out
+
+
+def _expect_saved(place: Path) -> None:
+    if not (place / SAVED).exists():
+        raise OutputError(
+            f"{place} is neither empty nor written by --save-model before, and is left as it is; name a new folder"
+        )
 
 
 def _counter(on_step: Callable[[int, int], None], engines: int) -> Callable[[str], None]:

@@ -158,6 +158,11 @@ class Pipeline:
             records += self._records(chunk, drawing, result)
         return Generation(images, records)
 
+    def check(self, *, num_inference_steps: int, guidance_scale: float, scheduler: str | None = None) -> None:
+        """Raise `RequestError` where no request could be drawn with these."""
+        check_guidance(guidance_scale)
+        make_schedule(self._scheduler, self.model.prediction_type, num_inference_steps, scheduler)
+
     @property
     def policy(self) -> ResolvedPolicy:
         """The operator's policy in force, before any request tightens it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import MissingDependencyError, RequestError
-from saferedir.runtime.command_line.console import JsonOption, console, progress
+from saferedir.runtime.command_line.console import JsonOption, console, print_json, progress
 from saferedir.runtime.command_line.picture_size import picture_size
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 def export(
     model: Annotated[Path, typer.Argument(help="Folder in diffusers' format, hub name, or one .safetensors file.")],
     safety: Annotated[Path, typer.Option(help="Safety module folder, as training left it.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder; replaced as a whole when all is done.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder: new, empty, or a bundle, which is replaced.")],
     name: Annotated[str | None, typer.Option(help="What the bundle calls itself; the model folder's name by default.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, max=31, help="Largest batch run at once.")] = 16,
     size: Annotated[
@@ -93,12 +92,12 @@ def export(
                                on_size=_say_size)  # fmt: skip
     for wanted in plans:
         _build_in_bundle(folder, wanted)
-    console.print(f"{folder}: {_megabytes(folder)}", highlight=False)
+    console.print(f"{folder}: {_megabytes(folder)}")
 
 
 def import_published(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of the published SafeRedir, such as best_model.pt.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder; replaced as a whole when all is done.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Bundle folder: new, empty, or a bundle, which is replaced.")],
     model: Annotated[
         Path | None, typer.Option(help="Stable Diffusion 1.x folder to protect; without it the bundle holds the safety alone.")
     ] = None,
@@ -132,7 +131,7 @@ def import_published(
     bundle = BundleOptions(name=name or checkpoint.stem, max_batch=max_batch)
     with progress("exporting") as on_step:
         folder = import_checkpoint(checkpoint, out, options, bundle, model=model, on_step=on_step)
-    console.print(f"{folder}: {_megabytes(folder)}", highlight=False)
+    console.print(f"{folder}: {_megabytes(folder)}")
 
 
 def build_plans(
@@ -185,7 +184,7 @@ def build_plans(
     with progress("building") as on_plan:
         plans = build(opened, options, cache, tuple(engine) if engine else None, on_plan=on_plan, on_wait=_say_waiting)
     if as_json:
-        print(json.dumps([{**asdict(plan), "path": str(plan.path)} for plan in plans], indent=1))
+        print_json([{**asdict(plan), "path": str(plan.path)} for plan in plans])
         return
     table = Table("engine", "MB", "seconds", "", "plan")
     for plan in plans:
