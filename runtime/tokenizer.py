@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +46,9 @@ def check_prompt(prompt: object) -> str:
 
 
 class PromptTokenizer:
-    """CLIP's or T5's tokenizer from a bundle, without transformers."""
+    """CLIP's or T5's tokenizer from a bundle, without transformers. Its file reads added words as their tokens."""
 
-    def __init__(self, path: Path, length: int, added_words: Mapping[str, Sequence[str]] | None = None) -> None:
-        #: Longest first, since one may begin another.
-        self._added = sorted((added_words or {}).items(), key=lambda item: -len(item[0]))
+    def __init__(self, path: Path, length: int) -> None:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
@@ -74,8 +71,6 @@ class PromptTokenizer:
             RequestError: it is not text, or longer than 10,000 characters.
         """
         prompt = check_prompt(prompt)
-        for word, tokens in self._added:
-            prompt = prompt.replace(word, " ".join(tokens))
         encoding = self._tokenizer.encode(prompt)
         ids, tokens = list(encoding.ids), list(encoding.tokens)
         cut = max(0, len(ids) - self._length)

@@ -180,6 +180,9 @@ def inspect(
         console.print(f"concept {concept.name} → {concept.replacement}, {decided}, alpha_scale {concept.alpha_scale:g}")
     promise = manifest.safety.promise
     console.print(f"promise: {promise}" if promise else "thresholds not calibrated: no promise on false alarms", soft_wrap=True)
+    if manifest.scheduler is not None:
+        replaced = f" in place of {manifest.scheduler.in_place_of}" if manifest.scheduler.in_place_of else ""
+        console.print(f"drawn with {manifest.scheduler.kind}{replaced}", highlight=False)
     if manifest.model is not None:
         console.print(f"pictures of {', '.join(manifest.model.picture_sizes)} pixels", highlight=False, soft_wrap=True)
     table = Table("engine", "MB", "inputs", "outputs")
