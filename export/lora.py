@@ -1,8 +1,8 @@
 """LoRAs are added to a model's weights by this module alone, so that what a file says is what is added.
 
 A LoRA changes the weight W of a layer by (alpha / rank) up down (Hu et al. 2021, section 4.1). Its layers are named as
-diffusers, PEFT or kohya-ss name them, which differ in prefixes, dots and underscores. A tensor that belongs to no layer, or is more than a
-LoRA, is refused: half a LoRA is another one.
+diffusers, PEFT or kohya-ss name them, which differ in prefixes, dots and underscores. A tensor that belongs to no layer, or is
+more than a LoRA, is refused: half a LoRA is another one.
 """
 
 from __future__ import annotations

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from saferedir.engines.errors import RequestError
 from saferedir.export.tensor_files import check_numbers, read_tensors
-from saferedir_torch.model_source import variant_of
+from saferedir_torch.model_source import open_part
 
 #: Names of the VAE's tensors in a whole checkpoint begin so.
 IN_CHECKPOINT = "first_stage_model."
@@ -28,26 +26,10 @@ def open_vae(path: Path, own: Any) -> Any:
     """
     if not path.exists():
         raise RequestError(f"{path} does not exist; expected a VAE, as a diffusers folder or one .safetensors file")
-    vae = _of_folder(path) if path.is_dir() else _of_file(path, own)
+    vae = open_part(AutoencoderKL, path) if path.is_dir() else _of_file(path, own)
     if (found := vae.config.latent_channels) != (expected := own.config.latent_channels):
         raise RequestError(f"{path} cannot be used as a VAE here: it has {found} latent channels, the model {expected}")
     return vae.eval()
-
-
-def _of_folder(folder: Path) -> Any:
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
-        if kind != "AutoencoderKL":
-            raise ValueError(f"it is a {kind}; expected an AutoencoderKL")
-        vae, info = AutoencoderKL.from_pretrained(
-            folder, torch_dtype=torch.float32, variant=variant_of(folder), output_loading_info=True
-        )
-        if wrong := [*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])]:
-            raise ValueError(f"{len(wrong)} of its weights are missing or not of this VAE, such as {wrong[0]}")
-    except Exception as error:  # diffusers and safetensors raise several types of their own
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise RequestError(f"{folder} cannot be used as a VAE here: {reason}") from error
-    return vae
 
 
 def _of_file(path: Path, own: Any) -> Any:

@@ -28,7 +28,7 @@ OTHERS = {
 }
 #: Embeddings that some checkpoints bring along, which are no part of the model.
 BUNDLED = "bundle_emb."
-#: Folders and names of the weights that a diffusers folder holds.
+#: Names of files of weights begin so.
 WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
 
@@ -62,13 +62,34 @@ def pipeline_class(folder: Path) -> str:
         return ""
 
 
-def variant_of(folder: Path) -> str | None:
-    """`fp16` where a folder of weights, or of parts that have weights, lacks some but in half precision; None elsewhere."""
-    for place in (folder, *(part for part in folder.iterdir() if part.is_dir())):
-        names = [path.name for path in place.iterdir() if path.name.split(".")[0] in WEIGHTS]
-        if names and all(".fp16." in name or ".fp16-" in name for name in names):
-            return "fp16"
-    return None
+def open_part(kind: Any, folder: Path) -> Any:
+    """The part of a model in a folder of diffusers or transformers, in fp32, also where it is stored in half precision alone.
+
+    Raises:
+        RequestError: it is another kind of part, or weights are missing, which would be random, or are not its own.
+    """
+    try:
+        stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        named = stated.get("_class_name") or next(iter(stated.get("architectures") or ()), None)
+        if named not in (None, kind.__name__):
+            raise ValueError(f"it is a {named}; expected a {kind.__name__}")
+        part, info = kind.from_pretrained(
+            folder, torch_dtype=torch.float32, variant=_variant_of(folder), output_loading_info=True
+        )
+        lacking = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+        strange = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
+        for keys, what in ((lacking, "lacks"), (strange, "has no use for")):
+            if keys:
+                raise ValueError(f"it {what} {len(keys)} of its weights, such as {min(keys)}")
+    except Exception as error:  # diffusers, transformers and safetensors raise several types of their own
+        raise RequestError(f"{folder} cannot be used: {_first_line(error)}") from error
+    return part
+
+
+def _variant_of(folder: Path) -> str | None:
+    """`fp16` where a folder's weights are there in half precision alone; None elsewhere."""
+    names = [path.name for path in folder.iterdir() if path.name.split(".")[0] in WEIGHTS]
+    return "fp16" if names and all(".fp16." in name or ".fp16-" in name for name in names) else None
 
 
 def bundled_words(path: Path) -> list[str]:
@@ -102,11 +123,17 @@ def open_single_file(path: Path, config: str | Path | None = None, *, without_va
         raise RequestError(f"{folder} holds no model_index.json; expected the configuration of a diffusers model")
     try:
         given = {"vae": AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))} if missing else {}
-        return StableDiffusionPipeline.from_single_file(
+        pipeline = StableDiffusionPipeline.from_single_file(
             str(path), config=None if folder is None else str(folder), torch_dtype=torch.float32,
             safety_checker=None, feature_extractor=None, **given,
         )  # fmt: skip
+        # diffusers leaves weights that the file does not hold without values.
+        if empty := [name for name, weight in pipeline.text_encoder.named_parameters() if weight.is_meta]:
+            raise ValueError(f"its text encoder lacks {len(empty)} of its weights, such as {empty[0]}")
+        return pipeline
     except Exception as error:  # diffusers, transformers and huggingface_hub raise many types of their own
+        if "meta tensor" in str(error):
+            raise RequestError(f"{path} cannot be used: its UNet or its VAE lacks some of its weights") from error
         known = "" if config is not None else "; its configuration comes from the hub unless --config names a folder"
         raise RequestError(f"{path} cannot be opened as a Stable Diffusion model: {_first_line(error)}{known}") from error
 

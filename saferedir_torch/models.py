@@ -6,29 +6,39 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+import transformers
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
 from saferedir.engines.errors import RequestError
-from saferedir_torch.model_source import locate, open_single_file, pipeline_class, variant_of
+from saferedir_torch.model_source import locate, open_part, open_single_file, pipeline_class
 from saferedir_torch.pixart import PROMPT_TOKENS, PixArt
 
 SHIPPED = Path(__file__).with_name("shipped")
 SHIPPED_MODEL = SHIPPED / "emoji-diffusion"
 SHIPPED_SAFETY = SHIPPED / "safety"
+#: Networks of a Stable Diffusion folder.
+PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 DEVICES = ("auto", "cpu", "cuda")
 
 
 def _open_folder(place: Path) -> Any:
-    # The precision is named, since the components' own default is the one they were saved in.
-    given = {"torch_dtype": torch.float32, "variant": variant_of(place)}
     if pipeline_class(place) in PROMPT_TOKENS:
-        return PixArt.of(DiffusionPipeline.from_pretrained(place, **given))
-    # What is not needed need not be there: many folders list a safety checker that they lack.
-    without = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline.from_pretrained(place, **given, **without)
+        # The precision is named, since the components' own default is the one they were saved in.
+        return PixArt.of(DiffusionPipeline.from_pretrained(place, torch_dtype=torch.float32))
+    # Part by part, since what is not needed need not be there: many folders list a safety checker that they lack.
+    parts = {name: open_part(kind, place / name) for name, kind in PARTS.items()}
+    try:
+        index = json.loads((place / "model_index.json").read_text(encoding="utf-8"))
+        for name, library in (("tokenizer", transformers), ("scheduler", diffusers)):
+            parts[name] = getattr(library, index[name][1]).from_pretrained(place / name)
+    except Exception as error:  # diffusers and transformers raise several types of their own
+        raise RequestError(f"{place} has no {name} that can be opened: {error}") from error
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 def device_called(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""Words that textual inversions add are whole words, whatever their case, and the same tokens in the runtime and in diffusers."""
+"""Words that textual inversions add are whole words in any case, and the same tokens in the runtime and in diffusers."""
 
 from __future__ import annotations
 
