@@ -68,7 +68,7 @@ class Pipeline:
         self.model = self.manifest.model
         self._scheduler = self.manifest.scheduler
         self._policy = resolve(policy or SafetyPolicy(), self.manifest.safety)
-        self._tokenizer = PromptTokenizer(bundle.tokenizer_path, self.model.prompt_tokens, self.model.added_words)
+        self._tokenizer = PromptTokenizer(bundle.tokenizer_path, self.model.prompt_tokens)
 
     @classmethod
     def from_bundle(

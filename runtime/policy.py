@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
-from typing import Any
+from numbers import Integral
 
 import numpy as np
 import numpy.typing as npt
@@ -173,9 +172,12 @@ def _check_numbers(name: str, numbers: object, known: tuple[str, ...]) -> None:
     if not isinstance(numbers, Mapping):
         raise RequestError(f"{name} is {numbers!r}; expected a mapping of concepts to numbers, such as {{{known[0]!r}: 0.5}}")
     _check_names(numbers, known)
-    value: Any  # what a mapping of somebody else's holds
     for concept, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= LARGEST:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float | np.integer | np.floating)
+            or not abs(value) <= LARGEST
+        ):
             raise RequestError(f"{name} of {concept!r} is {value!r}; expected a finite number")
 
 

@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from saferedir_torch.models import save_in_half
 from saferedir_torch.precision import mixed_precision
 from saferedir_torch.training_run import ExponentialAverage, Schedule, run_training
 from saferedir_torch.trajectories import tokenize
@@ -142,7 +143,7 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 6000) -> Path:
         checkpoint_every_s=240,
     )
     out = folder / "emoji-diffusion"
-    assemble(folder, averages["unet"], text_encoder, tokenizer).to(torch.float16).save_pretrained(out)
+    save_in_half(assemble(folder, averages["unet"], text_encoder, tokenizer), out)
     return out
 
 
