@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from numbers import Integral
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -173,12 +174,14 @@ def _check_numbers(name: str, numbers: object, known: tuple[str, ...]) -> None:
         raise RequestError(f"{name} is {numbers!r}; expected a mapping of concepts to numbers, such as {{{known[0]!r}: 0.5}}")
     _check_names(numbers, known)
     for concept, value in numbers.items():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float | np.integer | np.floating)
-            or not abs(value) <= LARGEST
-        ):
+        if not _is_number(value):
             raise RequestError(f"{name} of {concept!r} is {value!r}; expected a finite number")
+
+
+def _is_number(value: Any) -> bool:
+    kinds = (int, float, np.integer, np.floating)
+    of_kind = isinstance(value, kinds) and not isinstance(value, bool)
+    return of_kind and bool(abs(value) <= LARGEST)
 
 
 def _check_names(asked: Iterable[object], known: tuple[str, ...]) -> None:

@@ -21,7 +21,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 from torch.onnx._internal.exporter import _registration
 
-from saferedir.export import engine_calls
+from saferedir.export import parts
 from saferedir.export.engine_graph import Graph
 
 #: Attributes that no trace depends on: PyTorch's bookkeeping, where a model was opened from, what a module was made for.
@@ -88,12 +88,12 @@ def _add(digest: Any, part: Any, seen: set[int]) -> None:
         digest.update(f"{part.__module__}.{part.__qualname__}".encode())
     elif id(part) not in seen:
         seen.add(id(part))
-        for inner in _parts(part):
+        for inner in _of_what(part):
             _add(digest, inner, seen)
 
 
-def _parts(part: Any) -> list[Any]:
-    if isinstance(part, engine_calls._Call):
+def _of_what(part: Any) -> list[Any]:
+    if isinstance(part, parts._Call):
         (called,) = part._called
         own = {name: value for name, value in vars(called).items() if name[0] != "_" and not isinstance(value, nn.Module)}
         return [type(called), type(called).output_shapes, own]
