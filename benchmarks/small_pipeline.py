@@ -21,7 +21,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
+from saferedir_torch.models import SHIPPED_MODEL, load_pipeline, save_in_half
 from saferedir_torch.new_module import new_module
 from saferedir_torch.world.base import new_scheduler
 
@@ -63,7 +63,7 @@ def save_small_pipeline(
         vae=small_vae(), text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler or new_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    pipeline.to(torch.float16).save_pretrained(folder)
+    save_in_half(pipeline, folder)
     return folder
 
 

@@ -120,6 +120,15 @@ class SchedulerInfo:
     #: Of a latent consistency model: the number of steps it was distilled for, and the scale of its boundary condition.
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
+    #: diffusers' class that the model's folder asks for, where it is drawn with another sampler; empty where it is not.
+    in_place_of: str = ""
+    rescale_betas_zero_snr: bool = False
+    #: Of euler: how its noise levels are spaced, between which ones, and which one it ends at (zero or sigma_min).
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    final_sigmas_type: str = "zero"
 
 
 @dataclass(frozen=True)

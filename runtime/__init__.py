@@ -10,7 +10,7 @@ from saferedir.engines.errors import (
     SafeRedirError,
     SafetyError,
 )
-from saferedir.runtime.ort import installation_problem
+from saferedir.runtime.installation import installation_problem
 from saferedir.runtime.pipeline import Generation, Pipeline
 from saferedir.runtime.policy import SafetyPolicy, Tightening
 from saferedir.runtime.record import LookedFor, SafetyRecord, StepRecord

@@ -68,7 +68,7 @@ class Pipeline:
         self.model = self.manifest.model
         self._scheduler = self.manifest.scheduler
         self._policy = resolve(policy or SafetyPolicy(), self.manifest.safety)
-        self._tokenizer = PromptTokenizer(bundle.tokenizer_path, self.model.prompt_tokens, self.model.added_words)
+        self._tokenizer = PromptTokenizer(bundle.tokenizer_path, self.model.prompt_tokens)
 
     @classmethod
     def from_bundle(
@@ -157,6 +157,11 @@ class Pipeline:
             images += self._decode(result.latent)
             records += self._records(chunk, drawing, result)
         return Generation(images, records)
+
+    def check(self, *, num_inference_steps: int, guidance_scale: float, scheduler: str | None = None) -> None:
+        """Raise `RequestError` where no request could be drawn with these."""
+        check_guidance(guidance_scale)
+        make_schedule(self._scheduler, self.model.prediction_type, num_inference_steps, scheduler)
 
     @property
     def policy(self) -> ResolvedPolicy:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ log = logging.getLogger("saferedir")
 
 #: The larger of two probabilities exceeds this.
 ARGMAX = 0.5
+#: Of the engines' numbers.
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,7 @@ def resolve(policy: SafetyPolicy, safety: SafetyInfo) -> ResolvedPolicy:
         if not value <= 1:
             raise RequestError(f"threshold of {name!r} is {value}; expected a finite value of at most 1")
     for name, value in zip(names, alpha_scale, strict=True):
-        if not 0 < value < math.inf:
+        if not value > 0:
             raise RequestError(f"alpha_scale of {name!r} is {value}; expected a finite value above 0")
     enabled = np.array([policy.enabled is None or name in policy.enabled for name in names])
     if policy.unprotected:
@@ -172,8 +174,14 @@ def _check_numbers(name: str, numbers: object, known: tuple[str, ...]) -> None:
         raise RequestError(f"{name} is {numbers!r}; expected a mapping of concepts to numbers, such as {{{known[0]!r}: 0.5}}")
     _check_names(numbers, known)
     for concept, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        if not _is_number(value):
             raise RequestError(f"{name} of {concept!r} is {value!r}; expected a finite number")
+
+
+def _is_number(value: Any) -> bool:
+    kinds = (int, float, np.integer, np.floating)
+    of_kind = isinstance(value, kinds) and not isinstance(value, bool)
+    return of_kind and bool(abs(value) <= LARGEST)
 
 
 def _check_names(asked: Iterable[object], known: tuple[str, ...]) -> None:

@@ -67,7 +67,7 @@ def build_requests(
     texts: list[str | None]
     embeds: list[Embeds | None]
     if prompts is not None:
-        _bound(1 if isinstance(prompts, str) else _length("prompts", prompts), num_images_per_prompt)
+        check_count(1 if isinstance(prompts, str) else _length("prompts", prompts), num_images_per_prompt)
         texts = [check_prompt(text) for text in ([prompts] if isinstance(prompts, str) else prompts)]
         embeds = [None] * len(texts)
     else:
@@ -75,7 +75,7 @@ def build_requests(
         texts = [None] * len(embeds)
     if not texts:
         raise RequestError("prompts is empty; give at least one prompt")
-    _bound(len(texts), num_images_per_prompt)
+    check_count(len(texts), num_images_per_prompt)
     negatives = _per_prompt("negative_prompt", negative_prompt, len(texts))
     negative_embeds: list[Embeds | None] = [None] * len(texts)
     if negative_prompt_embeds is not None:
@@ -106,7 +106,8 @@ def _length(field: str, value: Any) -> int:
         raise RequestError(f"{field} is {type(value).__name__}; expected text, or a list of texts") from None
 
 
-def _bound(prompts: int, num_images_per_prompt: int) -> None:
+def check_count(prompts: int, num_images_per_prompt: int) -> None:
+    """Raise `RequestError` where more pictures are asked for than one call draws."""
     if (count := prompts * num_images_per_prompt) > MOST_PICTURES:
         raise RequestError(
             f"{count} pictures are asked for; expected at most {MOST_PICTURES} a call, since all are kept in memory"

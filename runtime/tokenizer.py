@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,11 +49,9 @@ def check_prompt(prompt: object, field: str = "prompt") -> str:
 
 
 class PromptTokenizer:
-    """CLIP's or T5's tokenizer from a bundle, without transformers."""
+    """CLIP's or T5's tokenizer from a bundle, without transformers. Its file reads added words as their tokens."""
 
-    def __init__(self, path: Path, length: int, added_words: Mapping[str, Sequence[str]] | None = None) -> None:
-        #: Longest first, since one may begin another.
-        self._added = sorted((added_words or {}).items(), key=lambda item: -len(item[0]))
+    def __init__(self, path: Path, length: int) -> None:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
@@ -73,8 +70,6 @@ class PromptTokenizer:
 
     def __call__(self, prompt: str) -> Tokenised:
         """Tokenise one prompt that `check_prompt` has seen; it may be empty, and longer by now, since plain letters may be."""
-        for word, tokens in self._added:
-            prompt = prompt.replace(word, " ".join(tokens))
         encoding = self._encode(prompt)
         ids, tokens = list(encoding.ids), list(encoding.tokens)
         cut = max(0, len(ids) - self._length)

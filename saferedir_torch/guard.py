@@ -10,7 +10,6 @@ import torch
 
 from saferedir.engines.errors import SafetyError
 from saferedir_torch.eager_policy import EagerPolicy
-from saferedir_torch.fit import Fit
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.safety_run import SafetyRecord, SafetyRun
 
@@ -24,7 +23,6 @@ class Guard:
             RequestError: a value of the policy is out of range.
         """
         self.safety, self.choices = safety, policy.choices(safety.config)
-        self.fit = Fit(safety)
         self._on: dict[torch.device, SafetyModule] = {}
 
     @property

@@ -71,8 +71,8 @@ class _Watch:
         call = current_call.get()
         if call is None or not any(network is own for own in call.networks):
             raise SafetyError(
-                f"{type(network).__name__} was called by none of the protected pipelines; it is shared with one, so protect "
-                "the pipeline that calls it as well, and call that, not the network"
+                f"{type(network).__name__} was called without a prompt of a protected pipeline; it is shared with one, "
+                "so protect the pipeline that calls it as well"
             )
         given = dict(zip(POSITIONAL, args, strict=False)) | kwargs
         _check_given(network, args, given)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from saferedir.engines.errors import SafetyError
 from saferedir.engines.plain_letters import in_plain_letters
+from saferedir_torch.fit import check_match
 from saferedir_torch.guard import Guard
 from saferedir_torch.network_hooks import current_call, networks_of, watched
 from saferedir_torch.safety_run import SafetyRecord, SafetyRun, check_embeddings
@@ -53,6 +54,8 @@ class _PipelineCall:
         self.pipeline, self.run, self.networks, self.eta = pipeline, run, networks, eta
 
     def before(self, network: nn.Module, sample: Tensor, timestep: Tensor | float, embeds: Tensor) -> Tensor:
+        if networks_of(self.pipeline) != self.networks:
+            raise SafetyError("a network was replaced within a call, which protection cannot follow")
         return self.run.embeddings(sample, timestep, embeds, denoises=network is self.networks[-1])
 
     def after(self, network: nn.Module, sample: Tensor, timestep: Tensor | float, output: Any) -> None:
@@ -86,21 +89,22 @@ class _Protection:
         self.protected = _protected_class(getattr(before, "_unprotected", before), self)
 
     def guard(self) -> Guard:
-        """The guard of a call that begins now: the innermost one of this thread or task, else the only one.
+        """The guard of a call that begins now: the innermost of this thread or task, else the first of all, which are alike.
 
         Raises:
-            SafetyError: there is none, or which of several is not said.
+            SafetyError: there is none, or they are not alike.
         """
         if own := [guard for guard in _entered.get() if guard in self.guards]:
             return own[-1]
         if not self.guards:
             raise SafetyError("the protection that this copy of a pipeline was made under has ended; copy the pipeline anew")
-        if len(self.guards) > 1:
+        first, *others = self.guards
+        if any((guard.safety, guard.choices) != (first.safety, first.choices) for guard in others):
             raise SafetyError(
-                f"{len(self.guards)} protections of this pipeline are open, none of them entered by this thread or task; "
-                "enter one here"
+                f"{len(self.guards)} protections of this pipeline are open that differ, none of them entered by this thread or "
+                "task; enter one here"
             )
-        return self.guards[0]
+        return first
 
 
 @contextmanager
@@ -164,7 +168,7 @@ def _draw(pipeline: Any, plain_call: Callable[..., Any], guard: Guard, args: tup
     call = _PipelineCall(pipeline, run, networks_of(pipeline), eta=asked.get("eta") or 0.0)
     # A pipeline object holds what one call needs, its guidance for one, so that its own calls take turns.
     with _turns(pipeline), _own_scheduler(pipeline), _own_encoding(pipeline), watched(call.networks):
-        guard.fit.check(pipeline)
+        check_match(pipeline, guard.safety)
         token = current_call.set(call)
         try:
             output = call.finish(plain_call(*bound.args, **bound.kwargs))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from saferedir_torch.eager_policy import EagerPolicy
+from saferedir_torch.fit import check_match
 from saferedir_torch.guard import Guard
 from saferedir_torch.network_hooks import networks_of, watched
 from saferedir_torch.pipeline_calls import check_kind, guarded
@@ -23,10 +24,11 @@ def protect(pipeline: Any, safety: SafetyModule, policy: EagerPolicy | None = No
     `guard.last` is that of the latest call of the current thread or task.
 
     A call is followed from its beginning to its end, also past the end of the context, whichever thread or task makes it.
-    Contexts of one pipeline may be nested or overlap: a call is under the innermost one that its thread or task entered, else
-    under the only one. Copies of the pipeline are protected like it, until the context ends. Another pipeline that shares its
-    networks needs a context of its own: where it has none, its calls are refused while this one lasts. Calls of one pipeline
-    object take turns; pipelines that share weights, schedulers too, draw side by side.
+    Contexts of one pipeline may be nested or overlap: a call is under the innermost one that its thread or task entered. Where
+    that is none, all that are open must be alike. Copies of the pipeline are protected like it, until the context ends. Another
+    pipeline that shares its networks needs a context of its own: where it has none, its calls are refused while this one lasts.
+    Calls of one pipeline object take turns; pipelines that share weights, schedulers too, draw side by side. On another device
+    than the pipeline's, `safety` stays where it is, and each context makes a copy.
 
     Under samplers that add fresh noise in a step nothing is known of the picture to be expected, and what nobody asked for in
     words is seen later; except lcm, which states it, with models that predict noise.
@@ -45,6 +47,6 @@ def protect(pipeline: Any, safety: SafetyModule, policy: EagerPolicy | None = No
     """
     check_kind(pipeline)
     guard = Guard(safety, policy or EagerPolicy())
-    guard.fit.check(pipeline)
+    check_match(pipeline, safety)
     with watched(networks_of(pipeline)), guarded(pipeline, guard):
         yield guard

@@ -9,18 +9,12 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
-    PNDMScheduler,
-)
 
 from benchmarks.small_pipeline import SMALL, save_small_pipeline
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import ExportError, OutputError, RequestError, SafetyMismatchError, VerificationError
 from saferedir.engines.manifest import PROTECTED_STEPS
-from saferedir.export.bundle_export import BundleOptions, export_bundle, scheduler_info
+from saferedir.export.bundle_export import BundleOptions, export_bundle
 from saferedir.export.command import export_folder
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.verify import verify_bundle
@@ -154,23 +148,6 @@ def test_folders_that_are_not_what_they_should_be(small: tuple[Any, SafetyModule
     with pytest.raises(RequestError, match="damaged cannot be opened"):
         export_to(damaged, safety, out)
     assert not out.exists()
-
-
-def test_samplers_that_no_linear_step_follows_are_refused() -> None:
-    with pytest.raises(ExportError, match="clip"):
-        scheduler_info(DDIMScheduler(clip_sample=True))
-    with pytest.raises(ExportError, match="use_karras_sigmas"):
-        scheduler_info(EulerDiscreteScheduler(use_karras_sigmas=True))
-
-
-def test_samplers_are_known_by_their_class() -> None:
-    kinds = {
-        DDIMScheduler(clip_sample=False): "ddim", PNDMScheduler(): "ddim", EulerDiscreteScheduler(): "euler",
-        LCMScheduler(clip_sample=False, original_inference_steps=25): "lcm",
-    }  # fmt: skip
-    infos = [scheduler_info(scheduler) for scheduler in kinds]
-    assert [info.kind for info in infos] == list(kinds.values())
-    assert infos[-1].original_inference_steps == 25
 
 
 def test_weight_files_are_those_of_the_model_folder(exported: Path, folder: Path) -> None:

@@ -89,7 +89,8 @@ def test_bad_request_is_one_clear_line(pipeline: Pipeline, options: dict[str, ob
         (SafetyPolicy(thresholds={"church": "0.5"}), "thresholds of 'church' is '0.5'"),  # type: ignore[dict-item]
         (SafetyPolicy(thresholds={"church": True}), "thresholds of 'church' is True"),
         (SafetyPolicy(thresholds={"church": float("nan")}), "thresholds of 'church' is nan"),
-        (SafetyPolicy(alpha_scales={"church": 1e39}), "alpha_scale of 'church' is inf"),
+        (SafetyPolicy(alpha_scales={"church": 1e39}), r"alpha_scales of 'church' is 1e\+39; expected a finite number"),
+        (SafetyPolicy(thresholds={"church": -(10**400)}), "expected a finite number"),
         (SafetyPolicy(cooldown="2"), "cooldown is '2'"),  # type: ignore[arg-type]
         (SafetyPolicy(cooldown=True), "cooldown is True"),
         (SafetyPolicy(cooldown=2.0), "cooldown is 2.0"),  # type: ignore[arg-type]

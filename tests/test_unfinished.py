@@ -100,8 +100,29 @@ def test_what_other_exports_left_is_removed(tmp_path: Path) -> None:
             raise KeyboardInterrupt
     assert len(left(tmp_path)) == 2
     with unfinished(tmp_path / "bundle", KEY) as place:
-        assert [path.name for path in left(tmp_path) if path != place] == [".bundle-2-another key of 1.unfinished"]
+        assert [path.name for path in left(tmp_path) if path != place and path.suffix != ".lock"] == [
+            ".bundle-2-another key of 1.unfinished"
+        ]
         with unfinished(tmp_path / "bundle", "a third key of 16") as third:
             assert place.exists()  # which is worked on
             third.rmdir()
         os.replace(place, tmp_path / "bundle")
+
+
+def test_what_no_export_writes_is_never_removed(tmp_path: Path) -> None:
+    """However much a neighbour's name looks like one of an export's own."""
+    theirs = tmp_path / ".bundle-fedcba9876543210.unfinished"
+    (theirs / "letters").mkdir(parents=True)
+    (theirs / "letters" / "dear.txt").write_text("dear")
+    linked = tmp_path / ".bundle-fedcba987654321f.unfinished"
+    linked.symlink_to(theirs)
+    with unfinished(tmp_path / "bundle", KEY) as place:
+        place.rmdir()
+    assert (theirs / "letters" / "dear.txt").read_text() == "dear"
+    assert linked.is_symlink()
+    mine = tmp_path / f".bundle-{KEY}.unfinished"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("words")
+    with pytest.raises(OutputError, match="holds what no export writes"), unfinished(tmp_path / "bundle", KEY):
+        pass
+    assert (mine / "thesis.txt").read_text() == "words"

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from saferedir.engines.errors import RequestError, SafeRedirError
+from saferedir.engines.text_files import read_text
 from saferedir_torch.attacks.diffusers_model import DiffusersModel
 from saferedir_torch.attacks.suite import AT_LEAST, SEEDS_A_PROMPT, UNCHANGED, Bools, Pixels, Shows, attack, attempts
 from saferedir_torch.attacks.techniques import drawing_with, load_technique
@@ -78,8 +79,8 @@ def read_targets(path: Path) -> list[Target]:
         RequestError: the file is not of that form; the message names it and the entry.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        entries = json.loads(read_text(path))
+    except (RequestError, ValueError, RecursionError) as error:
         raise RequestError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(entries, list) or not entries:
         raise RequestError(f'{path} holds no list; expected [{{"prompt": ..., "words": ...}}, ...]')

@@ -84,9 +84,11 @@ def train(
     from saferedir_torch.safety_module import SafetyModule
     from saferedir_torch.train import train as train_module
     from saferedir_torch.training_data import SAMPLINGS
+    from saferedir_torch.training_place import training_place
 
     if extend is not None and start_from is not None:
         raise typer.BadParameter("a module is extended or started from, not both", param_hint="--start-from")
+    training_place(out, (model, extend, start_from))
     pipeline = load_pipeline(model, config).to(device_of(device))
     base = None if extend is None else SafetyModule.load(extend).to(pipeline.device)
     start = None if start_from is None else SafetyModule.load(start_from).to(pipeline.device)
