@@ -32,6 +32,7 @@ from saferedir.engines.manifest import (
     drawing_engines,
 )
 from saferedir.engines.output_place import expect_bundle, output_place, put_in_place
+from saferedir.engines.whole_file import write_bytes
 from saferedir.export.added_words import with_words
 from saferedir.export.engine_graph import Graph
 from saferedir.export.families import family_of_unet
@@ -43,7 +44,6 @@ from saferedir.export.room import check_disk, check_memory
 from saferedir.export.scheduler_config import scheduler_info
 from saferedir.export.unfinished import unfinished
 from saferedir.export.weights import WeightFile, externalise
-from saferedir.runtime.outputs import write_bytes
 from saferedir_torch.config import SafetyConfig
 from saferedir_torch.fit import check_match, encoder_hashes
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
