@@ -67,11 +67,12 @@ def key_of(name: str, graph: Graph, opset: int) -> str:
     """
     digest = hashlib.sha256()
     inputs = {given: (str(tensor.dtype), tuple(tensor.shape)) for given, tensor in graph.inputs.items()}
-    _add(digest, (name, graph.module.eval(), inputs, graph.outputs, graph.dynamic, opset), set())
+    _add(digest, (name, graph.module.eval(), inputs, graph.outputs, graph.dynamic, opset), {})
     return digest.hexdigest()
 
 
-def _add(digest: Any, part: Any, seen: set[int]) -> None:
+def _add(digest: Any, part: Any, seen: dict[int, Any]) -> None:
+    """`seen` holds what was added, since what is let go of gives its id to the next."""
     digest.update(type(part).__qualname__.encode())
     if isinstance(part, PLAIN):
         digest.update(repr(part).encode())
@@ -87,7 +88,7 @@ def _add(digest: Any, part: Any, seen: set[int]) -> None:
     elif isinstance(part, type):
         digest.update(f"{part.__module__}.{part.__qualname__}".encode())
     elif id(part) not in seen:
-        seen.add(id(part))
+        seen[id(part)] = part
         for inner in _of_what(part):
             _add(digest, inner, seen)
 
