@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from saferedir.engines.errors import OutputError, SafeRedirError
+from saferedir.engines.printable import printable
 from saferedir_torch import calibrate_command
 from saferedir_torch.command_options import Config, Device, Model, Seed, device_of
 
@@ -91,6 +92,10 @@ def train(
 
     if extend is not None and start_from is not None:
         raise typer.BadParameter("a module is extended or started from, not both", param_hint="--start-from")
+    if pairs is None and rewrite:
+        raise typer.BadParameter("it rewrites the prompts of a file; give --pairs as well", param_hint="--rewrite")
+    if pairs is not None and split is not None:
+        raise typer.BadParameter("it is of the embedded world, whose prompts --pairs replaces", param_hint="--split")
     training_place(out, (model, extend, start_from))
     pipeline = load_pipeline(model, config).to(device_of(device))
     base = None if extend is None else SafetyModule.load(extend).to(pipeline.device)
@@ -187,10 +192,10 @@ def main() -> None:
     try:
         app()
     except SafeRedirError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(error)}", err=True)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(error)}", err=True)
         raise SystemExit(OutputError.exit_code) from None
 
 
