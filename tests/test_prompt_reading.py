@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from saferedir.engines import DEFAULT_BUNDLE, open_bundle, plain_letters
 from saferedir.runtime import tokenizer as tokenizer_module
@@ -49,6 +49,21 @@ def test_tokens_before_a_sure_end_depend_on_nothing_after(plain: Tokenizer, text
     assert text.startswith(beginning)
     assert len(encoding.ids) - 1 - len(ids) <= (LAST if beginning != text else 0)
     assert plain.encode(text).ids[: len(ids)] == ids
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.sampled_from("ab \u0301日\n"), max_size=60), least=st.integers(1, 30))
+def test_a_tokenizer_of_pieces_has_its_sure_ends_at_spaces(text: str, least: int) -> None:
+    """As T5's, which looks for the likeliest pieces of a whole word."""
+    pieces = [("<unk>", 0.0), ("\u2581", -2.0), ("a", -1.0), ("b", -2.0), ("ab", -1.5), ("ba", -1.2), ("\u2581a", -1.1)]
+    whole = Tokenizer(models.Unigram(pieces, 0))
+    whole.pre_tokenizer = pre_tokenizers.Metaspace()
+    beginning = TokenBoundaries(whole).beginning(text, least)
+    if len(beginning) >= least + least // 2 or beginning == text:
+        return  # no sure end
+    assert beginning[-1] == " "
+    ids = whole.encode(beginning[:-1]).ids
+    assert whole.encode(text).ids[: len(ids)] == ids
 
 
 def test_strange_letters_have_sure_ends(plain: Tokenizer) -> None:
