@@ -6,20 +6,21 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
+from msgspec import structs
 from torch import nn
 
 from saferedir.engines.bundle import file_sha256
 from saferedir.engines.errors import ExportError, RequestError
 from saferedir.engines.manifest import (
+    LARGEST_BATCH,
     MANIFEST_FILE,
-    SAFETY_ENGINES,
     SCHEMA_VERSION,
     TOKENIZER_FILE,
     ConceptInfo,
@@ -28,18 +29,18 @@ from saferedir.engines.manifest import (
     Manifest,
     ModelInfo,
     PrecisionInfo,
-    PromiseInfo,
     SafetyInfo,
     SchedulerInfo,
     drawing_engines,
 )
+from saferedir.engines.step import SAFETY_ENGINES
 from saferedir.export.engine_graph import Graph
 from saferedir.export.families import family_of_unet
 from saferedir.export.graphs import all_graphs
 from saferedir.export.half import ISLANDS, PARTS, PRECISIONS, halved
 from saferedir.export.model_changes import with_words
 from saferedir.export.model_graphs import own_size
-from saferedir.export.onnx_export import BF16_OPSET, LARGEST_BATCH, OPSET, tensor_infos, to_onnx
+from saferedir.export.onnx_export import BF16_OPSET, OPSET, tensor_infos, to_onnx
 from saferedir.export.room import check_disk, check_memory
 from saferedir.export.unfinished import unfinished
 from saferedir.export.weights import WeightFile, externalise
@@ -142,7 +143,7 @@ def write_bundle(
     if pipeline is not None and options.words:
         pipeline, added = with_words(pipeline, options.words)
         # It was found to fit the text encoder, of which all other words stay as they are.
-        safety = replace(safety, text_encoder_sha256=parameters_sha256(pipeline.text_encoder))
+        safety = structs.replace(safety, text_encoder_sha256=parameters_sha256(pipeline.text_encoder))
     dtype = PRECISIONS[options.precision]
     opset = BF16_OPSET if dtype == torch.bfloat16 else OPSET
     computing = pipeline if pipeline is None or dtype == torch.float32 else halved(pipeline, dtype, options.islands)
@@ -183,7 +184,7 @@ def write_bundle(
                 if path.name != MANIFEST_FILE
             },
         )
-        (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        (folder / MANIFEST_FILE).write_bytes(manifest.to_json())
         _replace(folder, out)
     return out
 
@@ -317,6 +318,7 @@ def safety_info(config: SafetyConfig) -> SafetyInfo:
     return SafetyInfo(
         text_encoder_sha256=config.text_encoder_sha256,
         unet_sha256=config.unet_sha256,
+        prompt_tokens=config.prompt_tokens,
         prompt_width=config.prompt_width,
         latent_channels=config.latent_channels,
         cooldown=config.cooldown,
@@ -324,7 +326,7 @@ def safety_info(config: SafetyConfig) -> SafetyInfo:
             ConceptInfo(concept.name, concept.replacement, concept.threshold, concept.alpha_scale)
             for concept in config.concepts
         ),
-        promise=PromiseInfo(**asdict(config.promise)) if config.promise else None,
+        promise=config.promise,
     )
 
 

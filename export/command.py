@@ -11,7 +11,7 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 
 from saferedir.engines.errors import OutputError, RequestError
-from saferedir.engines.manifest import DRAWING_ENGINES, SAFETY_ENGINES, SIZED_ENGINES
+from saferedir.engines.step import DRAWING_ENGINES, SAFETY_ENGINES, SIZED_ENGINES
 from saferedir.export.bundle_export import BundleOptions, export_bundle, latent_sizes
 from saferedir.export.families import checked_unet, family_of
 from saferedir.export.model_changes import ModelChanges, change, with_words

@@ -51,7 +51,7 @@ def calibrate(
 
     python -m saferedir_torch calibrate --model MODEL --safety castle/safety --prompts benign.txt --recorded castle/benign
     """
-    from dataclasses import asdict, replace
+    from msgspec.structs import asdict, replace
 
     from saferedir_torch.benign_prompts import benign_prompts
     from saferedir_torch.calibration import calibrate as calibrate_module
@@ -96,7 +96,7 @@ def calibrate_first_step(
 
     python -m saferedir_torch calibrate-first-step --model MODEL --safety castle/safety --prompts benign.txt
     """
-    from dataclasses import asdict, replace
+    from msgspec.structs import asdict, replace
 
     from saferedir_torch.benign_prompts import benign_prompts
     from saferedir_torch.models import load_pipeline
@@ -138,7 +138,7 @@ def calibrate_agreed(
 
     python -m saferedir_torch calibrate-agreed --model MODEL --safety castle/safety --recorded castle/benign
     """
-    from dataclasses import asdict, replace
+    from msgspec.structs import asdict, replace
 
     from saferedir_torch.benign_prompts import benign_prompts
     from saferedir_torch.calibration import rate_beside, set_agreed_levels

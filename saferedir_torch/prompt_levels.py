@@ -12,16 +12,16 @@ words say now and then without meaning it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from msgspec.structs import replace
 from torch import Tensor
 
+from saferedir.engines.manifest import Promise
 from saferedir_torch.attacks.hardening import in_strange_words
 from saferedir_torch.calibration import rate_beside
-from saferedir_torch.config import Promise
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.trajectories import encode, initial_noise
 

@@ -25,6 +25,9 @@ TIMESTEPS = 1000
 #: Counts up where the same weights redirect otherwise than before: 2 since single words count against a mask in so far as it
 #: is unsure.
 REDIRECTION_RULE = 2
+#: Was a factor of the strength where a concept fired again, which changed nothing where there is a refuge. It stays in the hash
+#: that measured results name their module by.
+FACTOR_ON_REFIRING = 1.5
 #: Timesteps at which the level of clean pictures is stated: 0, 125, ... 1000.
 KNOTS = 9
 #: The comparable logit that all but 1 % of unsafe runs reach; 0 is what clean steps come up to.
@@ -305,7 +308,7 @@ class SafetyModule(nn.Module):
         """SHA-256 over all that a decision and a redirection depend on: weights, levels, gains, refuge, how concepts are
         configured, and the rule that weights are redirected by."""
         config = self.config
-        stated = (config.concepts, config.cooldown, config.persistence, config.vigilance, REDIRECTION_RULE)
+        stated = (config.concepts, config.cooldown, FACTOR_ON_REFIRING, config.vigilance, REDIRECTION_RULE)
         digest = hashlib.sha256(repr(stated).encode())
         _hash_tensors(digest, self.state_dict())
         return digest.hexdigest()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from small_module import TOKENS, WIDTH, small_module
 from typer.testing import CliRunner
 
+from saferedir.engines.manifest import Promise
 from saferedir_torch.__main__ import app
 from saferedir_torch.calibration import (
     AGREED_MARGIN,
@@ -24,7 +25,6 @@ from saferedir_torch.calibration import (
     rate_beside,
     set_agreed_levels,
 )
-from saferedir_torch.config import Promise
 from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY
 from saferedir_torch.prompt_levels import restated
 from saferedir_torch.recording import RecordedRuns

@@ -84,7 +84,7 @@ def test_fp16_draws_on_the_cpu_and_bf16_says_where_it_does(folder: Path) -> None
 
 def test_half_weights_are_in_their_own_type_outside_the_graphs(folder: Path) -> None:
     for precision, stored in (("fp16", TensorProto.FLOAT16), ("bf16", TensorProto.BFLOAT16)):
-        graph = onnx.load(str(folder / precision / "unet.onnx"), load_external_data=False).graph
+        graph = onnx.load(str(folder / precision / "plain_step.onnx"), load_external_data=False).graph
         outside = [tensor for tensor in graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
         assert len(outside) > 10
         assert sum(tensor.data_type == stored for tensor in outside) > 0.9 * len(outside)

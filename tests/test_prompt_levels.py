@@ -17,9 +17,9 @@ from small_module import TOKENS, WIDTH, small_module
 from typer.testing import CliRunner
 
 from saferedir.engines.errors import RequestError
+from saferedir.engines.manifest import Promise
 from saferedir_torch.__main__ import app
 from saferedir_torch.benign_prompts import benign_prompts
-from saferedir_torch.config import Promise
 from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.prompt_levels import fires_first, first_timestep, restated, set_prompt_levels
 from saferedir_torch.safety_module import HIGHEST, WEIGHTS_FILE, SafetyModule
