@@ -6,7 +6,7 @@ Its fields, their types and bounds are stated here alone, and msgspec reads by t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta, Struct
@@ -37,6 +37,8 @@ Text = Annotated[str, Meta(max_length=1000, pattern=_SHOWN)]
 FileName = Annotated[str, Meta(max_length=120, pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_.@-]*\Z")]
 EngineName = Annotated[str, Meta(max_length=60, pattern=r"\A[a-z_]+(@[0-9]{1,4}x[0-9]{1,4})?\Z")]
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+#: Empty where it is not known.
+KnownSha256 = Annotated[str, Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
 Side = Annotated[int, Meta(ge=1, le=4096)]
 Width = Annotated[int, Meta(ge=1, le=65536)]
 Steps = Annotated[int, Meta(ge=1, le=100_000)]
@@ -187,9 +189,9 @@ class SafetyInfo(Struct, frozen=True, forbid_unknown_fields=True):
     """What the safety engine was made for, and its concepts in the engine's order."""
 
     #: Empty where a published checkpoint stands alone, which does not say what it was trained with; so is the UNet's.
-    text_encoder_sha256: Sha256 | Literal[""]
+    text_encoder_sha256: KnownSha256
     #: UNet it was trained with; another one is allowed (transfer) and shows by this differing from the model's.
-    unet_sha256: Sha256 | Literal[""]
+    unet_sha256: KnownSha256
     prompt_tokens: Side
     prompt_width: Width
     latent_channels: Side

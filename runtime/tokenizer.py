@@ -80,14 +80,14 @@ class PromptTokenizer:
             prompt = prompt.replace(word, " ".join(tokens))
         with _typed(f"{self._source} cannot read a prompt"):
             encoding = self._tokenizer.encode(prompt)
-        ids, tokens = list(encoding.ids), list(encoding.tokens)
-        cut = max(0, len(ids) - self._length)
-        if cut:
-            ids = [*ids[: self._length - 1], self._end]
-            tokens = [*tokens[: self._length - 1], self._end_text]
-        padded = np.full(self._length, self._padding, np.int32)
-        padded[: len(ids)] = ids
-        return Tokenised(padded, tuple(tokens), cut)
+            ids, tokens = list(encoding.ids), list(encoding.tokens)
+            cut = max(0, len(ids) - self._length)
+            if cut:
+                ids = [*ids[: self._length - 1], self._end]
+                tokens = [*tokens[: self._length - 1], self._end_text]
+            padded = np.full(self._length, self._padding, np.int32)
+            padded[: len(ids)] = ids
+            return Tokenised(padded, tuple(tokens), cut)
 
 
 @contextmanager

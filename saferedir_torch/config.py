@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
 
 from saferedir.engines.errors import RequestError
 from saferedir.engines.json_text import read_json
-from saferedir.engines.manifest import Name, Positive, Promise, Sha256, Share, Side, Text, Width
+from saferedir.engines.manifest import KnownSha256, Name, Positive, Promise, Share, Side, Text, Width
 
 #: Bytes.
 LARGEST_CONFIG = 1_000_000
 #: Features of a layer, heads of an attention.
 Features = Annotated[int, Meta(ge=1, le=8192)]
 Heads = Annotated[int, Meta(ge=1, le=64)]
-Widths = tuple[Features, Features, Features]
+#: Features of convolutions, which are normalised in groups of eighths.
+Channels = Annotated[int, Meta(ge=8, le=8192, multiple_of=8)]
+Widths = tuple[Channels, Channels, Channels]
 
 
 class Concept(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -43,9 +45,9 @@ class SafetyConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     concepts: Annotated[tuple[Concept, ...], Meta(min_length=1, max_length=1000)]
     prediction_type: Annotated[str, Meta(pattern=r"\A(epsilon|v_prediction)\Z")] = "epsilon"
     #: SHA-256 over the text encoder's parameters; a module fits only the text encoder it was trained with.
-    text_encoder_sha256: Sha256 | Literal[""] = ""
+    text_encoder_sha256: KnownSha256 = ""
     #: SHA-256 over the UNet's parameters; another UNet is allowed and recorded.
-    unet_sha256: Sha256 | Literal[""] = ""
+    unet_sha256: KnownSha256 = ""
     #: How many concepts each branch of the network holds, in the order of `concepts`: first those trained together, then
     #: one number for every later addition. Empty means all in one.
     branches: Annotated[tuple[Annotated[int, Meta(ge=1, le=1000)], ...], Meta(max_length=1000)] = ()
