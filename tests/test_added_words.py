@@ -66,7 +66,7 @@ def saved(folder: Path, added: tuple[Any, Any]) -> Any:
 def runtime(folder: Path, added: tuple[Any, Any]) -> PromptTokenizer:
     (folder / "bundle").mkdir()
     _write_tokenizer(added[0].tokenizer, folder / "bundle")
-    return PromptTokenizer(folder / "bundle" / "tokenizer.json", 77)
+    return PromptTokenizer((folder / "bundle" / "tokenizer.json").read_bytes(), 77)
 
 
 def ids_of_diffusers(pipeline: Any, prompt: str) -> list[int]:
