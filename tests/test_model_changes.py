@@ -115,7 +115,7 @@ def test_a_safety_module_is_refused_where_the_text_encoder_changed(folder: Path,
     ("changes", "says"),
     [
         (ModelChanges(loras=((Path("no.safetensors"), 1.0),)), r"no\.safetensors does not exist; expected a LoRA"),
-        (ModelChanges(loras=((Path("vae/diffusion_pytorch_model.safetensors"), 1.0),)), "holds a LoRA with biases"),
+        (ModelChanges(loras=((Path("vae/diffusion_pytorch_model.safetensors"), 1.0),)), "belong to no layer of this model"),
         (ModelChanges(vae=Path("safety")), "safety cannot be used: Error no file named"),
         (ModelChanges(clip_skip=3), "clip skip is 3; expected 0 to 2"),
     ],
