@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from saferedir.engines import DEFAULT_BUNDLE, plain_letters
+from saferedir.engines import plain_letters
+from saferedir.engines.bundle import DEFAULT_BUNDLE, locate
 from saferedir.runtime import tokenizer as tokenizer_module
 from saferedir.runtime.token_boundaries import LAST, TokenBoundaries
 from saferedir.runtime.tokenizer import LONGEST_PROMPT, PromptTokenizer
