@@ -253,7 +253,7 @@ def ladder() -> str:
         for row in result["rows"]
     )
     return f"""**The oracle ladder**: how well redirection could forget, rung by rung, on {ladders[0]["count"]}
-validation prompts. (`python -m saferedir_torch oracle`)
+validation prompts. (`python -m saferedir_torch.world oracle`)
 
 | concept | rung | found | replacement drawn | companion kept |
 | --- | --- | --- | --- | --- |

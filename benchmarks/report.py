@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from saferedir.runtime.doctor import find_gpu
-from saferedir.runtime.ort import installed_distributions
+from saferedir.runtime.installation import installed_distributions
 
 RESULTS = Path(__file__).with_name("results")
 #: What measures, and is therefore no part of the package: both judges, and the image-text score of this world.

@@ -13,7 +13,7 @@ from saferedir.engines.errors import (
     SafetyMismatchError,
     SafetyMissingError,
 )
-from saferedir.engines.manifest import MANIFEST_FILE, TOKENIZER_FILE, Manifest
+from saferedir.engines.manifest import MANIFEST_FILE, PROTECTED_STEPS, SAFETY_ENGINES, TOKENIZER_FILE, Manifest, kind
 
 #: Bundles that ship inside the package, by name.
 EMBEDDED = {"emoji-diffusion": "emoji_diffusion"}
@@ -31,7 +31,7 @@ class Bundle:
         """Path of an engine's ONNX file.
 
         Raises:
-            BundleError: there is no such engine; SafetyMissingError for the safety engine.
+            BundleError: there is no such engine; SafetyMissingError where it holds the safety.
         """
         try:
             return self.folder / self.manifest.engines[name].file
@@ -119,4 +119,4 @@ def _check_safety(manifest: Manifest, folder: Path) -> None:
 
 def _missing_engine(name: str, folder: Path) -> BundleError | SafetyMissingError:
     message = f"{folder / MANIFEST_FILE} lists no engine {name!r}; export the bundle again"
-    return SafetyMissingError(message) if name == "safety" else BundleAlteredError(message)
+    return SafetyMissingError(message) if kind(name) in (*PROTECTED_STEPS, *SAFETY_ENGINES) else BundleAlteredError(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -12,25 +13,20 @@ SCHEMA_VERSION = 4
 MANIFEST_FILE = "bundle.json"
 TOKENIZER_FILE = "tokenizer.json"
 
-#: Engines of every bundle that draws.
-DRAWING_ENGINES = (
-    "text_encoder",
-    "unet",
-    "vae_decoder",
-    "safety",
-    "step",
-    "step_unguided",
-    "plain_step",
-    "plain_step_unguided",
-)
-#: Controller -> engines of a bundle that holds its safety alone. `published` is that of the authors' released code: it looks
-#: after the UNet call, decides by argmax and moves both halves of guidance.
-SAFETY_ENGINES = {"saferedir": ("safety",), "published": ("safety", "published_network")}
+#: The denoising step: protected, with and without guidance, and the same of an operator who switched the safety off.
+PROTECTED_STEPS = ("step", "step_unguided")
+PLAIN_STEPS = ("plain_step", "plain_step_unguided")
+STEPS = (*PROTECTED_STEPS, *PLAIN_STEPS)
+#: Engines of one size of picture each; those of another than the model's own are called `step@96x64`.
+SIZED_ENGINES = ("vae_decoder", *STEPS)
+#: Engines of a bundle that draws.
+DRAWING_ENGINES = ("text_encoder", *SIZED_ENGINES)
+#: Engines of a bundle that holds the safety of a published checkpoint alone.
+SAFETY_ENGINES = ("safety", "published_network")
+#: `published` is the controller of the authors' released code: it looks after the UNet call, decides by argmax and moves both
+#: halves of guidance.
 PUBLISHED = "published"
-#: The safety in two engines, for loops that call it by itself: what depends on the prompt alone, and the rest. From schema 3.
-SPLIT_SAFETY = ("safety_prompt", "safety_step")
-#: Engines of one size of picture each; those of another than the model's own are called `step@96x64`. From schema 4.
-SIZED_ENGINES = frozenset((*DRAWING_ENGINES, "safety_step")) - {"text_encoder"}
+CONTROLLERS = ("saferedir", PUBLISHED)
 
 
 @dataclass(frozen=True)
@@ -99,6 +95,11 @@ def sized(name: str, size: tuple[int, int], own: tuple[int, int]) -> str:
     return name if size == own else f"{name}@{size[0]}x{size[1]}"
 
 
+def drawing_engines(sizes: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+    """Names of all engines of a bundle that draws latents of these heights and widths, the model's own first."""
+    return ("text_encoder", *(sized(name, size, sizes[0]) for size in sizes for name in SIZED_ENGINES))
+
+
 def kind(engine: str) -> str:
     """What the engine does, whatever its size: `step` of `step@96x64`."""
     return engine.partition("@")[0]
@@ -119,6 +120,15 @@ class SchedulerInfo:
     #: Of a latent consistency model: the number of steps it was distilled for, and the scale of its boundary condition.
     original_inference_steps: int = 50
     timestep_scaling: float = 10.0
+    #: diffusers' class that the model's folder asks for, where it is drawn with another sampler; empty where it is not.
+    in_place_of: str = ""
+    rescale_betas_zero_snr: bool = False
+    #: Of euler: how its noise levels are spaced, between which ones, and which one it ends at (zero or sigma_min).
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    final_sigmas_type: str = "zero"
 
 
 @dataclass(frozen=True)
@@ -206,12 +216,8 @@ class Manifest:
 
     @property
     def required_engines(self) -> tuple[str, ...]:
-        """Engines that a bundle with this controller and model must have."""
-        alone = SAFETY_ENGINES[self.controller]
-        if self.model is None:
-            return alone
-        return tuple(dict.fromkeys(self.model.engine(name, *size) for size in self.model.sizes
-                                   for name in (*DRAWING_ENGINES, *alone)))  # fmt: skip
+        """Engines that a bundle of this model must have."""
+        return SAFETY_ENGINES if self.model is None else drawing_engines(self.model.sizes)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -235,8 +241,8 @@ class Manifest:
             raise BundleSchemaError(
                 f"{source} is of schema {version}, this saferedir reads up to {SCHEMA_VERSION}; upgrade saferedir"
             )
-        if (controller := raw.get("controller")) not in SAFETY_ENGINES:
-            raise BundleAlteredError(f"{source} states controller {controller!r}; expected one of {', '.join(SAFETY_ENGINES)}")
+        if (controller := raw.get("controller")) not in CONTROLLERS:
+            raise BundleAlteredError(f"{source} states controller {controller!r}; expected one of {', '.join(CONTROLLERS)}")
         if (raw.get("model") is None) != (raw.get("scheduler") is None):
             raise BundleAlteredError(f"{source} states one of model and scheduler; expected both, or neither")
         try:

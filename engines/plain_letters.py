@@ -46,21 +46,39 @@ INVISIBLE = (
 )
 
 _PLAIN = str.maketrans({look: letter for letter, looks in LOOKALIKES.items() for look in looks})
-_INVISIBLE = re.compile(f"[{INVISIBLE}]")
-_WORD = re.compile(rf"[{INVISIBLE}]*\w[\w{INVISIBLE}]*")
+#: One class, repeated: the pattern reads a prompt once from left to right, whatever it holds.
+_RUN = re.compile(rf"[\w{INVISIBLE}]+")
+_LETTER = re.compile(r"\w")
+_ASCII = frozenset(map(chr, range(128)))
+_UNSEEN = re.compile(f"[{INVISIBLE}]")
 
 
 def in_plain_letters(prompt: str) -> str:
-    """`prompt` with each word that looks like one of plain letters and digits written in these.
+    """`prompt` with each word that looks like one of plain letters and digits written in these. Takes time in proportion to
+    its length.
 
     A word with one letter that looks like no plain one stays as it is, so that text in other alphabets nearly always does, and
     so do accents. Digits in the place of letters stay, too: "3" may be meant.
     """
-    return prompt if prompt.isascii() else _WORD.sub(_plain_word, prompt)
+    if prompt.isascii():
+        return prompt
+    table = str.maketrans(_plain_letters(set(prompt) - _ASCII))
+
+    def plain_word(found: re.Match[str]) -> str:
+        plain = found[0].translate(table)
+        # Joiners between pictures are no word.
+        return plain if plain.isascii() and _LETTER.search(found[0]) else found[0]
+
+    return _RUN.sub(plain_word, prompt)
 
 
-def _plain_word(found: re.Match[str]) -> str:
-    word = found[0]
-    seen = _INVISIBLE.sub("", word)
-    plain = unicodedata.normalize("NFKC", seen.translate(_PLAIN)).translate(_PLAIN)
-    return plain if plain.isascii() else word
+def _plain_letters(letters: set[str]) -> dict[str, str]:
+    """What letters are read as: plain ones, nothing, or themselves.
+
+    They are read one by one, a line each, since NFKC of a whole word is plain only where NFKC of each of its letters is: no
+    plain letter, and no letter of the table, is composed of others. Putting the marks of a whole word in order would take time
+    in proportion to the square of their number.
+    """
+    seen = _UNSEEN.sub("", "\n".join(letters)).translate(_PLAIN)
+    read = unicodedata.normalize("NFKC", seen).translate(_PLAIN).split("\n")
+    return {letter: plain if plain.isascii() else letter for letter, plain in zip(letters, read, strict=True)}

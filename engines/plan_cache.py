@@ -7,7 +7,6 @@ when both are. What does not fit is refused by this statement, before any deseri
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,9 @@ from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
 
 from saferedir.engines.bundle import Bundle, file_sha256
 from saferedir.engines.errors import PlanError
@@ -233,9 +235,18 @@ class PlanCache:
 
 
 def user_cache() -> Path:
-    """Where plans are kept that are not in the bundle: `$XDG_CACHE_HOME/saferedir/plans`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "saferedir" / "plans"
+    """Where plans are kept that are not in the bundle: `saferedir/plans` in the user's cache folder (`$XDG_CACHE_HOME`).
+
+    Raises:
+        PlanError: the system knows no such folder, as for a user without a home.
+    """
+    try:
+        folder: Path | None = user_cache_path("saferedir", appauthor=False)
+    except RuntimeError:
+        folder = None
+    if folder is None or not folder.is_absolute():
+        raise PlanError("this user has no home folder to keep plans in; set XDG_CACHE_HOME to an absolute folder, or name one")
+    return folder / "plans"
 
 
 def _statement(plan: Path) -> dict[str, Any] | None:
@@ -257,12 +268,15 @@ def _damage(plan: Path, statement: Mapping[str, Any]) -> str | None:
 
 @contextlib.contextmanager
 def _locked(path: Path, on_wait: Callable[[], None] | None) -> Iterator[None]:
-    """Holds an advisory lock on `path`, which the system lets go of when a process dies."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if on_wait is not None:
-                on_wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
+    """Holds a lock on `path`, which the system lets go of when a process dies."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if on_wait is not None:
+            on_wait()
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 from polygraphy import constants
 from polygraphy.backend.onnx import ModifyOutputs
 
 from saferedir.export.comparison import compare
 from saferedir.export.source_lines import source_line
+from saferedir.runtime.installation import import_onnxruntime
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def first_difference(path: Path, reference: Any, given: Mapping[str, Any], allow
 def _all_tensors(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Every tensor that the graph computes, unoptimised, by name."""
     marked = ModifyOutputs(model, outputs=constants.MARK_ALL, copy=True)()
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(marked.SerializeToString(), options, providers=["CPUExecutionProvider"])

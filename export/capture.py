@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 from onnx import TensorProto
 
 from saferedir.export.attention import is_attention
 from saferedir.export.rounded import tensor_types
+from saferedir.runtime.installation import import_onnxruntime
 
 FLOAT, HALF, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
 INT32, INT64, BOOL = TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL
@@ -142,6 +142,7 @@ def _reason(node: Any, types: dict[str, int], opset: int, host: set[str]) -> str
 
 
 def _optimised(path: Path) -> Any:
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 3

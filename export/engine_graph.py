@@ -13,7 +13,6 @@ from torch import Tensor, nn
 EXAMPLE_BATCH = 2
 DRAWN_OUTPUTS = ("next_latent", "model_output")
 STATE_OUTPUTS = ("next_prompt", "next_cooldown", "next_active", "next_ok")
-PART_OUTPUTS = ("prompt_features", "word_logits")
 VERDICT_OUTPUTS = ("score", "fired", "token_mask")
 
 

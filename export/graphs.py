@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from saferedir.engines.manifest import sized
 from saferedir.export.engine_graph import DRAWN_OUTPUTS, STATE_OUTPUTS, VERDICT_OUTPUTS, Graph, graph
 from saferedir.export.model_graphs import PlainStepGraph, Size, model_graphs, own_size, per_request, pipeline_example
-from saferedir.export.safety_graphs import SafetyGraph, safety_graphs, step_of
+from saferedir.export.safety_graphs import SafetyGraph, safety_graph
 from saferedir_torch.safety_module import SafetyModule
 
 
@@ -58,16 +58,16 @@ class StepGraph(nn.Module):
 
 
 def all_graphs(pipeline: Any, safety: SafetyModule, further_sizes: Sequence[Size] = ()) -> dict[str, Graph]:
-    """Every engine of a Stable Diffusion pipeline protected by `safety`, with example inputs, for latents of the model's own
-    size and of further ones."""
+    """Every engine of a Stable Diffusion pipeline protected by `safety`, and the parts that these call, with example inputs,
+    for latents of the model's own size and of further ones."""
     own = own_size(pipeline)
     graphs: dict[str, Graph] = {}
     for size in (own, *further_sizes):
         example = pipeline_example(pipeline, size, len(safety.config.concepts))
         outputs = (*DRAWN_OUTPUTS, *STATE_OUTPUTS, *VERDICT_OUTPUTS)
-        fused, unet = sized("safety", size, own), sized("unet", size, own)
-        graphs |= model_graphs(pipeline, size) | safety_graphs(safety, example, fused)
+        part, unet = sized("safety", size, own), sized("unet", size, own)
+        graphs |= model_graphs(pipeline, size) | {part: safety_graph(safety, example, part)}
         for name, guided in (("step", True), ("step_unguided", False)):
-            called = SafetyGraph(safety, fused, step_of(fused)), PlainStepGraph(pipeline.unet, guided=guided, engine=unet)
+            called = SafetyGraph(safety, part), PlainStepGraph(pipeline.unet, guided=guided, part=unet)
             graphs[sized(name, size, own)] = graph(StepGraph(*called), example, outputs)
     return graphs

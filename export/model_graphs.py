@@ -32,10 +32,10 @@ class TextEncoderGraph(nn.Module):
 class UNetGraph(nn.Module):
     """latent [B, C, h, w], timestep [B], prompt_embeds [B, T, D] -> model_output [B, C, h, w]."""
 
-    def __init__(self, unet: Any, engine: str = "unet") -> None:
+    def __init__(self, unet: Any, part: str = "unet") -> None:
         super().__init__()
         self.unet = unet
-        self.engine = engine
+        self.part = part
 
     def forward(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
         dtype = self.unet.dtype
@@ -49,10 +49,10 @@ class UNetGraph(nn.Module):
 class GuidedUNetGraph(nn.Module):
     """Of a latent consistency model, which is told the guidance scale [B] and called once."""
 
-    def __init__(self, unet: Any, engine: str = "unet") -> None:
+    def __init__(self, unet: Any, part: str = "unet") -> None:
         super().__init__()
         self.unet = unet
-        self.engine = engine
+        self.part = part
 
     def forward(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor, guidance_scale: Tensor) -> Tensor:
         dtype = self.unet.dtype
@@ -74,9 +74,9 @@ def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(torch.cat([torch.sin(angles), torch.cos(angles)], dim=1), (0, width % 2))
 
 
-def unet_graph(unet: Any, engine: str = "unet") -> UNetGraph | GuidedUNetGraph:
-    """The engine of a UNet, of whichever kind it is."""
-    return GuidedUNetGraph(unet, engine) if unet.config.get("time_cond_proj_dim") else UNetGraph(unet, engine)
+def unet_graph(unet: Any, part: str = "unet") -> UNetGraph | GuidedUNetGraph:
+    """The graph of a UNet, of whichever kind it is."""
+    return GuidedUNetGraph(unet, part) if unet.config.get("time_cond_proj_dim") else UNetGraph(unet, part)
 
 
 class VaeDecoderGraph(nn.Module):
@@ -96,9 +96,9 @@ class VaeDecoderGraph(nn.Module):
 class PlainStepGraph(nn.Module):
     """The same step without safety, for an operator who switched it off, and to prove what safety leaves untouched."""
 
-    def __init__(self, unet: Any, *, guided: bool, engine: str = "unet") -> None:
+    def __init__(self, unet: Any, *, guided: bool, part: str = "unet") -> None:
         super().__init__()
-        self.unet = unet_graph(unet, engine)
+        self.unet = unet_graph(unet, part)
         self.guided = guided
         self.told = isinstance(self.unet, GuidedUNetGraph)
 
@@ -149,7 +149,7 @@ def pipeline_example(pipeline: Any, size: Size, concepts: int = 1) -> dict[str, 
 
 
 def model_graphs(pipeline: Any, size: Size | None = None) -> dict[str, Graph]:
-    """The engines of a Stable Diffusion pipeline that no safety has a part in, with example inputs.
+    """The engines of a Stable Diffusion pipeline that no safety has a part in, and the UNet that steps call.
 
     They are for latents of height and width `size`, the model's own by default; of another one, without the text encoder.
     """
@@ -160,7 +160,7 @@ def model_graphs(pipeline: Any, size: Size | None = None) -> dict[str, Graph]:
     graphs = {
         "unet": graph(unet_graph(pipeline.unet, unet), example, ("model_output",)),
         "vae_decoder": graph(VaeDecoderGraph(pipeline.vae), example, ("image",)),
-        "plain_step": graph(PlainStepGraph(pipeline.unet, guided=True, engine=unet), example, DRAWN_OUTPUTS),
-        "plain_step_unguided": graph(PlainStepGraph(pipeline.unet, guided=False, engine=unet), example, DRAWN_OUTPUTS),
+        "plain_step": graph(PlainStepGraph(pipeline.unet, guided=True, part=unet), example, DRAWN_OUTPUTS),
+        "plain_step_unguided": graph(PlainStepGraph(pipeline.unet, guided=False, part=unet), example, DRAWN_OUTPUTS),
     }
     return (encoder if size == own else {}) | {sized(name, size, own): made for name, made in graphs.items()}

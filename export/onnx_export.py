@@ -15,8 +15,8 @@ from torch.onnx import OnnxExporterError
 from saferedir.engines.errors import ExportError
 from saferedir.engines.manifest import TensorInfo
 from saferedir.export.attention import attention_nodes, define_attention
-from saferedir.export.engine_calls import called_engines, calls_for_engines, write_in
 from saferedir.export.engine_graph import Graph
+from saferedir.export.parts import called_parts, calls_for_parts, write_in
 from saferedir.export.source_lines import keep_source_lines, untraceable, unwritable
 from saferedir.export.static_shapes import fix_shapes
 
@@ -42,7 +42,7 @@ DTYPES = {
 def to_onnx(name: str, graphs: Mapping[str, Graph], done: dict[str, Any] | None = None, opset: int = OPSET) -> Any:
     """The graph called `name` as an `onnx.ModelProto`, first dimension dynamic and called `batch`, others as the graph says.
 
-    Engines that it calls are written in; `done` keeps what was exported, so that each is traced once.
+    Parts that it calls are written in; `done` keeps what was exported, so that each is traced once.
 
     Raises:
         ExportError: the model cannot be traced, or has an operator that ONNX lacks: both say at which line of its source; or
@@ -51,8 +51,8 @@ def to_onnx(name: str, graphs: Mapping[str, Graph], done: dict[str, Any] | None 
     done = {} if done is None else done
     if name not in done:
         module = graphs[name].module
-        called = {engine: to_onnx(engine, graphs, done, opset) for engine in sorted(called_engines(module))}
-        with calls_for_engines(module):
+        called = {part: to_onnx(part, graphs, done, opset) for part in sorted(called_parts(module))}
+        with calls_for_parts(module):
             model = _traced(name, graphs[name], opset)
         write_in(model, called)
         define_attention(model)

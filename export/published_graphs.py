@@ -153,27 +153,26 @@ class PublishedUnguidedStepGraph(nn.Module):
 
 
 def published_graphs(pipeline: Any | None, network: PublishedNetwork, *, mask_again: bool) -> dict[str, Graph]:
-    """Every engine of the compatibility mode with example inputs; those of the safety alone where there is no pipeline."""
+    """Every engine of the compatibility mode, and the UNet that steps call; those of the safety alone without a pipeline."""
     controller = PublishedController(network, mask_again=mask_again)
     size = EXAMPLE_SIZE if pipeline is None else pipeline.unet.config.sample_size
     channels, (_, tokens, width) = network.channels, network.pos_embed.shape
     latent = torch.randn(EXAMPLE_BATCH, channels, size, size)
     example = step_example(latent, torch.randn(EXAMPLE_BATCH, tokens, width), concepts=1)
     example |= {"prompt_embeds": example["prompt"], "original_negative": example["negative"].clone()}
-    # The network pools over the picture, so that its engines take a latent of any size.
-    any_size = {"latent": {2: "height", 3: "width"}}
-    graphs = {
-        "published_network": graph(PublishedNetworkGraph(network), example, NETWORK_OUTPUTS, any_size),
-        "safety": graph(PublishedSafetyGraph(controller), example, (*PAIR_OUTPUTS, *VERDICT_OUTPUTS), any_size),
-    }
     if pipeline is None:
-        return graphs
+        # The network pools over the picture, so that its engines take a latent of any size.
+        any_size = {"latent": {2: "height", 3: "width"}}
+        return {
+            "safety": graph(PublishedSafetyGraph(controller), example, (*PAIR_OUTPUTS, *VERDICT_OUTPUTS), any_size),
+            "published_network": graph(PublishedNetworkGraph(network), example, NETWORK_OUTPUTS, any_size),
+        }
     guided, unguided = PublishedStepGraph(controller, pipeline.unet), PublishedUnguidedStepGraph(controller, pipeline.unet)
     steps = {
         "step": graph(guided, example, (*DRAWN_OUTPUTS, *PAIR_OUTPUTS, *VERDICT_OUTPUTS)),
         "step_unguided": graph(unguided, example, (*DRAWN_OUTPUTS, *STATE_OUTPUTS, *VERDICT_OUTPUTS)),
     }
-    return model_graphs(pipeline) | graphs | steps
+    return model_graphs(pipeline) | steps
 
 
 def _finite(latent: Tensor) -> Tensor:

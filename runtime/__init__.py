@@ -10,10 +10,10 @@ from saferedir.engines.errors import (
     SafeRedirError,
     SafetyError,
 )
-from saferedir.runtime.ort import installation_problem
+from saferedir.runtime.installation import installation_problem
 from saferedir.runtime.pipeline import Generation, Pipeline
 from saferedir.runtime.policy import SafetyPolicy, Tightening
-from saferedir.runtime.record import SafetyRecord, StepRecord
+from saferedir.runtime.record import LookedFor, SafetyRecord, StepRecord
 
 if _problem := installation_problem():
     warnings.warn(_problem, stacklevel=2)
@@ -23,6 +23,7 @@ __all__ = [
     "BundleError",
     "CancelledError",
     "Generation",
+    "LookedFor",
     "Pipeline",
     "RequestError",
     "SafeRedirError",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from saferedir.engines import Bundle
-from saferedir.engines.errors import BackendError, MissingDependencyError
+from saferedir.engines.errors import BackendError, MissingDependencyError, RequestError
 from saferedir.runtime.backend import Backend
 from saferedir.runtime.ort import PROVIDERS, OrtBackend, resolve_provider
 from saferedir.runtime.ort_cuda import OrtCudaBackend
@@ -27,6 +27,7 @@ def make_backend(bundle: Bundle, name: str, *, threads: int | None = None) -> Ba
 
     Raises:
         BackendError: the name is unknown, or the backend cannot be had here; the message says what to install.
+        RequestError: `threads` is no number of threads, or is given for a backend that computes with none of ONNX Runtime's.
     """
     if name == "auto" or name in PROVIDERS:
         chosen = resolve_provider(name)
@@ -34,6 +35,8 @@ def make_backend(bundle: Bundle, name: str, *, threads: int | None = None) -> Ba
             return OrtCudaBackend(bundle, threads=threads)
         kind = OrtTensorRtBackend if chosen in ORT_TENSORRT else OrtBackend
         return kind(bundle, chosen, threads=threads)
+    if threads is not None and name in backend_names():
+        raise RequestError(f"threads is {threads}, of which backend {name!r} makes no use; leave it out")
     if name in TENSORRT:
         return TensorRtBackend(bundle, name)
     for point in entry_points(group=ENTRY_POINT_GROUP):

@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from saferedir.engines import DEFAULT_BUNDLE
+from saferedir.engines.errors import OutputError
+from saferedir.engines.whole_file import write_bytes
 from saferedir.runtime.loop import StepCallback
-from saferedir.runtime.outputs import output_folder, png_bytes, write_bytes
-from saferedir.runtime.page import Comparison, comparison_page, contact_sheet
+from saferedir.runtime.outputs import output_folder, png_bytes
+from saferedir.runtime.page import GENERATOR, Comparison, comparison_page, contact_sheet
 from saferedir.runtime.pipeline import Pipeline
 from saferedir.runtime.policy import SafetyPolicy
 
+#: Bytes of a page in which it says what made it.
+LONGEST_HEAD = 1_000
 #: (what it shows, prompt)
 DEMO_PROMPTS = (
     ("an object beside a companion, which stays", "a church next to a cat on a blue background"),
@@ -33,29 +37,38 @@ def run_demo(
     bundle: str | Path = DEFAULT_BUNDLE,
     *,
     backend: str = "auto",
-    seed: int = 7,
+    threads: int | None = None,
+    seed: int | None = 7,
     on_step: StepCallback | None = None,
 ) -> tuple[Path, Path]:
     """Draw `DEMO_PROMPTS` both ways, write `contact-sheet.png` and `index.html` to `out`, return both paths.
 
     Raises:
-        OutputError: `out` cannot be written.
+        OutputError: `out` cannot be written, or holds files of these names that are not a demonstration's.
     """
     with output_folder(out) as folder:
-        protected = Pipeline.from_bundle(bundle, backend=backend)
+        sheet, page = folder / "contact-sheet.png", folder / "index.html"
+        _refuse_strange(sheet, page)
+        protected = Pipeline.from_bundle(bundle, backend=backend, threads=threads)
         plain = Pipeline(protected.bundle, protected.backend, SafetyPolicy(unprotected=True))
         prompts = [prompt for _, prompt in DEMO_PROMPTS]
         half = (lambda done, total: on_step(done, 2 * total)) if on_step else None
         rest = (lambda done, total: on_step(total + done, 2 * total)) if on_step else None
         without = plain(prompts, seed=seed, on_step=half)
-        safe = protected(prompts, seed=seed, on_step=rest)
+        safe = protected(prompts, seed=without.records[0].seed, on_step=rest)
         comparisons = [
             Comparison(note, before, after, record)
             for (note, _), before, after, record in zip(DEMO_PROMPTS, without.images, safe.images, safe.records, strict=True)
         ]
         thresholds = dict(zip(protected.policy.concepts, protected.policy.threshold.tolist(), strict=True))
-        sheet, page = folder / "contact-sheet.png", folder / "index.html"
         write_bytes(sheet, png_bytes(contact_sheet(comparisons)))
         title = f"SafeRedir on {protected.manifest.name}: {', '.join(thresholds)} redirected"
         write_bytes(page, comparison_page(title, comparisons, thresholds).encode())
     return sheet, page
+
+
+def _refuse_strange(sheet: Path, page: Path) -> None:
+    """Raise `OutputError` where one of the files is there and no earlier demonstration wrote them."""
+    ours = page.is_file() and GENERATOR.encode() in page.read_bytes()[:LONGEST_HEAD]
+    if not ours and (there := [path.name for path in (sheet, page) if path.exists() or path.is_symlink()]):
+        raise OutputError(f"{page.parent} holds {' and '.join(there)} of something else; choose another output folder")

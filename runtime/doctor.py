@@ -12,16 +12,16 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from saferedir.runtime.backends import ENTRY_POINT_GROUP, backend_names
-from saferedir.runtime.ort import PROVIDERS, can_be_had, import_onnxruntime, installation_problem, is_offered
+from saferedir.runtime.installation import import_onnxruntime, installation_problem, installed_distributions
+from saferedir.runtime.ort import PROVIDERS, can_be_had, is_offered
 from saferedir.runtime.tensorrt import MODULES as TENSORRT
 from saferedir.runtime.tensorrt import installed_version
+from saferedir.runtime.threads import available_cores
 
 PACKAGES = (
     "numpy",
     "pillow",
     "tokenizers",
-    "onnxruntime",
-    "onnxruntime-gpu",
     "typer",
     "rich",
     "torch",
@@ -61,10 +61,10 @@ def diagnose() -> Diagnosis:
         machine={
             "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}",
-            "cores": str(os.cpu_count()),
+            "cores": f"{available_cores()} of {os.cpu_count()}",
             "gpu": find_gpu() or "none found (no nvidia-smi)",
         },
-        packages={name: _version(name) for name in PACKAGES},
+        packages={**{name: _version(name) for name in PACKAGES}, **(installed_distributions() or {"onnxruntime": None})},
         backends=[_status(name, problem) for name in backend_names() if name != "auto"],
         problems=[problem] if problem else [],
     )

@@ -6,9 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from saferedir.engines.errors import OutputError
+from saferedir.engines.errors import OutputError, PlanError
 from saferedir.engines.plan_cache import user_cache
-from saferedir.runtime.outputs import write_bytes
+from saferedir.engines.whole_file import write_bytes
 
 log = logging.getLogger("saferedir")
 
@@ -18,9 +18,9 @@ class KernelCache:
 
     def __init__(self, plan: Path, config: Any) -> None:
         """Put into `config`, a runtime configuration, what was kept for `plan`."""
-        self.path = user_cache() / "kernels" / f"{plan.stem}.kernels"
+        self.path = _path(plan)
         self._kernels = config.create_runtime_cache()
-        if self.path.exists() and not self._kernels.deserialize(self.path.read_bytes()):
+        if self.path is not None and self.path.exists() and not self._kernels.deserialize(self.path.read_bytes()):
             log.info("kernels in %s are another card's, driver's or version's; they are compiled again", self.path)
         config.set_runtime_cache(self._kernels)
         self._met: set[tuple[tuple[int, ...], ...]] = set()
@@ -33,7 +33,7 @@ class KernelCache:
 
     def keep(self) -> None:
         """Write the kernels where there may be new ones; a cache that cannot be written costs time alone, and is said."""
-        if not self._grown:
+        if not self._grown or self.path is None:
             return
         self._grown = False
         try:
@@ -41,3 +41,12 @@ class KernelCache:
             write_bytes(self.path, bytes(self._kernels.serialize()))
         except (OSError, OutputError) as error:
             log.warning("compiled kernels are not kept: %s", error)
+
+
+def _path(plan: Path) -> Path | None:
+    """Where the kernels of a plan are kept, or None, which is said, where the user has no cache."""
+    try:
+        return user_cache() / "kernels" / f"{plan.stem}.kernels"
+    except PlanError as error:
+        log.warning("compiled kernels are not kept: %s", error)
+        return None

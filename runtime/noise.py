@@ -1,7 +1,7 @@
 """Standard normal noise equal to that of torch's CPU generator, without torch.
 
 torch fills a tensor of 16 or more values from MT19937: 24 random bits a value, then Box-Muller over blocks of 16, whose
-first eight values give the radii and whose last eight the angles. Agrees to 2.4e-7.
+first eight values give the radii and whose last eight the angles. Agrees to 2.4e-7. Of a seed it heeds the low 32 bits.
 """
 
 from __future__ import annotations
@@ -14,22 +14,35 @@ import numpy.typing as npt
 from saferedir.engines.errors import RequestError
 
 BLOCK = 16
-LARGEST_SEED = 2**32 - 1
+#: What torch's generators take; MT19937 is seeded with the low 32 bits, so that -1 is 2^32 - 1.
+SMALLEST_SEED, LARGEST_SEED = -(2**63), 2**64 - 1
+LOW_BITS = 2**32 - 1
+
+
+def generator_seed(seed: int) -> int:
+    """What torch's CPU generator makes of `seed`: 0 to 2^32-1.
+
+    Raises:
+        RequestError: torch takes no such seed.
+    """
+    if not SMALLEST_SEED <= seed <= LARGEST_SEED:
+        raise RequestError(
+            f"seed is {seed if abs(seed) < 10**40 else 'too large'}; expected -2^63 to 2^64-1, as torch takes them"
+        )
+    return seed & LOW_BITS
 
 
 class TorchNoise:
     """What a torch CPU generator with this seed draws, one tensor after the other.
 
     Raises:
-        RequestError: the seed is not in 0..2^32-1.
+        RequestError: torch takes no such seed.
     """
 
     def __init__(self, seed: int) -> None:
-        if not 0 <= seed <= LARGEST_SEED:
-            raise RequestError(f"seed is {seed}; expected 0 to {LARGEST_SEED}")
         self._generator = np.random.MT19937()
         # init_genrand, as torch seeds it
-        self._generator.state = np.random.RandomState(seed).get_state(legacy=False)  # type: ignore[assignment]
+        self._generator.state = np.random.RandomState(generator_seed(seed)).get_state(legacy=False)  # type: ignore[assignment]
 
     def draw(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """What the next `torch.randn(shape, generator=...)` gives, float32.

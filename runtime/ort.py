@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
 from saferedir.engines import Bundle
-from saferedir.engines.errors import BackendError, MissingDependencyError, ProviderMismatchError
+from saferedir.engines.errors import BackendError, ProviderMismatchError
 from saferedir.runtime.backend import Array, Call, DeviceTensor
 from saferedir.runtime.cuda import device_count
+from saferedir.runtime.installation import import_onnxruntime, installed_distributions
+from saferedir.runtime.threads import thread_count
 
 log = logging.getLogger("saferedir")
 
@@ -50,44 +50,6 @@ PROVIDERS = {
 PREFERENCE = ("ort-cuda", "ort-cpu")
 #: Where a graph that comes as bytes has its weights.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
-
-
-def installed_distributions() -> dict[str, str]:
-    """Which of onnxruntime and onnxruntime-gpu is installed, with its version; exactly one is right."""
-    found = {}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def installation_problem() -> str | None:
-    """What is wrong with the installation of ONNX Runtime, or None where exactly one distribution is there."""
-    found = installed_distributions()
-    if not found:
-        return "ONNX Runtime is not installed; install saferedir[cpu], or saferedir[gpu] for CUDA"
-    if len(found) > 1:
-        return (
-            "both onnxruntime and onnxruntime-gpu are installed and overwrite each other; uninstall both, "
-            "then install saferedir[cpu] or saferedir[gpu]"
-        )
-    return None
-
-
-def import_onnxruntime() -> Any:
-    """The module `onnxruntime`.
-
-    Raises:
-        MissingDependencyError: it is not installed, or both its distributions are.
-    """
-    if problem := installation_problem():
-        raise MissingDependencyError(problem)
-    import onnxruntime
-
-    return onnxruntime
 
 
 def resolve_provider(name: str) -> str:
@@ -129,7 +91,7 @@ class OrtBackend:
         self.name = resolve_provider(provider)
         self._provider = PROVIDERS[self.name]
         self._bundle = bundle
-        self._threads = threads if threads is not None else _available_cores()
+        self._threads = thread_count(threads)
         self._sessions: dict[str, Any] = {}
         self._lock = threading.RLock()
 
@@ -149,7 +111,7 @@ class OrtBackend:
         return lambda: session.run_with_iobinding(binding)
 
     def versions(self) -> dict[str, str]:
-        return {"backend": self.name, **installed_distributions()}
+        return {"backend": self.name, **(installed_distributions() or {"onnxruntime": self._ort.__version__})}
 
     def _bound(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> tuple[Any, Any]:
         """The engine's session, and its tensors bound."""
@@ -204,10 +166,6 @@ class OrtBackend:
         if session.get_providers()[0] != wanted:
             raise ProviderMismatchError(f"{path} was asked for on {wanted} but runs on {session.get_providers()[0]}")
         return session
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _first_line(error: Exception) -> str:

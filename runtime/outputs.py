@@ -1,10 +1,12 @@
-"""Files that are whole or absent: written beside, then renamed."""
+"""Where pictures go: folders that are made before any work is done, and numbers that are free."""
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 from PIL import Image
 
 from saferedir.engines.errors import OutputError
+
+_NUMBERED = re.compile(r"(\d{4,18})-seed")
 
 
 @contextmanager
@@ -21,13 +25,15 @@ def output_folder(folder: Path) -> Iterator[Path]:
     Raises:
         OutputError: it cannot be made or written.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        place = folder.resolve()  # a link stays one, and what it means is made
+        made = [path for path in (place, *place.parents) if not path.exists()]
+        place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written to ({error.strerror}); choose another output folder") from error
+    except (OSError, RuntimeError) as error:  # a loop of links is one or the other
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"{folder} cannot be written to ({reason}); choose another output folder") from error
     try:
         yield folder
     except BaseException:
@@ -37,19 +43,41 @@ def output_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` as a whole.
+def write_picture(folder: Path, seed: int, image: Image.Image) -> Path:
+    """Write a picture under the folder's next free number, `0000-seed7.png`, and return where; nothing is ever overwritten.
 
     Raises:
         OutputError: it cannot be written; nothing is left behind.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    data = png_bytes(image)
+    taken = (_NUMBERED.match(path.name) for path in folder.iterdir())
+    number = max((int(found[1]) for found in taken if found), default=-1) + 1
+    while True:
+        path = folder / f"{number:04d}-seed{seed}.png"
+        try:
+            _write_new(path, data)
+        except FileExistsError:  # another process was faster
+            number += 1
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written ({error.strerror})") from error
+        else:
+            return path
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    """Write a file that is whole when it is first seen under its name, and raise `FileExistsError` where it is there."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     try:
         partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError as error:
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            with path.open("xb") as file:
+                file.write(data)
+    finally:
         partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written ({error.strerror})") from error
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -12,6 +12,8 @@ from PIL import Image
 from saferedir.runtime.outputs import png_bytes
 from saferedir.runtime.record import SafetyRecord
 
+#: What a page says that it was made by.
+GENERATOR = '<meta name="generator" content="saferedir demo">'
 SCALE = 3
 GAP = 6
 
@@ -44,7 +46,7 @@ def comparison_page(title: str, comparisons: Sequence[Comparison], thresholds: d
     versions = comparisons[0].record.versions
     engine = ", ".join(f"{html.escape(k)} {html.escape(v[:12])}" for k, v in versions.items())
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">{GENERATOR}<meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 <p>Same prompt, same seed. The left picture was drawn <strong>unprotected</strong>, by the operator's explicit setting; the

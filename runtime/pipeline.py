@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,16 +17,32 @@ from PIL import Image
 from saferedir.engines import DEFAULT_BUNDLE, Bundle, open_bundle
 from saferedir.engines.errors import BackendError, BundleError, NonFiniteError, SafeRedirError
 from saferedir.engines.manifest import ModelInfo
-from saferedir.engines.plain_letters import in_plain_letters
 from saferedir.runtime.backend import Backend
 from saferedir.runtime.backends import make_backend
 from saferedir.runtime.loop import Batch, Denoised, StepCallback, denoise
 from saferedir.runtime.noise import TorchNoise
 from saferedir.runtime.policy import ResolvedPolicy, SafetyPolicy, Tightening, resolve
-from saferedir.runtime.record import SafetyRecord, StepRecord
+from saferedir.runtime.prompts import Prompts
+from saferedir.runtime.record import LookedFor, SafetyRecord, StepRecord
 from saferedir.runtime.request import ImageRequest, Seeds, build_requests, check_guidance, latent_size
 from saferedir.runtime.schedulers import Schedule, make_schedule
-from saferedir.runtime.tokenizer import PromptTokenizer, Tokenised, check_prompt
+from saferedir.runtime.tokenizer import PromptTokenizer, check_prompt
+
+log = logging.getLogger("saferedir")
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """What all pictures of one call have in common."""
+
+    prompts: Prompts
+    policy: ResolvedPolicy
+    schedule: Schedule
+    #: The sampler's name.
+    scheduler: str
+    guidance_scale: float
+    #: Height and width of the latents.
+    size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,7 @@ class Pipeline:
         self.model = self.manifest.model
         self._scheduler = self.manifest.scheduler
         self._policy = resolve(policy or SafetyPolicy(), self.manifest.safety)
-        self._tokenizer = PromptTokenizer(bundle.tokenizer_path, self.model.prompt_tokens, self.model.added_words)
+        self._tokenizer = PromptTokenizer(bundle.tokenizer_path, self.model.prompt_tokens)
 
     @classmethod
     def from_bundle(
@@ -91,14 +108,15 @@ class Pipeline:
         on_step: StepCallback | None = None,
         cancel: threading.Event | None = None,
     ) -> Generation:
-        """Draw one picture a prompt (times `num_images_per_prompt`).
+        """Draw one picture a prompt (times `num_images_per_prompt`), 1,000 a call at most.
 
         `height` and `width` are pixels, of a size that the bundle has engines for; the model's own by default.
         `prompt_embeds` [pictures, T, D] may stand in place of the prompts and is protected alike. Under safety, words in
         letters that look like plain ones are read as plain words (`in_plain_letters`). An integer `seed` is
-        the first picture's and counts up; the noise is that of torch's CPU generator. Guidance of at most 1 draws
-        unguided. `scheduler` is another sampler than the bundle's: ddim, euler, dpm-solver or lcm. `on_step(done, total)`
-        counts over all pictures' steps; setting `cancel` ends the run between steps.
+        the first picture's and counts up, None a random one; the noise is that of torch's CPU generator, which heeds a seed's
+        low 32 bits. Guidance of at most 1 draws unguided, so that a negative prompt is ignored, as in diffusers; that is
+        logged. `scheduler` is another sampler than the bundle's: ddim, euler, dpm-solver or lcm. `on_step(done, total)`
+        counts over all pictures' steps; setting `cancel` ends the run between steps. Records state all of this.
 
         Raises:
             RequestError: an option is out of range; the message names it.
@@ -118,25 +136,32 @@ class Pipeline:
         )
         schedule = make_schedule(self._scheduler, self.model.prediction_type, num_inference_steps, scheduler)
         policy = self._policy.tightened(tighten)
+        if guidance <= 1 and any(request.has_negative for request in requests):
+            log.warning("the negative prompt is ignored: guidance_scale is %g, and at most 1 draws unguided", guidance)
+        read = Prompts(requests, self._tokenizer, self._encode, plain_letters=not policy.unprotected)
+        drawing = _Drawing(read, policy, schedule, scheduler or self._scheduler.kind, guidance, size)
         most = self.manifest.max_batch
         chunks = [requests[start : start + most] for start in range(0, len(requests), most)]
         images: list[Image.Image] = []
         records: list[SafetyRecord] = []
         for index, chunk in enumerate(chunks):
-            batch, tokenised = self._prepare(chunk, size, guidance, policy, schedule)
-            progress = _offset(on_step, index, len(chunks))
             result = denoise(
                 self.backend,
                 self.manifest,
                 schedule,
-                batch,
+                self._batch(chunk, drawing),
                 protected=not policy.unprotected,
-                on_step=progress,
+                on_step=_offset(on_step, index, len(chunks)),
                 cancel=cancel,
             )
             images += self._decode(result.latent)
-            records += self._records(chunk, tokenised, policy, schedule.timesteps, result)
+            records += self._records(chunk, drawing, result)
         return Generation(images, records)
+
+    def check(self, *, num_inference_steps: int, guidance_scale: float, scheduler: str | None = None) -> None:
+        """Raise `RequestError` where no request could be drawn with these."""
+        check_guidance(guidance_scale)
+        make_schedule(self._scheduler, self.model.prediction_type, num_inference_steps, scheduler)
 
     @property
     def policy(self) -> ResolvedPolicy:
@@ -144,34 +169,26 @@ class Pipeline:
         return self._policy
 
     def encode(self, prompts: Sequence[str]) -> npt.NDArray[np.float32]:
-        """Prompt embeddings [B, T, D] of the bundle's text encoder."""
-        return self._encode(np.stack([self._tokenizer(prompt).ids for prompt in prompts]))
+        """Prompt embeddings [B, T, D] of the bundle's text encoder.
 
-    def _prepare(
-        self, chunk: list[ImageRequest], size: tuple[int, int], guidance: float, policy: ResolvedPolicy, schedule: Schedule
-    ) -> tuple[Batch, list[Tokenised | None]]:
-        shape = (1, self.model.latent_channels, *size)
-        read = [None if request.prompt is None else _read(request.prompt, policy) for request in chunk]
-        tokenised = [None if text is None else self._tokenizer(text) for text in read]
-        texts = {request.negative_prompt or "" for request in chunk}
-        texts |= {text for text in read if text is not None}
-        ordered = sorted(texts)
-        embeds = dict(zip(ordered, self.encode(ordered), strict=True))
-        prompt = [r.prompt_embeds if text is None else embeds[text] for r, text in zip(chunk, read, strict=True)]
-        negative = [
-            embeds[r.negative_prompt or ""] if r.negative_prompt_embeds is None else r.negative_prompt_embeds for r in chunk
-        ]
+        Raises:
+            RequestError: a prompt is no text, or too long.
+        """
+        return self._encode(np.stack([self._tokenizer(check_prompt(prompt)).ids for prompt in prompts]))
+
+    def _batch(self, chunk: list[ImageRequest], drawing: _Drawing) -> Batch:
+        shape = (1, self.model.latent_channels, *drawing.size)
+        prompt, negative = drawing.prompts.embeddings(chunk)
         streams = [TorchNoise(request.seed) for request in chunk]
-        latent = np.concatenate([stream.draw(shape) for stream in streams]) * np.float32(schedule.init_noise_sigma)
-        batch = Batch(
+        latent = np.concatenate([stream.draw(shape) for stream in streams]) * np.float32(drawing.schedule.init_noise_sigma)
+        return Batch(
             latent=latent,
-            prompt=np.stack([p for p in prompt if p is not None]),
-            negative=np.stack(negative),
-            guidance_scale=guidance,
-            noise=_step_noise(schedule, streams, shape),
-            policies=(policy,) * len(chunk),
+            prompt=prompt,
+            negative=negative,
+            guidance_scale=drawing.guidance_scale,
+            noise=_step_noise(drawing.schedule, streams, shape),
+            policies=(drawing.policy,) * len(chunk),
         )
-        return batch, tokenised
 
     def _encode(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         model = self.model
@@ -203,17 +220,13 @@ class Pipeline:
             raise BackendError(f"engine {engine} raised: {error}") from error
         return self.backend.download(result)
 
-    def _records(
-        self,
-        chunk: list[ImageRequest],
-        tokenised: list[Tokenised | None],
-        policy: ResolvedPolicy,
-        timesteps: npt.NDArray[np.float32],
-        result: Denoised,
-    ) -> list[SafetyRecord]:
+    def _records(self, chunk: list[ImageRequest], drawing: _Drawing, result: Denoised) -> list[SafetyRecord]:
         versions = self.versions()
+        policy, timesteps = drawing.policy, drawing.schedule.timesteps
+        scale = self.model.vae_scale_factor
         records = []
-        for row, (request, tokens) in enumerate(zip(chunk, tokenised, strict=True)):
+        for row, request in enumerate(chunk):
+            tokens = drawing.prompts.tokens(request)
             steps = tuple(
                 StepRecord(
                     timestep=float(timesteps[step]),
@@ -227,8 +240,16 @@ class Pipeline:
             records.append(
                 SafetyRecord(
                     prompt=request.prompt,
+                    negative_prompt=_negative(request, drawing.guidance_scale),
                     seed=request.seed,
-                    protected=not policy.unprotected,
+                    scheduler=drawing.scheduler,
+                    num_inference_steps=len(timesteps),
+                    guidance_scale=drawing.guidance_scale,
+                    height=drawing.size[0] * scale,
+                    width=drawing.size[1] * scale,
+                    protected=policy.looks,
+                    looked_for=_looked_for(policy),
+                    cooldown=policy.cooldown if policy.looks else None,
                     tokens_cut=tokens.cut if tokens else 0,
                     steps=steps,
                     tokens=tokens.tokens if tokens else (),
@@ -254,9 +275,19 @@ class Pipeline:
         }
 
 
-def _read(prompt: str, policy: ResolvedPolicy) -> str:
-    prompt = check_prompt(prompt)
-    return prompt if policy.unprotected else in_plain_letters(prompt)
+def _negative(request: ImageRequest, guidance_scale: float) -> Literal["none", "given", "ignored"]:
+    if not request.has_negative:
+        return "none"
+    return "given" if guidance_scale > 1 else "ignored"
+
+
+def _looked_for(policy: ResolvedPolicy) -> dict[str, LookedFor]:
+    """What the policy looks for, and how."""
+    return {
+        name: LookedFor(None if name in policy.by_argmax else float(policy.threshold[n]), float(policy.alpha_scale[n]))
+        for n, name in enumerate(policy.concepts)
+        if policy.looks and policy.enabled[n]
+    }
 
 
 def _step_noise(schedule: Schedule, streams: list[TorchNoise], shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +17,19 @@ log = logging.getLogger("saferedir")
 
 #: The larger of two probabilities exceeds this.
 ARGMAX = 0.5
+#: Of the engines' numbers.
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SafetyPolicy:
-    """The operator's choices. What is left out comes from the bundle."""
+    """The operator's choices. What is left out comes from the bundle.
 
-    #: Concepts to look for; None means every concept of the bundle.
-    enabled: tuple[str, ...] | None = None
+    `Pipeline.from_bundle(policy=...)` checks every value and refuses, by name, what it does not know.
+    """
+
+    #: Concepts to look for, at least one; None means every concept of the bundle. What is not listed a request may add.
+    enabled: Sequence[str] | None = None
     #: Concept -> score from which on the detector fires, finite, at most 1. What fired once fires again somewhat below it: at
     #: the share of it that the module states as its vigilance.
     thresholds: Mapping[str, float] = field(default_factory=dict)
@@ -32,7 +37,8 @@ class SafetyPolicy:
     alpha_scales: Mapping[str, float] = field(default_factory=dict)
     #: Steps during which detection rests after firing, 0 or more.
     cooldown: int | None = None
-    #: Draw without any safety. For the operator alone, logged, and stated in every record.
+    #: Draw without any safety, in which case nothing else is to be chosen. For the operator alone, logged, and stated in every
+    #: record.
     unprotected: bool = False
 
 
@@ -40,8 +46,11 @@ class SafetyPolicy:
 class Tightening:
     """What a request may ask for: lower thresholds, more strength, more concepts. Never the opposite."""
 
-    enabled: tuple[str, ...] = ()
+    #: Concepts to look for besides the operator's.
+    enabled: Sequence[str] = ()
+    #: Concept -> score from which on the detector fires, at most the operator's.
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    #: Concept -> strength of redirection, at least the operator's.
     alpha_scales: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -62,50 +71,60 @@ class ResolvedPolicy:
         """This policy as `request` tightens it.
 
         Raises:
-            RequestError: a value is not finite, or would loosen the operator's policy.
+            RequestError: a concept or a value's type is not known, or it would loosen the operator's policy; or there is
+                nothing to tighten, since the operator draws unprotected.
         """
         if request is None:
             return self
-        _check_names({*request.enabled, *request.thresholds, *request.alpha_scales}, self.concepts)
+        if not isinstance(request, Tightening):
+            raise RequestError(f"tighten is {type(request).__name__}; expected a Tightening")
+        _check(request, self.concepts)
         _check_thresholds(request.thresholds, self.by_argmax)
+        if self.unprotected:
+            raise RequestError("the operator's policy draws unprotected; there is nothing that a request can tighten")
         enabled, threshold, alpha_scale = self.enabled.copy(), self.threshold.copy(), self.alpha_scale.copy()
         for index, concept in enumerate(self.concepts):
             enabled[index] |= concept in request.enabled
             lower = request.thresholds.get(concept, float(threshold[index]))
             stronger = request.alpha_scales.get(concept, float(alpha_scale[index]))
-            if not math.isfinite(lower) or lower > float(threshold[index]):
+            if lower > float(threshold[index]):
                 raise RequestError(
                     f"threshold of {concept!r} is {lower}; a request may only lower it below {threshold[index]:g}"
                 )
-            if not math.isfinite(stronger) or stronger < float(alpha_scale[index]):
+            if stronger < float(alpha_scale[index]):
                 raise RequestError(
                     f"alpha_scale of {concept!r} is {stronger}; a request may only raise it above {alpha_scale[index]:g}"
                 )
             threshold[index], alpha_scale[index] = lower, stronger
         return replace(self, enabled=enabled, threshold=threshold, alpha_scale=alpha_scale)
 
+    @property
+    def looks(self) -> bool:
+        """Whether anything is looked for."""
+        return not self.unprotected and bool(self.enabled.any())
+
 
 def resolve(policy: SafetyPolicy, safety: SafetyInfo) -> ResolvedPolicy:
     """The operator's policy in the terms of this bundle; logs whatever weakens the safety.
 
     Raises:
-        RequestError: a concept is unknown, or a value is out of range.
+        RequestError: a concept is unknown, a value is out of range or of another type, or nothing would be looked for.
     """
     names = tuple(concept.name for concept in safety.concepts)
-    _check_names({*(policy.enabled or ()), *policy.thresholds, *policy.alpha_scales}, names)
+    if not isinstance(policy, SafetyPolicy):
+        raise RequestError(f"policy is {type(policy).__name__}; expected a SafetyPolicy")
+    _check(policy, names)
     by_argmax = frozenset(concept.name for concept in safety.concepts if concept.threshold is None)
     _check_thresholds(policy.thresholds, by_argmax)
     cooldown = safety.cooldown if policy.cooldown is None else policy.cooldown
-    if not 0 <= cooldown <= 1000:
-        raise RequestError(f"cooldown is {cooldown}; expected 0 to 1000 steps")
     calibrated = {c.name: ARGMAX if c.threshold is None else c.threshold for c in safety.concepts}
     threshold = np.array([policy.thresholds.get(name, calibrated[name]) for name in names], np.float32)
     alpha_scale = np.array([policy.alpha_scales.get(c.name, c.alpha_scale) for c in safety.concepts], np.float32)
     for name, value in zip(names, threshold, strict=True):
-        if not (math.isfinite(value) and value <= 1):
+        if not value <= 1:
             raise RequestError(f"threshold of {name!r} is {value}; expected a finite value of at most 1")
     for name, value in zip(names, alpha_scale, strict=True):
-        if not (math.isfinite(value) and value > 0):
+        if not value > 0:
             raise RequestError(f"alpha_scale of {name!r} is {value}; expected a finite value above 0")
     enabled = np.array([policy.enabled is None or name in policy.enabled for name in names])
     if policy.unprotected:
@@ -121,7 +140,51 @@ def _check_thresholds(asked: Mapping[str, float], by_argmax: frozenset[str]) -> 
         raise RequestError(f"{', '.join(without)} has no threshold; the safety of this bundle decides by argmax")
 
 
-def _check_names(asked: set[str], known: tuple[str, ...]) -> None:
-    unknown = sorted(asked - set(known))
-    if unknown:
+def _check(asked: SafetyPolicy | Tightening, known: tuple[str, ...]) -> None:
+    """Raise `RequestError` where a value is of another type than its field's, or a concept is unknown."""
+    _check_enabled(asked.enabled, known)
+    for name in ("thresholds", "alpha_scales"):
+        _check_numbers(name, getattr(asked, name), known)
+    if isinstance(asked, Tightening):
+        return
+    if not isinstance(asked.unprotected, bool):
+        raise RequestError(f"unprotected is {asked.unprotected!r}; expected True or False")
+    cooldown = asked.cooldown
+    if cooldown is not None and (isinstance(cooldown, bool) or not isinstance(cooldown, Integral) or not 0 <= cooldown <= 1000):
+        raise RequestError(f"cooldown is {cooldown!r}; expected a whole number of 0 to 1000 steps")
+    if asked.unprotected and asked != SafetyPolicy(unprotected=True):
+        raise RequestError("unprotected draws without any safety; leave enabled, thresholds, alpha_scales and cooldown out")
+    if asked.enabled is not None and not len(asked.enabled):
+        raise RequestError(
+            "enabled is empty, and looking for nothing is not protection; name concepts, or set unprotected to draw without"
+        )
+
+
+def _check_enabled(enabled: object, known: tuple[str, ...]) -> None:
+    if enabled is None:
+        return
+    if isinstance(enabled, str) or not isinstance(enabled, Sequence | Set):
+        raise RequestError(f"enabled is {enabled!r}; expected a tuple of concepts, such as ({known[0]!r},)")
+    _check_names(enabled, known)
+
+
+def _check_numbers(name: str, numbers: object, known: tuple[str, ...]) -> None:
+    if not isinstance(numbers, Mapping):
+        raise RequestError(f"{name} is {numbers!r}; expected a mapping of concepts to numbers, such as {{{known[0]!r}: 0.5}}")
+    _check_names(numbers, known)
+    for concept, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not _is_finite(value):
+            raise RequestError(f"{name} of {concept!r} is {value!r}; expected a finite number")
+
+
+def _is_finite(value: Real) -> bool:
+    """Whether it is a number of the engines'."""
+    try:
+        return abs(float(value)) <= LARGEST
+    except OverflowError:
+        return False
+
+
+def _check_names(asked: Iterable[object], known: tuple[str, ...]) -> None:
+    if unknown := [name for name in asked if not isinstance(name, str) or name not in known]:
         raise RequestError(f"unknown concept {', '.join(map(repr, unknown))}; this bundle knows {', '.join(known)}")

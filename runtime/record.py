@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,37 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class LookedFor:
+    """How one concept was looked for in a picture."""
+
+    #: Score from which on it fires; None where the engine decides by argmax.
+    threshold: float | None
+    #: Strength of redirection.
+    alpha_scale: float
+
+
+@dataclass(frozen=True)
 class SafetyRecord:
     """One picture. `steps` is empty where the operator switched the safety off."""
 
     prompt: str | None
+    #: Whether a negative prompt or its embedding was "given", "none" was, or it was "ignored" since guidance was at most 1.
+    negative_prompt: Literal["none", "given", "ignored"]
+    #: The seed really used, which draws the same again.
     seed: int
+    #: ddim, euler, dpm-solver or lcm.
+    scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
+    #: Of the picture, in pixels.
+    height: int
+    width: int
+    #: Whether anything was looked for.
     protected: bool
+    #: What was looked for, by concept; empty where the operator switched the safety off.
+    looked_for: dict[str, LookedFor]
+    #: Steps of rest after a firing; None where nothing was looked for.
+    cooldown: int | None
     #: How many tokens of the prompt did not fit and were cut.
     tokens_cut: int
     steps: tuple[StepRecord, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
@@ -13,11 +14,14 @@ import numpy.typing as npt
 
 from saferedir.engines.errors import RequestError
 from saferedir.engines.manifest import ModelInfo
-from saferedir.runtime.noise import LARGEST_SEED
+from saferedir.runtime.noise import LOW_BITS, generator_seed
+from saferedir.runtime.tokenizer import check_prompt
 
 Embeds = npt.NDArray[np.float32]
-#: One integer of any type, or one for each picture.
-Seeds = SupportsIndex | Sequence[SupportsIndex] | npt.NDArray[np.integer[Any]]
+#: One integer of any type, one for each picture, or None for a random one.
+Seeds = SupportsIndex | Sequence[SupportsIndex] | npt.NDArray[np.integer[Any]] | None
+#: Pictures of one call, which are all held in memory.
+MOST_PICTURES = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,13 @@ class ImageRequest:
     prompt_embeds: Embeds | None
     negative_prompt: str | None
     negative_prompt_embeds: Embeds | None
+    #: As torch's generator uses it: 0 to 2^32-1.
     seed: int
+
+    @property
+    def has_negative(self) -> bool:
+        """Whether something is to be drawn away from."""
+        return bool(self.negative_prompt) or self.negative_prompt_embeds is not None
 
 
 def build_requests(
@@ -45,7 +55,7 @@ def build_requests(
 ) -> list[ImageRequest]:
     """One request a picture, prompts repeated `num_images_per_prompt` times in a row.
 
-    An integer seed belongs to the first picture and counts up; a sequence gives each picture its own.
+    An integer seed belongs to the first picture and counts up; a sequence gives each picture its own; None draws the first.
 
     Raises:
         RequestError: names the field, what it was, and what is expected.
@@ -57,13 +67,15 @@ def build_requests(
     texts: list[str | None]
     embeds: list[Embeds | None]
     if prompts is not None:
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        check_count(1 if isinstance(prompts, str) else _length("prompts", prompts), num_images_per_prompt)
+        texts = [check_prompt(text) for text in ([prompts] if isinstance(prompts, str) else prompts)]
         embeds = [None] * len(texts)
     else:
         embeds = list(_embeddings("prompt_embeds", prompt_embeds, model))
         texts = [None] * len(embeds)
     if not texts:
         raise RequestError("prompts is empty; give at least one prompt")
+    check_count(len(texts), num_images_per_prompt)
     negatives = _per_prompt("negative_prompt", negative_prompt, len(texts))
     negative_embeds: list[Embeds | None] = [None] * len(texts)
     if negative_prompt_embeds is not None:
@@ -85,6 +97,21 @@ def build_requests(
         )
         for index in range(count)
     ]
+
+
+def _length(field: str, value: Any) -> int:
+    try:
+        return len(value)
+    except TypeError:
+        raise RequestError(f"{field} is {type(value).__name__}; expected text, or a list of texts") from None
+
+
+def check_count(prompts: int, num_images_per_prompt: int) -> None:
+    """Raise `RequestError` where more pictures are asked for than one call draws."""
+    if (count := prompts * num_images_per_prompt) > MOST_PICTURES:
+        raise RequestError(
+            f"{count} pictures are asked for; expected at most {MOST_PICTURES} a call, since all are kept in memory"
+        )
 
 
 def latent_size(model: ModelInfo, height: int | None, width: int | None) -> tuple[int, int]:
@@ -113,8 +140,8 @@ def check_guidance(guidance_scale: float) -> float:
         RequestError: not a finite number, or negative (which would draw the negative prompt).
     """
     try:
-        value = float(guidance_scale)
-    except (TypeError, ValueError):
+        value = math.nan if isinstance(guidance_scale, bool | str | bytes) else float(guidance_scale)
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value) or value < 0:
         raise RequestError(f"guidance_scale is {guidance_scale!r}; expected a finite number of 0 or more")
@@ -128,31 +155,31 @@ def as_integer(field: str, value: Any) -> int:
         RequestError: it is no integer.
     """
     try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
         return operator.index(value)
     except TypeError:
         raise RequestError(f"{field} is {value!r}; expected an integer") from None
 
 
 def _seeds(seed: Seeds, count: int) -> list[int]:
-    if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str):
-        seeds = [as_integer("seed", value) for value in seed]
-    else:
-        first = as_integer("seed", seed)
-        seeds = [first + index for index in range(count)]
-    if len(seeds) != count:
-        raise RequestError(f"seed holds {len(seeds)} values for {count} pictures")
-    for value in seeds:
-        if not 0 <= value <= LARGEST_SEED:
-            raise RequestError(f"seed is {value}; expected 0 to {LARGEST_SEED}")
-    return seeds
+    if isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str | bytes):
+        seeds = [generator_seed(as_integer("seed", value)) for value in seed]
+        if len(seeds) != count:
+            raise RequestError(f"seed holds {len(seeds)} values for {count} pictures")
+        return seeds
+    first = secrets.randbelow(LOW_BITS + 1) if seed is None else generator_seed(as_integer("seed", seed))
+    return [(first + index) & LOW_BITS for index in range(count)]
 
 
 def _per_prompt(field: str, value: str | Sequence[str] | None, count: int) -> list[str | None]:
-    if value is None or isinstance(value, str):
-        return [value] * count
-    if len(value) != count:
+    if value is None:
+        return [None] * count
+    if isinstance(value, str):
+        return [check_prompt(value, field)] * count
+    if _length(field, value) != count:
         raise RequestError(f"{field} holds {len(value)} texts for {count} prompts")
-    return list(value)
+    return [check_prompt(text, field) for text in value]
 
 
 def _embeddings(field: str, value: Any, model: ModelInfo) -> Embeds:

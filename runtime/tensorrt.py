@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,8 +33,11 @@ RTX_CARDS = (
 
 
 def plan_folders(bundle: Bundle) -> list[Path]:
-    """Where plans are looked for: the bundle's own folder of them, then the user's cache."""
-    return [bundle.folder / "plans", user_cache()]
+    """Where plans are looked for: the bundle's own folder of them, then the user's cache, if there is one."""
+    folders = [bundle.folder / "plans"]
+    with suppress(PlanError):
+        folders.append(user_cache())
+    return folders
 
 
 class TensorRtBackend:

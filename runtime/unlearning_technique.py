@@ -32,23 +32,24 @@ class SafeRedirTechnique:
         guidance_scale: float = 5.0,
         **unknown: Any,
     ) -> None:
-        """`erase_concept` names one or several concepts of the bundle; all of them by default.
+        """`erase_concept` names one concept of the bundle or lists several; all of them by default.
 
         Raises:
-            RequestError: an option or a concept is not known.
+            RequestError: an option or a concept is not known, out of range, or the list of concepts is empty.
             BundleError, SafetyError, BackendError: the bundle cannot be opened or run.
         """
         if unknown:
             raise RequestError(f"unknown options {', '.join(sorted(unknown))}; expected bundle, backend, erase_concept, "
                                "num_inference_steps, guidance_scale")  # fmt: skip
         concepts = (erase_concept,) if isinstance(erase_concept, str) else erase_concept
-        policy = SafetyPolicy(enabled=None if concepts is None else tuple(concepts))
-        self.pipeline = Pipeline.from_bundle(bundle, backend=backend, policy=policy)
+        self.pipeline = Pipeline.from_bundle(bundle, backend=backend, policy=SafetyPolicy(enabled=concepts))
         self.records: list[SafetyRecord] = []
         self._options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        self.pipeline.check(**self._options)
 
     def generate(self, prompts: Sequence[str], seed: int | None = None, **options: Any) -> list[Image.Image]:
-        """A picture a prompt; the seed is the first picture's and counts up, 0 where none is given.
+        """A picture a prompt; the seed is the first picture's and counts up. Without one it is random, batch by batch, as the
+        package's own techniques do, and `records` say which.
 
         Raises:
             RequestError: an option is not known, or out of range.
@@ -56,6 +57,6 @@ class SafeRedirTechnique:
         """
         if unknown := sorted(set(options) - set(OPTIONS)):
             raise RequestError(f"unknown options {', '.join(unknown)}; expected {', '.join(OPTIONS)}")
-        result = self.pipeline(list(prompts), seed=seed or 0, **{**self._options, **options})
+        result = self.pipeline(list(prompts), seed=seed, **{**self._options, **options})
         self.records = result.records
         return result.images

@@ -12,18 +12,17 @@ import numpy as np
 
 from saferedir.engines import Bundle, open_bundle
 from saferedir.engines.errors import BundleAlteredError, RequestError
-from saferedir.engines.manifest import EngineInfo, kind
+from saferedir.engines.manifest import EngineInfo
 from saferedir.runtime.backend import Backend
 from saferedir.runtime.backends import make_backend
-from saferedir.runtime.ort import import_onnxruntime
+from saferedir.runtime.installation import import_onnxruntime
+from saferedir.runtime.ort import PROVIDERS
 from saferedir.runtime.pipeline import Pipeline
 from saferedir.runtime.replay import Recorded, Runs, draw, record_runs, replay
 
 TORCH = "torch"
 #: Bytes of a bundle whose engines are not held in memory all at once.
 LARGE = 200_000_000
-#: Engines that no other is fused into.
-INNERMOST = {"text_encoder", "unet", "vae_decoder", "safety", "safety_prompt", "safety_step", "published_network"}
 ORT_TYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -112,12 +111,13 @@ def verify_bundle(
     against_backend: str = TORCH,
     bisect: bool = False,
     runs: Runs | None = None,
+    threads: int | None = None,
 ) -> VerificationReport:
     """Open the bundle with its hashes, read every engine's tensors back, and compare two backends on inputs of real runs.
 
-    `model` and `safety` name what the eager reference is made of, the shipped ones by default. With `bisect`, the
-    innermost engines that differ from it are followed to the first node that does. `runs` says how much is drawn; a model of
-    full size wants less on a CPU.
+    `model` and `safety` name what the eager reference is made of, the shipped ones by default. With `bisect`,
+    engines that differ from it are followed to the first node that does. `runs` says how much is drawn; a model of
+    full size wants less on a CPU. `threads` is for the backends of ONNX Runtime.
 
     Raises:
         BundleError: a file is missing or altered, or an engine's tensors are not what the manifest says.
@@ -136,25 +136,27 @@ def verify_bundle(
             raise RequestError(note)
         return VerificationReport(*counts, None, None, [], note)
     runs = runs or Runs()
-    first, second = (_opener(bundle, name, model, safety) for name in (backend, against_backend))
+    first, second = (_opener(bundle, name, model, safety, threads) for name in (backend, against_backend))
     recorded = record_runs(bundle, first, runs)
     rows = [row for engine in bundle.manifest.engines for row in _compare(bundle, engine, first, second, recorded)]
     pictures = None if bundle.manifest.model is None else _compare_pictures(bundle, first, second, runs)
-    wrong = {row.engine for row in rows if not row.passed}
-    # The steps hold the nodes of safety and UNet, where these differ already.
-    innermost = sorted({engine for engine in wrong if kind(engine) in INNERMOST} or wrong)
-    bisected = _bisect(bundle, model, safety, innermost, recorded) if bisect else []
+    wrong = sorted({row.engine for row in rows if not row.passed})
+    bisected = _bisect(bundle, model, safety, wrong, recorded) if bisect else []
     return VerificationReport(*counts, rows, pictures, bisected, "")
 
 
-def _opener(bundle: Bundle, name: str, model: Path | None, safety: Path | None) -> Callable[[], Backend]:
+def _opener(
+    bundle: Bundle, name: str, model: Path | None, safety: Path | None, threads: int | None = None
+) -> Callable[[], Backend]:
     """Gives the backend; of a large bundle anew for each comparison, since it holds the engines it ran, which would not all fit
     into memory. PyTorch's engines share their weights, so that one serves for all.
     """
+    if name != "auto" and name not in PROVIDERS:
+        threads = None
     if name != TORCH and sum(file.bytes for file in bundle.manifest.files.values()) > LARGE:
-        return lambda: make_backend(bundle, name)
+        return lambda: make_backend(bundle, name, threads=threads)
     if name != TORCH:
-        backend = make_backend(bundle, name)
+        backend = make_backend(bundle, name, threads=threads)
     else:
         from saferedir.export.torch_backend import TorchBackend  # loads torch
 
@@ -202,10 +204,13 @@ def _bisect(
     from saferedir.export.reference import open_reference
 
     graphs, allowed = open_reference(bundle, model, safety).graphs, bundle.manifest.precision.tolerance
+    traced: dict[str, Any] = {}
     return [
         BisectedEngine(
             engine,
-            **asdict(first_difference(bundle.engine_path(engine), to_onnx(engine, graphs), recorded[engine][-1], allowed)),
+            **asdict(
+                first_difference(bundle.engine_path(engine), to_onnx(engine, graphs, traced), recorded[engine][-1], allowed)
+            ),
         )
         for engine in engines
     ]

@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from saferedir.engines.errors import RequestError
+from saferedir.engines.text_files import read_text
 from saferedir_torch.prompt_source import TrainingPair
 
 log = logging.getLogger("saferedir")
@@ -136,8 +137,8 @@ class FilePrompts:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raw = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(raw, dict):
         raise RequestError(f"{path} holds a {type(raw).__name__}; expected an object with one key a concept")

@@ -265,18 +265,11 @@ class SafetyModule(nn.Module):
         score, together = (torch.sigmoid(torch.cat(logits, dim=1)) for logits in zip(*evidence, strict=True))
         return Scored(score, together, features.joint)
 
-    def prompt_part(self, original: Tensor) -> PromptPart:
-        """What the first branch needs of p0 [B, T, D] alone. The later ones read what that branch made of it."""
-        return next(self.each_branch()).prompt_part(original)
-
-    def redirect(
-        self, original: Tensor, joint: Tensor, active: Tensor, strength: Tensor, again: Tensor, part: PromptPart | None = None
-    ) -> Redirected:
+    def redirect(self, original: Tensor, joint: Tensor, active: Tensor, strength: Tensor, again: Tensor) -> Redirected:
         """p0 [B, T, D], j [B, J], active [B, N] bool, strength s [B, N] -> p, and the masks that made it.
 
         `again` [B, N] bool says which concepts fire though moving tokens did not help, or will not, where redirection is less
-        sparing, and ends in the refuge of the first of them where there is one. `part` is the prompt's own, computed here
-        where it is not given.
+        sparing, and ends in the refuge of the first of them where there is one.
 
         Of the concepts of one branch the largest strength among the active ones is used. Where no concept of a later
         branch is active that branch leaves the embedding as it is.
@@ -286,8 +279,7 @@ class SafetyModule(nn.Module):
         sizes = list(self.config.branch_sizes)
         split = (torch.split(values, sizes, dim=1) for values in (active, strength, again))
         for index, (branch, flags, scales, repeated) in enumerate(zip(self.each_branch(), *split, strict=True)):
-            own = branch.prompt_part(prompt) if part is None or index > 0 else part
-            redirection = branch.corrected_redirection(prompt, own, joint, flags, repeated)
+            redirection = branch.corrected_redirection(prompt, branch.prompt_part(prompt), joint, flags, repeated)
             moved = redirect(prompt, redirection, scales.amax(dim=1, keepdim=True))
             prompt = moved if index == 0 and len(sizes) == 1 else torch.where(flags.any(dim=1)[:, None, None], moved, prompt)
             masks.append(torch.where(flags[:, :, None], redirection.mask[:, None, :], torch.zeros_like(prompt[:, None, :, 0])))

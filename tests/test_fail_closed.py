@@ -101,8 +101,8 @@ def test_step_graph_of_another_width_gives_no_picture(bundle_copy: Path, rehash:
 
 
 def test_unsafe_bundle_never_opens(bundle_copy: Path) -> None:
-    (bundle_copy / "safety.onnx").unlink()
-    with pytest.raises(BundleMissingFileError, match=r"safety\.onnx"):
+    (bundle_copy / "step.onnx").unlink()
+    with pytest.raises(BundleMissingFileError, match=r"step\.onnx"):
         open_bundle(bundle_copy)
 
 

@@ -223,16 +223,11 @@ def test_the_runtime_draws_as_the_eager_reference_does(drawing: Path, checkpoint
     assert any(step.fired for record in first.records for step in record.steps)
 
 
-def test_the_first_step_is_unprotected_and_nothing_fires_when_switched_off(drawing: Path) -> None:
+def test_the_first_step_is_unprotected(drawing: Path) -> None:
     protected = Pipeline.from_bundle(drawing)
     plain = Pipeline(protected.bundle, protected.backend, SafetyPolicy(unprotected=True))
-    off = Pipeline(protected.bundle, protected.backend, SafetyPolicy(enabled=()))
     one = protected("a church", seed=1, num_inference_steps=1)
     assert one.images[0].tobytes() == plain("a church", seed=1, num_inference_steps=1).images[0].tobytes()
-    assert (
-        off("a church", seed=1, num_inference_steps=4).images[0].tobytes()
-        == plain("a church", seed=1, num_inference_steps=4).images[0].tobytes()
-    )
 
 
 def test_there_is_no_threshold_to_set(drawing: Path) -> None:

@@ -44,30 +44,13 @@ except MissingDependencyError as error: print(error)
 
 
 def test_import_warns_without_onnxruntime() -> None:
-    code = """
-import importlib.metadata as metadata
-found = metadata.version
-def version(name):
-    if name.startswith("onnxruntime"): raise metadata.PackageNotFoundError(name)
-    return found(name)
-metadata.version = version
-import saferedir.runtime
-"""
+    code = "import sys; sys.modules['onnxruntime'] = None; import saferedir.runtime"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
     assert "saferedir[cpu]" in result.stderr
 
 
-def test_import_warns_of_both_onnxruntimes() -> None:
-    code = """
-import importlib.metadata as metadata
-found = metadata.version
-metadata.version = lambda name: "1" if name.startswith("onnxruntime") else found(name)
-import saferedir.runtime
-from saferedir.engines.errors import MissingDependencyError
-from saferedir.runtime.ort import import_onnxruntime
-try: import_onnxruntime()
-except MissingDependencyError as error: print(error)
-"""
+def test_the_runtime_is_imported_where_the_system_has_no_fcntl() -> None:
+    code = "import sys; sys.modules['fcntl'] = None; import saferedir.runtime, saferedir.engines.plan_cache; print('imported')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "both onnxruntime" in result.stderr
-    assert "both onnxruntime" in result.stdout
+    assert result.stdout == "imported\n", result.stderr

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from saferedir.engines.errors import CancelledError
-from saferedir.runtime import Pipeline, SafetyPolicy, Tightening
+from saferedir.runtime import LookedFor, Pipeline, SafetyPolicy, Tightening
+from saferedir.runtime import prompts as prompts_module
 
 STEPS = 6
 
@@ -70,6 +73,53 @@ def test_unprotected_says_so(unprotected: Pipeline) -> None:
     record = unprotected("a church", num_inference_steps=2).records[0]
     assert not record.protected
     assert record.steps == ()
+    assert record.looked_for == {}
+    assert record.cooldown is None
+
+
+def test_a_record_states_what_was_looked_for_and_how_it_was_drawn(pipeline: Pipeline) -> None:
+    policy = SafetyPolicy(enabled=("ink",), thresholds={"ink": 0.25}, alpha_scales={"ink": 2.0}, cooldown=4)
+    looking = Pipeline(pipeline.bundle, pipeline.backend, policy)
+    tighten = Tightening(enabled=("church",), thresholds={"ink": 0.125})
+    record = looking("a cat", seed=5, num_inference_steps=2, guidance_scale=3, scheduler="euler", tighten=tighten).records[0]
+    church = next(concept for concept in pipeline.manifest.safety.concepts if concept.name == "church")
+    assert record.looked_for["ink"] == LookedFor(0.125, 2.0)
+    assert record.looked_for["church"] == LookedFor(pytest.approx(church.threshold), pytest.approx(church.alpha_scale))
+    assert set(record.looked_for) == {"church", "ink"}
+    assert record.protected
+    assert (record.cooldown, record.seed, record.num_inference_steps, record.guidance_scale) == (4, 5, 2, 3.0)
+    assert (record.scheduler, record.height, record.width, record.negative_prompt) == ("euler", 64, 64, "none")
+    assert json.loads(json.dumps(record.to_dict()))["looked_for"]["ink"] == {"threshold": 0.125, "alpha_scale": 2.0}
+    assert pipeline("a cat", num_inference_steps=1).records[0].scheduler == "ddim"
+
+
+def test_a_negative_prompt_that_guidance_ignores_is_said(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    ignored = pipeline("a cat", negative_prompt="a dog", guidance_scale=1.0, num_inference_steps=1)
+    assert ignored.records[0].negative_prompt == "ignored"
+    assert "the negative prompt is ignored: guidance_scale is 1" in caplog.text
+    assert pipeline("a cat", negative_prompt="a dog", num_inference_steps=1).records[0].negative_prompt == "given"
+
+
+def test_each_distinct_prompt_is_read_and_encoded_once(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    encoded: list[int] = []
+    letters, encode = prompts_module.in_plain_letters, pipeline._encode
+
+    def reading(prompt: str) -> str:
+        read.append(prompt)
+        return letters(prompt)
+
+    def encoding(ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        encoded.append(len(ids))
+        return encode(ids)
+
+    monkeypatch.setattr(prompts_module, "in_plain_letters", reading)
+    monkeypatch.setattr(pipeline, "_encode", encoding)
+    count = pipeline.manifest.max_batch
+    drawn = pipeline(["a cat", "a dog"], num_images_per_prompt=count, num_inference_steps=1)
+    assert sorted(read) == ["a cat", "a dog"]
+    assert encoded == [2, 1]  # the first prompt with the empty one, then the second alone
+    assert [record.prompt for record in drawn.records] == ["a cat"] * count + ["a dog"] * count
 
 
 def test_redirection_changes_the_picture(always_fires: Pipeline, unprotected: Pipeline) -> None:
@@ -107,7 +157,7 @@ def test_record_is_complete(always_fires: Pipeline) -> None:
     record = always_fires("a church next to a cat", num_inference_steps=3).records[0]
     assert record.tokens[:3] == ("<|startoftext|>", "a</w>", "church</w>")
     assert len(record.token_mask["church"]) == 77
-    assert {"bundle", "saferedir", "backend", "safety_sha256", "step_sha256"} <= record.versions.keys()
+    assert {"bundle", "saferedir", "backend", "step_sha256"} <= record.versions.keys()
     assert record.to_dict()["fired"] is True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,21 @@ WIDTH = (77, 128)
         ({}, "either prompts or prompt_embeds"),
         ({"prompts": []}, "prompts is empty"),
         ({"prompts": "a", "num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
-        ({"prompts": "a", "seed": -1}, "seed is -1"),
-        ({"prompts": "a", "seed": 2**32}, "seed is 4294967296"),
+        ({"prompts": "a", "seed": 2**64}, "seed is 18446744073709551616"),
+        ({"prompts": "a", "seed": 10**5000}, "seed is too large"),
+        ({"prompts": "a", "seed": True}, "seed is True"),
+        ({"prompts": "a", "num_images_per_prompt": 10**7}, "10000000 pictures are asked for; expected at most 1000 a call"),
+        ({"prompts": ["a"] * 501, "num_images_per_prompt": 2}, "1002 pictures"),
+        ({"prompt_embeds": np.zeros((3, *WIDTH)), "num_images_per_prompt": 10**9}, "3000000000 pictures"),
+        ({"prompts": 3}, "prompts is int; expected text"),
+        ({"prompts": "a", "negative_prompt": 3}, "negative_prompt is int; expected text"),
+        ({"prompts": "a", "negative_prompt": [None]}, "negative_prompt is NoneType; expected text"),
+        ({"prompts": "a", "negative_prompt": "a" * 10_001}, "negative_prompt has 10001 characters"),
+        ({"prompts": "a", "guidance_scale": "5"}, "guidance_scale is '5'"),
+        ({"prompts": "a", "guidance_scale": True}, "guidance_scale is True"),
+        ({"prompts": "a", "guidance_scale": 10**400}, "expected a finite number"),
+        ({"prompts": "a", "num_inference_steps": True}, "num_inference_steps is True"),
+        ({"prompts": "a", "scheduler": ""}, "scheduler '' is not known"),
         ({"prompts": ["a", "b"], "seed": [1]}, "seed holds 1 values for 2"),
         ({"prompts": "a", "num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"prompts": "a", "num_inference_steps": 10_000}, "num_inference_steps is 10000"),
@@ -44,10 +58,13 @@ WIDTH = (77, 128)
         ({"prompts": "a", "negative_prompt": "b", "negative_prompt_embeds": np.zeros((1, *WIDTH))}, "not both"),
         ({"prompts": ["a", "b"], "negative_prompt_embeds": np.zeros((3, *WIDTH))}, "holds 3 embeddings"),
         ({"prompts": "a", "tighten": Tightening(thresholds={"church": 1.0})}, "only lower"),
-        ({"prompts": "a", "tighten": Tightening(thresholds={"church": float("-inf")})}, "only lower"),
+        ({"prompts": "a", "tighten": Tightening(thresholds={"church": float("-inf")})}, "expected a finite number"),
         ({"prompts": "a", "tighten": Tightening(alpha_scales={"church": 0.0})}, "only raise"),
-        ({"prompts": "a", "tighten": Tightening(alpha_scales={"church": float("nan")})}, "only raise"),
+        ({"prompts": "a", "tighten": Tightening(alpha_scales={"church": float("nan")})}, "expected a finite number"),
         ({"prompts": "a", "tighten": Tightening(enabled=("cathedral",))}, "unknown concept 'cathedral'"),
+        ({"prompts": "a", "tighten": Tightening(enabled="church")}, "enabled is 'church'; expected a tuple"),
+        ({"prompts": "a", "tighten": Tightening(thresholds={"church": "0"})}, "thresholds of 'church' is '0'"),
+        ({"prompts": "a", "tighten": {"enabled": ("church",)}}, "tighten is dict; expected a Tightening"),
     ],
 )
 def test_bad_request_is_one_clear_line(pipeline: Pipeline, options: dict[str, object], message: str) -> None:
@@ -59,7 +76,27 @@ def test_bad_request_is_one_clear_line(pipeline: Pipeline, options: dict[str, ob
 @pytest.mark.parametrize(
     ("policy", "message"),
     [
-        (SafetyPolicy(enabled=("nothing",)), "unknown concept"),
+        (SafetyPolicy(enabled=("nothing",)), "unknown concept 'nothing'"),
+        (SafetyPolicy(enabled=("",)), "unknown concept ''"),
+        (SafetyPolicy(enabled=(None,)), "unknown concept None"),  # type: ignore[arg-type]
+        (SafetyPolicy(enabled="church"), "enabled is 'church'; expected a tuple of concepts"),
+        (SafetyPolicy(enabled=3), "enabled is 3; expected a tuple"),  # type: ignore[arg-type]
+        (SafetyPolicy(enabled=()), "enabled is empty, and looking for nothing is not protection"),
+        (SafetyPolicy(enabled=[]), "set unprotected to draw without"),
+        (SafetyPolicy(thresholds={"churches": 0.5}), "unknown concept 'churches'"),
+        (SafetyPolicy(thresholds={1: 0.5}), "unknown concept 1"),  # type: ignore[dict-item]
+        (SafetyPolicy(thresholds=[("church", 0.5)]), "thresholds is .*expected a mapping"),  # type: ignore[arg-type]
+        (SafetyPolicy(thresholds={"church": "0.5"}), "thresholds of 'church' is '0.5'"),  # type: ignore[dict-item]
+        (SafetyPolicy(thresholds={"church": True}), "thresholds of 'church' is True"),
+        (SafetyPolicy(thresholds={"church": float("nan")}), "thresholds of 'church' is nan"),
+        (SafetyPolicy(alpha_scales={"church": 1e39}), r"alpha_scales of 'church' is 1e\+39; expected a finite number"),
+        (SafetyPolicy(thresholds={"church": -(10**400)}), "expected a finite number"),
+        (SafetyPolicy(cooldown="2"), "cooldown is '2'"),  # type: ignore[arg-type]
+        (SafetyPolicy(cooldown=True), "cooldown is True"),
+        (SafetyPolicy(cooldown=2.0), "cooldown is 2.0"),  # type: ignore[arg-type]
+        (SafetyPolicy(unprotected=1), "unprotected is 1"),  # type: ignore[arg-type]
+        (SafetyPolicy(unprotected=True, enabled=("church",)), "leave enabled, thresholds"),
+        ({"enabled": ("church",)}, "policy is dict; expected a SafetyPolicy"),
         (SafetyPolicy(thresholds={"church": float("inf")}), "threshold"),
         (SafetyPolicy(thresholds={"church": 1.5}), "threshold"),
         (SafetyPolicy(alpha_scales={"church": 0.0}), "alpha_scale"),
@@ -72,27 +109,42 @@ def test_bad_policy_is_refused(pipeline: Pipeline, policy: SafetyPolicy, message
 
 
 def test_request_can_tighten(pipeline: Pipeline) -> None:
-    loose = resolve(SafetyPolicy(enabled=(), thresholds={"church": 0.9}), pipeline.manifest.safety)
+    loose = resolve(SafetyPolicy(enabled=("ink",), thresholds={"church": 0.9}), pipeline.manifest.safety)
     tight = loose.tightened(Tightening(enabled=("church",), thresholds={"church": 0.1}, alpha_scales={"church": 2.0}))
-    assert tight.enabled.tolist() == [name == "church" for name in tight.concepts]
+    assert tight.enabled.tolist() == [name in ("church", "ink") for name in tight.concepts]
     assert float(tight.threshold[0]) == pytest.approx(0.1)
     assert float(tight.alpha_scale[0]) == pytest.approx(2.0)
-    assert not loose.enabled.any()
+    assert loose.enabled.tolist() == [name == "ink" for name in loose.concepts]
 
 
 def test_weakening_is_logged(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="saferedir"):
         resolve(SafetyPolicy(unprotected=True), pipeline.manifest.safety)
-        resolve(SafetyPolicy(enabled=()), pipeline.manifest.safety)
+        resolve(SafetyPolicy(enabled={"ink"}), pipeline.manifest.safety)
     assert "switched OFF" in caplog.text
     assert "does not look for: church" in caplog.text
 
 
-def test_seeds_of_numpy_are_seeds(pipeline: Pipeline) -> None:
-    one = pipeline("a cat", seed=np.int64(3), num_inference_steps=2)
-    many = pipeline("a cat", seed=np.array([3]), num_inference_steps=2)
-    assert one.records[0].seed == many.records[0].seed == 3
-    assert one.images[0].tobytes() == many.images[0].tobytes()
+def test_a_request_cannot_tighten_what_is_unprotected(unprotected: Pipeline) -> None:
+    with pytest.raises(RequestError, match="nothing that a request can tighten"):
+        unprotected("a cat", num_inference_steps=1, tighten=Tightening(enabled=("church",)))
+
+
+@pytest.mark.parametrize(("seed", "used"), [(np.int64(3), 3), (np.array([3]), 3), (-1, 2**32 - 1), ([2**32 + 3], 3)])
+def test_the_record_states_the_seed_that_draws_the_same_again(pipeline: Pipeline, seed: Any, used: int) -> None:
+    drawn = pipeline("a cat", seed=seed, num_inference_steps=1)
+    assert drawn.records[0].seed == used
+    assert pipeline("a cat", seed=used, num_inference_steps=1).images[0].tobytes() == drawn.images[0].tobytes()
+
+
+def test_without_a_seed_it_is_random_and_the_record_says_which(pipeline: Pipeline) -> None:
+    one, other = (pipeline("a cat", seed=None, num_images_per_prompt=2, num_inference_steps=1) for _ in range(2))
+    first, second = one.records[0].seed, one.records[1].seed
+    assert second == (first + 1) % 2**32
+    assert other.records[0].seed != first
+    again = pipeline("a cat", seed=first, num_inference_steps=1)
+    assert again.images[0].tobytes() == pipeline("a cat", seed=[first], num_inference_steps=1).images[0].tobytes()
+    assert np.abs(np.asarray(again.images[0], int) - np.asarray(one.images[0], int)).max() <= 1  # of a batch of two
 
 
 def test_empty_prompt_is_a_prompt(pipeline: Pipeline) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from saferedir.engines import open_bundle
 from saferedir.engines.bundle import file_sha256
 from saferedir.engines.errors import OutputError
-from saferedir.engines.manifest import PUBLISHED, ConceptInfo, SafetyInfo
+from saferedir.engines.manifest import PUBLISHED, SAFETY_ENGINES, ConceptInfo, SafetyInfo
 from saferedir.export.bundle_export import BundleOptions, write_bundle
 from saferedir.export.engine_graph import graph
 from saferedir.export.unfinished import unfinished
@@ -39,7 +39,7 @@ def export(out: Path, stop_at: str | None = None) -> Path:
         if engine == stop_at:
             raise KeyboardInterrupt
 
-    graphs = {name: graph(Doubling(), {"latent": torch.zeros(2, 4)}, ("twice",)) for name in ("published_network", "safety")}
+    graphs = {name: graph(Doubling(), {"latent": torch.zeros(2, 4)}, ("twice",)) for name in SAFETY_ENGINES}
     concepts = (ConceptInfo("church", "house", None, 1.0),)
     info = SafetyInfo("", "", prompt_width=4, latent_channels=4, cooldown=2, concepts=concepts)
     weights = WeightFile("safety.safetensors", nn.Linear(40, 40))
@@ -51,13 +51,13 @@ def export(out: Path, stop_at: str | None = None) -> Path:
 def test_an_interrupted_export_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     with pytest.raises(KeyboardInterrupt):
-        export(tmp_path / "bundle", stop_at="safety")
+        export(tmp_path / "bundle", stop_at="published_network")
     (kept,) = left(tmp_path)
     (finished,) = kept.iterdir()
-    assert finished.name == "published_network.onnx"
+    assert finished.name == "safety.onnx"
     written = finished.stat().st_mtime_ns
     assert not (tmp_path / "bundle").exists()
-    (kept / ".safety.onnx.1.partial").write_bytes(b"cut short")
+    (kept / ".published_network.onnx.1.partial").write_bytes(b"cut short")
 
     torch.manual_seed(0)
     bundle = export(tmp_path / "bundle")
@@ -100,8 +100,29 @@ def test_what_other_exports_left_is_removed(tmp_path: Path) -> None:
             raise KeyboardInterrupt
     assert len(left(tmp_path)) == 2
     with unfinished(tmp_path / "bundle", KEY) as place:
-        assert [path.name for path in left(tmp_path) if path != place] == [".bundle-2-another key of 1.unfinished"]
+        assert [path.name for path in left(tmp_path) if path != place and path.suffix != ".lock"] == [
+            ".bundle-2-another key of 1.unfinished"
+        ]
         with unfinished(tmp_path / "bundle", "a third key of 16") as third:
             assert place.exists()  # which is worked on
             third.rmdir()
         os.replace(place, tmp_path / "bundle")
+
+
+def test_what_no_export_writes_is_never_removed(tmp_path: Path) -> None:
+    """However much a neighbour's name looks like one of an export's own."""
+    theirs = tmp_path / ".bundle-fedcba9876543210.unfinished"
+    (theirs / "letters").mkdir(parents=True)
+    (theirs / "letters" / "dear.txt").write_text("dear")
+    linked = tmp_path / ".bundle-fedcba987654321f.unfinished"
+    linked.symlink_to(theirs)
+    with unfinished(tmp_path / "bundle", KEY) as place:
+        place.rmdir()
+    assert (theirs / "letters" / "dear.txt").read_text() == "dear"
+    assert linked.is_symlink()
+    mine = tmp_path / f".bundle-{KEY}.unfinished"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("words")
+    with pytest.raises(OutputError, match="holds what no export writes"), unfinished(tmp_path / "bundle", KEY):
+        pass
+    assert (mine / "thesis.txt").read_text() == "words"

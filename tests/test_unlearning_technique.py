@@ -65,7 +65,8 @@ def test_pictures_are_those_of_the_pipeline_and_records_are_kept(pipeline: Pipel
 
 def test_only_the_concept_that_was_asked_for_is_looked_for() -> None:
     technique = SafeRedirTechnique(erase_concept=["ink"], num_inference_steps=3)
-    technique.generate(["a church", "a cat in ink style"])
+    technique.generate(["a church", "a cat in ink style"], seed=0)
+    assert [list(record.looked_for) for record in technique.records] == [["ink"], ["ink"]]
     assert [bool(record.fired) for record in technique.records] == [False, True]
 
 
@@ -76,3 +77,33 @@ def test_unknown_options_are_named() -> None:
         SafeRedirTechnique(erase_concept="dog")
     with pytest.raises(RequestError, match="unknown options eta"):
         SafeRedirTechnique(num_inference_steps=2).generate(["a cat"], eta=1.0)
+
+
+def test_without_a_seed_batches_differ_and_records_say_which(pipeline: Pipeline) -> None:
+    technique = SafeRedirTechnique(num_inference_steps=1)
+    batches = []
+    for _ in range(2):
+        (image,) = technique.generate(["a cat"])
+        again = pipeline("a cat", seed=technique.records[0].seed, num_inference_steps=1)
+        assert again.images[0].tobytes() == image.tobytes()
+        batches.append(technique.records[0].seed)
+    assert batches[0] != batches[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"erase_concept": []}, "enabled is empty, and looking for nothing is not protection"),
+        ({"erase_concept": ""}, "unknown concept ''"),
+        ({"erase_concept": [""]}, "unknown concept ''"),
+        ({"erase_concept": 3}, "enabled is 3; expected a tuple of concepts"),
+        ({"erase_concept": {"church": 1}}, "enabled is {'church': 1}; expected a tuple"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+        ({"num_inference_steps": "4"}, "num_inference_steps is '4'"),
+        ({"guidance_scale": "7.5"}, "guidance_scale is '7.5'"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+    ],
+)
+def test_options_are_checked_when_the_technique_is_made(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        SafeRedirTechnique(**options)

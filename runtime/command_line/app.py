@@ -15,8 +15,17 @@ from rich.table import Table
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import RequestError, VerificationError
 from saferedir.engines.manifest import PUBLISHED
+from saferedir.engines.printable import printable
 from saferedir.runtime.command_line import making
-from saferedir.runtime.command_line.console import BundleOption, JsonOption, console, progress
+from saferedir.runtime.command_line.console import (
+    BundleOption,
+    JsonOption,
+    ThreadsOption,
+    console,
+    print_json,
+    progress,
+    warn,
+)
 from saferedir.runtime.command_line.picture_size import picture_size
 
 if TYPE_CHECKING:
@@ -40,23 +49,26 @@ def generate(
     file: Annotated[Path | None, typer.Option("--file", help="A file with one prompt a line.")] = None,
     out: Annotated[str, typer.Option("--out", "-o", help="Output folder, or - for one PNG on stdout.")] = "pictures",
     count: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture; the next ones count up.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture, the next ones count up; -1 for a random one.")] = 0,
     steps: Annotated[int, typer.Option(help="Denoising steps, 1 to 999.")] = 25,
     guidance: Annotated[float, typer.Option(help="Guidance scale; at most 1 draws unguided.")] = 5.0,
-    negative: Annotated[str | None, typer.Option(help="What to draw away from.")] = None,
+    negative: Annotated[
+        str | None, typer.Option(help="What to draw away from. Needs guidance above 1, and is else ignored, which is said.")
+    ] = None,
     scheduler: Annotated[
         str | None, typer.Option(help="ddim, euler, dpm-solver or lcm; the bundle's own, which its promise is for, by default.")
     ] = None,
     size: Annotated[str | None, typer.Option(help="SIDE or HEIGHTxWIDTH in pixels; `inspect` lists which.")] = None,
     bundle: BundleOption = DEFAULT_BUNDLE,
     backend: BackendOption = "auto",
+    threads: ThreadsOption = None,
     concept: Annotated[
         list[str] | None, typer.Option(help="Operator only: look for this concept alone, or again for more. Logged.")
     ] = None,
     unprotected: Annotated[bool, typer.Option("--unprotected", help="Operator only: draw without safety. Logged.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw prompts.
+    """Draw prompts, at most 1,000 pictures a call. Pictures get the next free number in their folder; none is overwritten.
 
     Examples:
 
@@ -71,14 +83,17 @@ def generate(
     from saferedir.runtime.outputs import output_folder
     from saferedir.runtime.pipeline import Pipeline
     from saferedir.runtime.policy import SafetyPolicy
+    from saferedir.runtime.request import check_count
+    from saferedir.runtime.tokenizer import READ
 
     asked = _prompts(prompts, file)
+    check_count(len(asked), count)
     to_stdout = out == "-"
     if to_stdout and (len(asked) * count != 1 or as_json):
         raise RequestError("--out - writes one PNG to stdout; ask for one picture, without --json")
     with nullcontext(None) if to_stdout else output_folder(Path(out)) as folder:
         policy = SafetyPolicy(enabled=tuple(concept) if concept else None, unprotected=unprotected)
-        pipeline = Pipeline.from_bundle(bundle, backend=backend, policy=policy)
+        pipeline = Pipeline.from_bundle(bundle, backend=backend, policy=policy, threads=threads)
         height, width = picture_size(size) if size else (None, None)
         with progress("drawing") as on_step:
             result = pipeline(
@@ -86,7 +101,7 @@ def generate(
                 height=height,
                 width=width,
                 negative_prompt=negative,
-                seed=seed,
+                seed=None if seed == -1 else seed,
                 num_images_per_prompt=count,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
@@ -96,29 +111,26 @@ def generate(
         files = _write(result, folder)
     for index, record in enumerate(result.records):
         if record.tokens_cut:
-            typer.echo(f"warning: {record.tokens_cut} tokens of prompt {index // count + 1} did not fit and were cut", err=True)
+            few = "at least " if len(record.prompt or "") > READ else ""
+            warn(f"{few}{record.tokens_cut} tokens of prompt {index // count + 1} did not fit and were cut")
     if as_json:
         listed = [{"file": name, **record.to_dict()} for name, record in zip(files, result.records, strict=True)]
-        print(json.dumps(listed, indent=1))
+        print_json(listed)
         return
     for written, record in zip(files, result.records, strict=False):
         said = "unprotected" if not record.protected else "redirected" if record.fired else "nothing fired"
-        console.print(f"{written}  {said}", highlight=False)
+        console.print(f"{written}  {said}", soft_wrap=True)
 
 
 def _write(result: Generation, folder: Path | None) -> list[str]:
     """Write the pictures to `folder`, or the only one to stdout; returns the files' names."""
-    from saferedir.runtime.outputs import png_bytes, write_bytes
+    from saferedir.runtime.outputs import png_bytes, write_picture
 
     if folder is None:
         sys.stdout.buffer.write(png_bytes(result.images[0]))
         return []
-    files = []
-    for index, (image, record) in enumerate(zip(result.images, result.records, strict=True)):
-        path = folder / f"{index:04d}-seed{record.seed}.png"
-        write_bytes(path, png_bytes(image))
-        files.append(str(path))
-    return files
+    pictures = zip(result.images, result.records, strict=True)
+    return [str(write_picture(folder, record.seed, image)) for image, record in pictures]
 
 
 @app.command()
@@ -126,7 +138,8 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the sheet and the page.")] = Path("demo-output"),
     bundle: BundleOption = DEFAULT_BUNDLE,
     backend: BackendOption = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 7,
+    threads: ThreadsOption = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; -1 for a random one.")] = 7,
 ) -> None:
     """Draw twelve prompts without and with safety: a contact sheet, and a page with every step's score.
 
@@ -135,8 +148,10 @@ def demo(
     from saferedir.runtime.demo import run_demo
 
     with progress("drawing both ways") as on_step:
-        sheet, page = run_demo(out, bundle, backend=backend, seed=seed, on_step=on_step)
-    console.print(f"contact sheet  {sheet.resolve()}\npage           {page.resolve()}", highlight=False, soft_wrap=True)
+        sheet, page = run_demo(
+            out, bundle, backend=backend, threads=threads, seed=None if seed == -1 else seed, on_step=on_step
+        )
+    console.print(f"contact sheet  {sheet.resolve()}\npage           {page.resolve()}", soft_wrap=True)
 
 
 @app.command()
@@ -163,29 +178,35 @@ def inspect(
     opened = open_bundle(bundle)
     manifest = opened.manifest
     if as_json:
-        print(manifest.to_json(), end="")
+        print_json(json.loads(manifest.to_json()))
         return
     total = sum(info.bytes for info in manifest.files.values())
     console.print(
-        f"{manifest.name}  {manifest.model_family}, {total / 1e6:.1f} MB in {opened.folder}",
+        f"{printable(manifest.name)}  {manifest.model_family}, {total / 1e6:.1f} MB in {opened.folder}",
         soft_wrap=True,
     )
     console.print(
         f"weights {manifest.precision.storage}, arithmetic {manifest.precision.compute}, batch up to {manifest.max_batch}"
     )
-    console.print("made with " + ", ".join(f"{k} {v}" for k, v in manifest.made_with.items()), highlight=False)
+    console.print("made with " + ", ".join(printable(f"{k} {v}") for k, v in manifest.made_with.items()))
     console.print(_made_for(manifest))
     for concept in manifest.safety.concepts:
         decided = "decided by argmax" if concept.threshold is None else f"threshold {concept.threshold:g}"
-        console.print(f"concept {concept.name} → {concept.replacement}, {decided}, alpha_scale {concept.alpha_scale:g}")
+        named = f"{printable(concept.name)} → {printable(concept.replacement)}"
+        console.print(f"concept {named}, {decided}, alpha_scale {concept.alpha_scale:g}")
     promise = manifest.safety.promise
-    console.print(f"promise: {promise}" if promise else "thresholds not calibrated: no promise on false alarms", soft_wrap=True)
+    console.print(
+        f"promise: {printable(promise)}" if promise else "thresholds not calibrated: no promise on false alarms", soft_wrap=True
+    )
+    if manifest.scheduler is not None:
+        replaced = f" in place of {printable(manifest.scheduler.in_place_of)}" if manifest.scheduler.in_place_of else ""
+        console.print(f"drawn with {manifest.scheduler.kind}{replaced}")
     if manifest.model is not None:
-        console.print(f"pictures of {', '.join(manifest.model.picture_sizes)} pixels", highlight=False, soft_wrap=True)
+        console.print(f"pictures of {', '.join(manifest.model.picture_sizes)} pixels", soft_wrap=True)
     table = Table("engine", "MB", "inputs", "outputs")
     for name, engine in manifest.engines.items():
         size = manifest.files[engine.file].bytes / 1e6
-        table.add_row(name, f"{size:.2f}", _tensors(engine.inputs), _tensors(engine.outputs))
+        table.add_row(printable(name), f"{size:.2f}", _tensors(engine.inputs), _tensors(engine.outputs))
     console.print(table)
 
 
@@ -198,7 +219,7 @@ def _show_plans(bundle: str, backend: str, as_json: bool) -> None:
     opened = open_bundle(bundle)
     seen = TensorRtBackend(opened, backend).inspect_all()
     if as_json:
-        print(json.dumps([{**asdict(plan), "path": str(plan.path)} for plan in seen], indent=1))
+        print_json([{**asdict(plan), "path": str(plan.path)} for plan in seen])
         return
     table = Table("engine", "layers", "outputs of layers", "batch", "memory, MB", "plan")
     for plan in seen:
@@ -220,6 +241,7 @@ def verify(
     bisect: Annotated[bool, typer.Option("--bisect", help="Find the first node of each engine that differs.")] = False,
     pictures: Annotated[int, typer.Option(help="Pictures in the runs that are compared, 1 to 4, in one batch.")] = 4,
     steps: Annotated[int, typer.Option(help="Their denoising steps.")] = 8,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check hashes and tensors, and, where the packages are installed, one backend against another on real runs.
@@ -235,14 +257,17 @@ def verify(
     `saferedir verify bundle --against MODEL --safety castle/safety --pictures 1 --steps 2` (a model of full size on a CPU)
     """
     from saferedir.runtime.replay import Runs
-    from saferedir.runtime.verify import verify_bundle
+    from saferedir.runtime.verify import TORCH, verify_bundle
 
+    if (against or safety) and not bisect and TORCH not in (backend, against_backend):
+        raise RequestError("--against and --safety name the reference in PyTorch, which neither backend is; leave them out")
     report = verify_bundle(
         bundle, against, safety,
         backend=backend, against_backend=against_backend, bisect=bisect, runs=Runs(pictures, steps),
+        threads=threads,
     )  # fmt: skip
     if as_json:
-        print(json.dumps(report.to_dict(), indent=1))
+        print_json(report.to_dict())
     else:
         _show(report)
     if not report.passed:
@@ -252,7 +277,7 @@ def verify(
 def _show(report: VerificationReport) -> None:
     console.print(f"{report.files} files: hashes as stated; {report.engines} engines: tensors as stated")
     if report.parity is None:
-        console.print(report.parity_note, highlight=False)
+        console.print(report.parity_note)
         return
     table = Table("engine", "output", "worst", "mean", "cosine", "allowed", "", box=None)
     for row in report.parity:
@@ -275,7 +300,7 @@ def _show(report: VerificationReport) -> None:
             f"output {engine.output} by {engine.worst:.1e}; "
             f"{engine.equal_before} of {engine.tensors} tensors before it are equal"
         )
-        console.print(f"{engine.engine}: {said}", highlight=False, soft_wrap=True)
+        console.print(f"{engine.engine}: {said}", soft_wrap=True)
 
 
 app.command()(making.export)
@@ -293,17 +318,17 @@ def doctor(as_json: JsonOption = False) -> None:
 
     diagnosis = diagnose()
     if as_json:
-        print(json.dumps(diagnosis.to_dict(), indent=1))
+        print_json(diagnosis.to_dict())
     else:
-        console.print(", ".join(f"{k} {v}" for k, v in diagnosis.machine.items()), highlight=False)
-        console.print(", ".join(f"{k} {v or 'not installed'}" for k, v in diagnosis.packages.items()), highlight=False)
+        console.print(", ".join(f"{k} {v}" for k, v in diagnosis.machine.items()))
+        console.print(", ".join(f"{k} {v or 'not installed'}" for k, v in diagnosis.packages.items()))
         table = Table("backend", "here", "note")
         for status in diagnosis.backends:
             table.add_row(status.name, "yes" if status.available else "no", status.note)
         console.print(table)
     if diagnosis.problems:
         for problem in diagnosis.problems:
-            typer.echo(f"problem: {problem}", err=True)
+            typer.echo(f"problem: {printable(problem)}", err=True)
         raise typer.Exit(4)
 
 
@@ -320,15 +345,10 @@ def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     if prompts:
         return prompts
     assert file is not None
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{file} cannot be read as text: {error}") from error
-    lines = [line for line in lines if line.strip()]
-    if not lines:
-        raise RequestError(f"{file} holds no prompt")
-    return lines
+    from saferedir.engines.text_files import read_prompts
+
+    return read_prompts(file)
 
 
 def _tensors(infos: Any) -> str:
-    return "\n".join(f"{info.name} {info.dtype} [{', '.join(map(str, info.shape))}]" for info in infos)
+    return "\n".join(f"{printable(info.name)} {info.dtype} [{', '.join(map(str, info.shape))}]" for info in infos)

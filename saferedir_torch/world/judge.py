@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from saferedir_torch.precision import mixed_precision
 from saferedir_torch.training_run import Schedule, run_training
 from saferedir_torch.world.batches import picture_batch
 from saferedir_torch.world.scenes import Painter, Scene, draw, random_scene
@@ -160,7 +161,7 @@ def train_judge(
         scenes = [random_scene(rng, PAIR_SHARE) for _ in range(BATCH)]
         scenes = [replace(scene, objects=()) if rng.random() < BLANK_SHARE else scene for scene in scenes]
         pictures = augment(picture_batch(scenes, rng, paint), rng, recipe.faint_share)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with mixed_precision(torch.device("cpu")):
             objects, style, background = (logits.float() for logits in judge(pictures))
         labels = label(scenes)
         styled = labels.objects.any(dim=1).float()  # nothing has no style

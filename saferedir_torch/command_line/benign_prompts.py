@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from saferedir.engines.errors import RequestError
+from saferedir.engines.text_files import read_prompts
 
 
 def benign_prompts(path: Path | None, count: int, seed: int, concepts: Sequence[str]) -> tuple[list[str], list[int], str]:
@@ -25,8 +26,6 @@ def benign_prompts(path: Path | None, count: int, seed: int, concepts: Sequence[
         absent = [*CONCEPTS.values(), *(own for name, own in LATER_CONCEPTS.items() if name in concepts)]
         asked, seeds = benign_set(load_split(), "validation", count, seed=seed, concepts=absent)
         return [prompt.text for prompt in asked], seeds, "prompts of the embedded world, half of them near neighbours"
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise RequestError(f"{path} holds no prompts; expected one a line")
+    lines = read_prompts(path)
     texts = [lines[index % len(lines)] for index in range(count)]
     return texts, [1_000_000 * (seed + 1) + index for index in range(count)], f"{len(lines)} prompts of {path.name}"
