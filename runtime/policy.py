@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from numbers import Integral
-from typing import Any
+from numbers import Integral, Real
 
 import numpy as np
 import numpy.typing as npt
@@ -174,14 +173,16 @@ def _check_numbers(name: str, numbers: object, known: tuple[str, ...]) -> None:
         raise RequestError(f"{name} is {numbers!r}; expected a mapping of concepts to numbers, such as {{{known[0]!r}: 0.5}}")
     _check_names(numbers, known)
     for concept, value in numbers.items():
-        if not _is_number(value):
+        if isinstance(value, bool) or not isinstance(value, Real) or not _is_finite(value):
             raise RequestError(f"{name} of {concept!r} is {value!r}; expected a finite number")
 
 
-def _is_number(value: Any) -> bool:
-    kinds = (int, float, np.integer, np.floating)
-    of_kind = isinstance(value, kinds) and not isinstance(value, bool)
-    return of_kind and bool(abs(value) <= LARGEST)
+def _is_finite(value: Real) -> bool:
+    """Whether it is a number of the engines'."""
+    try:
+        return abs(float(value)) <= LARGEST
+    except OverflowError:
+        return False
 
 
 def _check_names(asked: Iterable[object], known: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from saferedir.engines.errors import OutputError, SafeRedirError
+from saferedir.engines.printable import printable
 from saferedir_torch.command_line import calibrate, train
 
 app = typer.Typer(help="Train and calibrate safety modules.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -17,10 +18,10 @@ def main() -> None:
     try:
         app()
     except SafeRedirError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(error)}", err=True)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(error)}", err=True)
         raise SystemExit(OutputError.exit_code) from None
 
 

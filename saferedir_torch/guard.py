@@ -11,7 +11,7 @@ import torch
 from saferedir.engines.errors import SafetyError
 from saferedir_torch.eager_policy import EagerPolicy
 from saferedir_torch.safety_module import SafetyModule
-from saferedir_torch.safety_run import SafetyRecord, SafetyRun
+from saferedir_torch.safety_run import CallRecord, SafetyRun
 
 
 class Guard:
@@ -26,7 +26,7 @@ class Guard:
         self._on: dict[torch.device, SafetyModule] = {}
 
     @property
-    def last(self) -> SafetyRecord:
+    def last(self) -> CallRecord:
         """The record of the latest call. The result of a call holds the same one as `safety`, for whoever is elsewhere.
 
         Raises:
@@ -49,11 +49,11 @@ class Guard:
             self._on[device] = self.safety if stays else copy.deepcopy(self.safety).to(device, torch.float32)
         return self._on[device]
 
-    def finished(self, record: SafetyRecord) -> None:
+    def finished(self, record: CallRecord) -> None:
         """Keep `record` as the latest of this thread or task."""
         others = [(guard, other) for guard, other in _latest.get() if guard() not in (None, self)]
         _latest.set((*others, (weakref.ref(self), record)))
 
 
 #: The latest record of each guard in this thread or task; guards that are gone leave theirs.
-_latest: ContextVar[tuple[tuple[weakref.ref[Guard], SafetyRecord], ...]] = ContextVar("latest", default=())
+_latest: ContextVar[tuple[tuple[weakref.ref[Guard], CallRecord], ...]] = ContextVar("latest", default=())

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import diffusers
 from torch import Tensor, nn
 
 from saferedir.engines.errors import SafetyError
@@ -25,7 +24,7 @@ from saferedir.engines.plain_letters import in_plain_letters
 from saferedir_torch.fit import check_match
 from saferedir_torch.guard import Guard
 from saferedir_torch.network_hooks import current_call, networks_of, watched
-from saferedir_torch.safety_run import SafetyRecord, SafetyRun, check_embeddings
+from saferedir_torch.safety_run import CallRecord, SafetyRun, check_embeddings
 
 #: Pipelines whose every step calls each network that is given the prompt once.
 KNOWN_PIPELINES = (
@@ -44,7 +43,7 @@ _entered: ContextVar[tuple[Guard, ...]] = ContextVar("entered", default=())
 class DrawnTuple(tuple[Any, ...]):
     """What a pipeline returns with `return_dict=False`, and the record beside it."""
 
-    safety: SafetyRecord
+    safety: CallRecord
 
 
 class _PipelineCall:
@@ -130,7 +129,8 @@ def guarded(pipeline: Any, guard: Guard) -> Iterator[None]:
 
 def check_kind(pipeline: Any) -> None:
     """Raise `SafetyError` unless it is known how `pipeline` calls its networks."""
-    if not isinstance(pipeline, tuple(getattr(diffusers, name) for name in KNOWN_PIPELINES)):
+    theirs = {kind.__name__ for kind in type(pipeline).__mro__ if kind.__module__.startswith("diffusers.")}
+    if theirs.isdisjoint(KNOWN_PIPELINES):
         raise SafetyError(f"{type(pipeline).__name__} cannot be protected; expected one of {', '.join(KNOWN_PIPELINES)}")
 
 
@@ -174,6 +174,7 @@ def _draw(pipeline: Any, plain_call: Callable[..., Any], guard: Guard, args: tup
             output = call.finish(plain_call(*bound.args, **bound.kwargs))
         finally:
             current_call.reset(token)
+            call.networks = ()  # a task that was begun within the call may hold on to it
     guard.finished(run.record)
     return output
 

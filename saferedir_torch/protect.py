@@ -20,7 +20,7 @@ __all__ = ["EagerPolicy", "Guard", "protect"]
 def protect(pipeline: Any, safety: SafetyModule, policy: EagerPolicy | None = None) -> Iterator[Guard]:
     """Detects and redirects before every step of `pipeline` while the context lasts; then leaves it as it was.
 
-    What a call returns has its `SafetyRecord` as `safety` (with `return_dict=False` too), which any thread may read.
+    What a call returns has its `CallRecord` as `safety` (with `return_dict=False` too), which any thread may read.
     `guard.last` is that of the latest call of the current thread or task.
 
     A call is followed from its beginning to its end, also past the end of the context, whichever thread or task makes it.

@@ -24,7 +24,7 @@ DETERMINISTIC = frozenset({
 
 
 @dataclass
-class SafetyRecord:
+class CallRecord:
     """What was looked for in one call of a pipeline, what was seen in every step, and what was done."""
 
     #: Concepts of the module, in the order of N.
@@ -66,7 +66,7 @@ class SafetyRun:
     ) -> None:
         """`module_on` gives the safety module of this configuration on the device that the call turns out to run on."""
         self.config, self.requests = config, requests
-        self.record = SafetyRecord(tuple(config.concept_names), choices, requests)
+        self.record = CallRecord(tuple(config.concept_names), choices, requests)
         self._module_on = module_on
         self._given: Tensor | None = None  # embeddings that the call began with, [B, T, D]
         self._step: tuple[Tensor, Tensor] | None = None  # latent and timestep that were decided and not yet denoised

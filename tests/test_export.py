@@ -13,7 +13,7 @@ import torch
 from benchmarks.small_pipeline import SMALL, save_small_pipeline
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import ExportError, OutputError, RequestError, SafetyMismatchError, VerificationError
-from saferedir.engines.manifest import PROTECTED_STEPS
+from saferedir.engines.step import PROTECTED_STEPS
 from saferedir.export.bundle_export import BundleOptions, export_bundle
 from saferedir.export.command import export_folder
 from saferedir.runtime import Pipeline, SafetyPolicy
@@ -135,14 +135,17 @@ def export_to(model: Path, safety: Path, out: Path) -> Path:
 def test_folders_that_are_not_what_they_should_be(small: tuple[Any, SafetyModule], folder: Path, tmp_path: Path) -> None:
     assert small
     model, safety, out = folder / "model", folder / "safety", tmp_path / "bundle"
+    empty, file = tmp_path / "empty", tmp_path / "file"
+    empty.mkdir()
+    file.write_bytes(b"")
     with pytest.raises(RequestError, match=r"model_index\.json"):
-        export_to(tmp_path, safety, out)
+        export_to(empty, safety, out)
     with pytest.raises(RequestError, match=r"config\.json"):
-        export_to(model, tmp_path, out)
+        export_to(model, empty, out)
     with pytest.raises(SafetyMismatchError, match="made for"):
         export_to(SHIPPED_MODEL, safety, out)
     with pytest.raises(OutputError, match="cannot be written"):
-        export_to(model, safety, folder / "model" / "model_index.json" / "bundle")
+        export_to(model, safety, file / "bundle")
     damaged = shutil.copytree(model, tmp_path / "damaged")
     (damaged / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     with pytest.raises(RequestError, match="damaged cannot be opened"):

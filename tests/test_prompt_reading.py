@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from saferedir.engines import DEFAULT_BUNDLE, open_bundle, plain_letters
+from saferedir.engines import plain_letters
+from saferedir.engines.bundle import DEFAULT_BUNDLE, locate
 from saferedir.runtime import tokenizer as tokenizer_module
 from saferedir.runtime.token_boundaries import LAST, TokenBoundaries
 from saferedir.runtime.tokenizer import LONGEST_PROMPT, PromptTokenizer
@@ -23,7 +24,7 @@ LETTERS = "ab1. '<|>stvredlmEOT\u0301\u0316İΣσ\u1100\u1161\u11a8각日😀\U0
 
 @pytest.fixture(scope="module")
 def tokenizer_file() -> Path:
-    return open_bundle(DEFAULT_BUNDLE).tokenizer_path
+    return locate(DEFAULT_BUNDLE) / "tokenizer.json"
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,21 @@ def test_tokens_before_a_sure_end_depend_on_nothing_after(plain: Tokenizer, text
     assert plain.encode(text).ids[: len(ids)] == ids
 
 
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.sampled_from("ab \u0301日\n"), max_size=60), least=st.integers(1, 30))
+def test_a_tokenizer_of_pieces_has_its_sure_ends_at_spaces(text: str, least: int) -> None:
+    """As T5's, which looks for the likeliest pieces of a whole word."""
+    pieces = [("<unk>", 0.0), ("\u2581", -2.0), ("a", -1.0), ("b", -2.0), ("ab", -1.5), ("ba", -1.2), ("\u2581a", -1.1)]
+    whole = Tokenizer(models.Unigram(pieces, 0))
+    whole.pre_tokenizer = pre_tokenizers.Metaspace()
+    beginning = TokenBoundaries(whole).beginning(text, least)
+    if len(beginning) >= least + least // 2 or beginning == text:
+        return  # no sure end
+    assert beginning[-1] == " "
+    ids = whole.encode(beginning[:-1]).ids
+    assert whole.encode(text).ids[: len(ids)] == ids
+
+
 def test_strange_letters_have_sure_ends(plain: Tokenizer) -> None:
     boundaries = TokenBoundaries(plain)
     for letters in ("२б", "😀", "日", "11", ". "):
@@ -62,7 +78,7 @@ def test_a_long_prompt_has_the_tokens_that_it_has_when_all_of_it_is_read(
     tokenizer_file: Path, plain: Tokenizer, words: str
 ) -> None:
     prompt = (words * LONGEST_PROMPT)[: LONGEST_PROMPT - 2] + " z"
-    read = PromptTokenizer(tokenizer_file, 77)(prompt)
+    read = PromptTokenizer(tokenizer_file.read_bytes(), 77)(prompt)
     ids = plain.encode(prompt).ids
     expected = ids if len(ids) <= 77 else [*ids[:76], ids[-1]]
     assert read.ids[: len(expected)].tolist() == expected
@@ -72,7 +88,7 @@ def test_a_long_prompt_has_the_tokens_that_it_has_when_all_of_it_is_read(
 
 def test_of_a_short_prompt_every_token_that_is_cut_is_counted(tokenizer_file: Path, plain: Tokenizer) -> None:
     prompt = "cat " * (tokenizer_module.READ // 4)
-    assert PromptTokenizer(tokenizer_file, 77)(prompt).cut == len(plain.encode(prompt).ids) - 77
+    assert PromptTokenizer(tokenizer_file.read_bytes(), 77)(prompt).cut == len(plain.encode(prompt).ids) - 77
 
 
 def test_the_pattern_of_a_word_repeats_one_class() -> None:

@@ -14,7 +14,7 @@ from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.protect import EagerPolicy, protect
 from saferedir_torch.safety_module import SafetyModule
 
-STEPS = 6
+STEPS = 4
 ALWAYS = EagerPolicy(thresholds={"church": 0.0})
 
 
@@ -62,18 +62,9 @@ def test_state_starts_anew_with_every_call(eager: Any, safety: SafetyModule) -> 
 
 
 def test_mixed_batch_equals_each_alone(eager: Any, safety: SafetyModule) -> None:
-    prompts = [
-        "a church",
-        "a cat",
-        "an abbey next to a dog",
-        "",
-        "a castle",
-        "a minster as a sticker",
-        "a bell",
-        "a dog",
-    ]
+    prompts = ["a church", "", "an abbey next to a dog", "a cat"]
     with protect(eager, safety) as guard:
-        together = draw(eager, prompts, list(range(8)))
+        together = draw(eager, prompts, list(range(4)))
         fired = guard.last.fired
         for row, text in enumerate(prompts):
             alone = draw(eager, [text], [row])

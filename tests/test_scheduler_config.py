@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,17 @@ from diffusers import (
 )
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from benchmarks.small_pipeline import save_small_pipeline
 from saferedir.engines.errors import ExportError, RequestError
 from saferedir.engines.manifest import SchedulerInfo
+from saferedir.export.bundle_export import BundleOptions
+from saferedir.export.command import export_folder
 from saferedir.export.scheduler_config import SAMPLERS, replacement, scheduler_info
+from saferedir.runtime.command_line.app import app
 from saferedir.runtime.schedulers import SCHEDULERS, Schedule, make_schedule
+from saferedir_torch.models import SHIPPED_SAFETY
 
 LATENT = DDIMScheduler(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
@@ -174,7 +181,7 @@ def configurations(draw: st.DrawFn) -> tuple[type[Any], dict[str, Any], dict[str
     return kind, values, left
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(configurations(), st.sampled_from(STEPS))
 def test_a_configuration_is_drawn_as_diffusers_draws_it_or_refused(
     drawn: tuple[type[Any], dict[str, Any], dict[str, Any]], steps: int
@@ -277,6 +284,35 @@ def test_a_key_that_no_sampler_knows_is_refused_by_name() -> None:
 def test_a_sampler_in_place_of_another_is_said(scheduler: Any, says: str) -> None:
     assert str(replacement(scheduler)).startswith(says)
     assert scheduler_info(scheduler).in_place_of == type(scheduler).__name__
+
+
+class StoppedError(Exception):
+    """Ends an export where it says something."""
+
+
+def test_a_sampler_in_place_of_another_is_said_before_anything_is_done(tmp_path: Path) -> None:
+    save_small_pipeline(tmp_path / "model", width=32, heads=2, scheduler=PNDMScheduler(steps_offset=1, skip_prk_steps=True))
+
+    def stop(note: str) -> None:
+        raise StoppedError(note)
+
+    with pytest.raises(StoppedError, match="drawn with ddim in place of PNDMScheduler, without its skip_prk_steps True"):
+        export_folder(tmp_path / "model", SHIPPED_SAFETY, tmp_path / "b", BundleOptions(name="x"), on_step=stop, on_note=stop)
+
+
+def test_a_scheduler_that_is_not_understood_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    scheduler = EulerDiscreteScheduler(timestep_type="continuous", steps_offset=1)
+    save_small_pipeline(tmp_path / "model", width=32, heads=2, scheduler=scheduler)
+    with pytest.raises(ExportError, match="timestep_type 'continuous', which is not known here; expected 'discrete'"):
+        export_folder(tmp_path / "model", SHIPPED_SAFETY, tmp_path / "b", BundleOptions(name="x"), on_step=pytest.fail)
+    assert not (tmp_path / "b").exists()
+
+
+def test_inspect_says_which_sampler_stands_in(bundle_copy: Path, edit_manifest: Any) -> None:
+    edit_manifest(bundle_copy, lambda raw: raw["scheduler"].update(in_place_of="PNDMScheduler"))
+    said = CliRunner().invoke(app, ["inspect", str(bundle_copy)])
+    assert said.exit_code == 0
+    assert "drawn with ddim in place of PNDMScheduler" in said.output
 
 
 def test_nothing_is_said_where_the_sampler_is_the_models_own() -> None:

@@ -18,10 +18,10 @@ from PIL import Image
 
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.manifest import MANIFEST_FILE
+from saferedir.engines.printable import printable
 from saferedir.runtime import Pipeline
 from saferedir.runtime.command_line import entry
 from saferedir.runtime.command_line.entry import _OneLine, main
-from saferedir.runtime.command_line.printable import printable
 from tests.conftest import Edit
 
 ESCAPES = "\x1b[31mred\x1b[0m\x07\x9b2J\u202egnp.exe\r[bold]:bomb:"
@@ -208,3 +208,19 @@ def test_the_entry_point_needs_no_rich_to_say_what_is_missing(
         entry.main()
     assert left.value.code == 4
     assert "saferedir[cli]" in capsys.readouterr().err
+
+
+def test_plans_of_a_user_without_a_home_are_refused(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(*_: object, **__: object) -> Path:
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.setattr("saferedir.engines.plan_cache.user_cache_path", unknown)
+    assert run("build-plans") == 4
+    assert "error: this user has no home folder to keep plans in" in capsys.readouterr().err
+
+
+def test_a_reference_that_is_not_compared_with_is_refused(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("verify", "--against", str(tmp_path), "--against-backend", "ort-cpu") == 2
+    assert "--against and --safety name the reference in PyTorch" in capsys.readouterr().err

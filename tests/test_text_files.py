@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from saferedir.engines.errors import OutputError, RequestError
 from saferedir.engines.text_files import LARGEST, read_prompts, read_text
+from saferedir_torch.__main__ import app
 from saferedir_torch.attacks.__main__ import read_targets
 from saferedir_torch.benign_prompts import benign_prompts
 from saferedir_torch.pairs_file import FilePrompts
@@ -112,3 +114,14 @@ def test_a_training_does_not_write_over_what_it_reads(tmp_path: Path, out: str) 
     (tmp_path / "first" / "safety").mkdir(parents=True)
     with pytest.raises(OutputError, match="which is read"):
         training_place(tmp_path / out, (tmp_path / "model", None, tmp_path / "first" / "safety"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--rewrite", "a:b=c"], "give --pairs as well"), (["--pairs", "p", "--split", "s"], "--pairs replaces")],
+)
+def test_an_option_of_training_that_nothing_uses_is_refused(tmp_path: Path, options: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["train", "--model", "model", "--out", str(tmp_path / "out"), *options])
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()

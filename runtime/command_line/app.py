@@ -15,6 +15,7 @@ from rich.table import Table
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import RequestError, VerificationError
 from saferedir.engines.manifest import PUBLISHED
+from saferedir.engines.printable import printable
 from saferedir.runtime.command_line import making
 from saferedir.runtime.command_line.console import (
     BundleOption,
@@ -26,7 +27,6 @@ from saferedir.runtime.command_line.console import (
     warn,
 )
 from saferedir.runtime.command_line.picture_size import picture_size
-from saferedir.runtime.command_line.printable import printable
 
 if TYPE_CHECKING:
     from saferedir.engines import Manifest
@@ -257,8 +257,10 @@ def verify(
     `saferedir verify bundle --against MODEL --safety castle/safety --pictures 1 --steps 2` (a model of full size on a CPU)
     """
     from saferedir.runtime.replay import Runs
-    from saferedir.runtime.verify import verify_bundle
+    from saferedir.runtime.verify import TORCH, verify_bundle
 
+    if (against or safety) and not bisect and TORCH not in (backend, against_backend):
+        raise RequestError("--against and --safety name the reference in PyTorch, which neither backend is; leave them out")
     report = verify_bundle(
         bundle, against, safety,
         backend=backend, against_backend=against_backend, bisect=bisect, runs=Runs(pictures, steps),

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from saferedir.runtime.command_line.printable import printable
+from saferedir.engines.printable import printable
 from saferedir.runtime.loop import StepCallback
 
 BundleOption = Annotated[str, typer.Option("--bundle", help="Bundle folder, or the name of an embedded one.")]

@@ -8,7 +8,7 @@ import os
 import sys
 
 from saferedir.engines.errors import OutputError, SafeRedirError
-from saferedir.runtime.command_line.printable import printable
+from saferedir.engines.printable import printable
 
 
 class _OneLine(logging.Formatter):

@@ -171,7 +171,8 @@ def build_plans(
         strip_weights=strip_weights,
     )  # fmt: skip
     opened = open_bundle(bundle)
-    cache = PlanCache(opened.folder / "plans" if in_bundle else out or user_cache())
+    folder = opened.folder / "plans" if in_bundle else user_cache() if out is None else out.resolve()
+    cache = PlanCache(folder)
     with progress("building") as on_plan:
         plans = build(opened, options, cache, tuple(engine) if engine else None, on_plan=on_plan, on_wait=_say_waiting)
     if as_json:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from saferedir.engines.errors import RequestError, SafeRedirError
+from saferedir.engines.printable import printable
 from saferedir.engines.text_files import read_text
 from saferedir_torch.attacks.diffusers_model import DiffusersModel
 from saferedir_torch.attacks.suite import AT_LEAST, SEEDS_A_PROMPT, UNCHANGED, Bools, Pixels, Shows, attack, attempts
@@ -67,7 +68,7 @@ def main(
             figures[name] = attack(made, unprotected, protected, looks, at_least=at_least).figures()
             _write(out, {"model": model, "technique": technique, "seed": seed, "families": figures})
     except (SafeRedirError, ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(error)}", err=True)
         raise typer.Exit(2) from error
     _show(figures)
 
@@ -139,7 +140,7 @@ def _options(given: Sequence[str]) -> dict[str, Any]:
 
 def _write(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(results, indent=1))
     partial.replace(path)
 

@@ -88,6 +88,10 @@ def train(
 
     if extend is not None and start_from is not None:
         raise typer.BadParameter("a module is extended or started from, not both", param_hint="--start-from")
+    if pairs is None and rewrite:
+        raise typer.BadParameter("it rewrites the prompts of a file; give --pairs as well", param_hint="--rewrite")
+    if pairs is not None and split is not None:
+        raise typer.BadParameter("it is of the embedded world, whose prompts --pairs replaces", param_hint="--split")
     training_place(out, (model, extend, start_from))
     pipeline = load_pipeline(model, config).to(device_of(device))
     base = None if extend is None else SafetyModule.load(extend).to(pipeline.device)
