@@ -34,15 +34,18 @@ def run_demo(
     *,
     backend: str = "auto",
     seed: int = 7,
+    digest: str | None = None,
     on_step: StepCallback | None = None,
 ) -> tuple[Path, Path]:
     """Draw `DEMO_PROMPTS` both ways, write `contact-sheet.png` and `index.html` to `out`, return both paths.
+
+    `digest` pins the bundle.
 
     Raises:
         OutputError: `out` cannot be written.
     """
     with output_folder(out) as folder:
-        protected = Pipeline.from_bundle(bundle, backend=backend)
+        protected = Pipeline.from_bundle(bundle, backend=backend, digest=digest)
         plain = Pipeline(protected.bundle, protected.backend, SafetyPolicy(unprotected=True))
         prompts = [prompt for _, prompt in DEMO_PROMPTS]
         half = (lambda done, total: on_step(done, 2 * total)) if on_step else None

@@ -339,7 +339,7 @@ class SafetyModule(nn.Module):
             described = cls(config).state_dict()
         try:
             data = path.read_bytes()
-            found = dict(deserialize(data))
+            found = dict(deserialize(data))  # type: ignore[no-untyped-call]
         except (OSError, SafetensorError) as error:
             raise RequestError(f"{path} cannot be read as a file of weights: {error}") from error
         wrong = [f"{name} is missing" for name in described if name not in found and name.split(".")[-1] not in LATER_LEVELS]

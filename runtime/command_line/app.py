@@ -16,7 +16,7 @@ from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import RequestError, VerificationError
 from saferedir.engines.manifest import PUBLISHED
 from saferedir.runtime.command_line import making
-from saferedir.runtime.command_line.console import BundleOption, JsonOption, console, progress
+from saferedir.runtime.command_line.console import BundleOption, DigestOption, JsonOption, console, progress
 from saferedir.runtime.command_line.picture_size import picture_size
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def generate(
     ] = None,
     size: Annotated[str | None, typer.Option(help="SIDE or HEIGHTxWIDTH in pixels; `inspect` lists which.")] = None,
     bundle: BundleOption = DEFAULT_BUNDLE,
+    digest: DigestOption = None,
     backend: BackendOption = "auto",
     concept: Annotated[
         list[str] | None, typer.Option(help="Operator only: look for this concept alone, or again for more. Logged.")
@@ -78,7 +79,7 @@ def generate(
         raise RequestError("--out - writes one PNG to stdout; ask for one picture, without --json")
     with nullcontext(None) if to_stdout else output_folder(Path(out)) as folder:
         policy = SafetyPolicy(enabled=tuple(concept) if concept else None, unprotected=unprotected)
-        pipeline = Pipeline.from_bundle(bundle, backend=backend, policy=policy)
+        pipeline = Pipeline.from_bundle(bundle, backend=backend, policy=policy, digest=digest)
         height, width = picture_size(size) if size else (None, None)
         with progress("drawing") as on_step:
             result = pipeline(
@@ -125,6 +126,7 @@ def _write(result: Generation, folder: Path | None) -> list[str]:
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the sheet and the page.")] = Path("demo-output"),
     bundle: BundleOption = DEFAULT_BUNDLE,
+    digest: DigestOption = None,
     backend: BackendOption = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 7,
 ) -> None:
@@ -135,16 +137,18 @@ def demo(
     from saferedir.runtime.demo import run_demo
 
     with progress("drawing both ways") as on_step:
-        sheet, page = run_demo(out, bundle, backend=backend, seed=seed, on_step=on_step)
+        sheet, page = run_demo(out, bundle, backend=backend, seed=seed, digest=digest, on_step=on_step)
     console.print(f"contact sheet  {sheet.resolve()}\npage           {page.resolve()}", highlight=False, soft_wrap=True)
 
 
 @app.command()
 def inspect(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, or an embedded one's name.")] = DEFAULT_BUNDLE,
+    digest: DigestOption = None,
     plans: Annotated[
         str | None, typer.Option(help="tensorrt-rtx or tensorrt: its plans instead, on a card that they fit.")
     ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of manifests instead.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a bundle holds: model, concepts, engines with their tensors, versions.
@@ -156,20 +160,26 @@ def inspect(
     `saferedir inspect bundle --plans tensorrt-rtx` (layers, what they compute in, shapes, memory)
     """
     if plans is not None:
-        _show_plans(bundle, plans, as_json)
+        _show_plans(bundle, digest, plans, as_json)
         return
     from saferedir.engines import open_bundle
 
-    opened = open_bundle(bundle)
+    if schema:
+        from saferedir.engines.schema import manifest_schema
+
+        print(json.dumps(manifest_schema(), indent=1))
+        return
+    opened = open_bundle(bundle, digest=digest)
     manifest = opened.manifest
     if as_json:
-        print(manifest.to_json(), end="")
+        print(manifest.to_json().decode(), end="")
         return
     total = sum(info.bytes for info in manifest.files.values())
     console.print(
         f"{manifest.name}  {manifest.model_family}, {total / 1e6:.1f} MB in {opened.folder}",
         soft_wrap=True,
     )
+    console.print(f"digest {opened.digest}", highlight=False, soft_wrap=True)
     console.print(
         f"weights {manifest.precision.storage}, arithmetic {manifest.precision.compute}, batch up to {manifest.max_batch}"
     )
@@ -189,13 +199,13 @@ def inspect(
     console.print(table)
 
 
-def _show_plans(bundle: str, backend: str, as_json: bool) -> None:
+def _show_plans(bundle: str, digest: str | None, backend: str, as_json: bool) -> None:
     from saferedir.engines import open_bundle
     from saferedir.runtime.tensorrt import MODULES, TensorRtBackend
 
     if backend not in MODULES:
         raise RequestError(f"--plans is {backend!r}; expected one of {', '.join(MODULES)}")
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, digest=digest)
     seen = TensorRtBackend(opened, backend).inspect_all()
     if as_json:
         print(json.dumps([{**asdict(plan), "path": str(plan.path)} for plan in seen], indent=1))
@@ -211,6 +221,7 @@ def _show_plans(bundle: str, backend: str, as_json: bool) -> None:
 @app.command()
 def verify(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, or an embedded one's name.")] = DEFAULT_BUNDLE,
+    digest: DigestOption = None,
     against: Annotated[Path | None, typer.Option(help="Diffusers folder of the reference; the shipped one by default.")] = None,
     safety: Annotated[
         Path | None, typer.Option(help="Safety module, or published checkpoint, of the reference; the shipped one by default.")
@@ -238,7 +249,7 @@ def verify(
     from saferedir.runtime.verify import verify_bundle
 
     report = verify_bundle(
-        bundle, against, safety,
+        bundle, against, safety, digest=digest,
         backend=backend, against_backend=against_backend, bisect=bisect, runs=Runs(pictures, steps),
     )  # fmt: skip
     if as_json:

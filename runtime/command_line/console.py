@@ -17,6 +17,14 @@ console = Console(markup=False)
 progress_console = Console(stderr=True)
 
 BundleOption = Annotated[str, typer.Option("--bundle", help="Bundle folder, or the name of an embedded one.")]
+DigestOption = Annotated[
+    str | None,
+    typer.Option(
+        "--bundle-digest",
+        envvar="SAFEREDIR_BUNDLE_DIGEST",
+        help="SHA-256 of the bundle's manifest, as `inspect` prints it; no other bundle is opened.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 
 

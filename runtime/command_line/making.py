@@ -12,7 +12,7 @@ from rich.table import Table
 
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import MissingDependencyError, RequestError
-from saferedir.runtime.command_line.console import JsonOption, console, progress
+from saferedir.runtime.command_line.console import DigestOption, JsonOption, console, progress
 from saferedir.runtime.command_line.picture_size import picture_size
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def import_published(
 
 def build_plans(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, or an embedded one's name.")] = DEFAULT_BUNDLE,
+    digest: DigestOption = None,
     target: Annotated[str, typer.Option(help="tensorrt-rtx (builds on any machine) or tensorrt (on the GPU it is for).")] = (
         "tensorrt-rtx"
     ),
@@ -180,7 +181,7 @@ def build_plans(
         optimization_level=optimization_level, version_compatible=version_compatible,
         hardware_compatible=hardware_compatible, strip_weights=strip_weights, workspace=workspace,
     )  # fmt: skip
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, digest=digest)
     cache = PlanCache(opened.folder / "plans" if in_bundle else out or user_cache())
     with progress("building") as on_plan:
         plans = build(opened, options, cache, tuple(engine) if engine else None, on_plan=on_plan, on_wait=_say_waiting)
