@@ -19,6 +19,14 @@ from saferedir.engines.printable import printable
 from saferedir.runtime.loop import StepCallback
 
 BundleOption = Annotated[str, typer.Option("--bundle", help="Bundle folder, or the name of an embedded one.")]
+DigestOption = Annotated[
+    str | None,
+    typer.Option(
+        "--bundle-digest",
+        envvar="SAFEREDIR_BUNDLE_DIGEST",
+        help="SHA-256 of the bundle's manifest, as `inspect` prints it; no other bundle is opened.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 ThreadsOption = Annotated[
     int | None, typer.Option(help="Threads on the CPU; SAFEREDIR_THREADS, or the cores that may be used, by default.")
