@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from functools import cached_property
+from itertools import chain, pairwise
+from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 #: What CLIP's pattern takes as one piece although its letters are of several kinds.
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
@@ -26,35 +27,33 @@ class TokenBoundaries:
     """The sure ends of tokens in prompts for one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        stated = json.loads(tokenizer.to_str())
-        pieces = _types(stated.get("pre_tokenizer"), "pretokenizers")
-        normalizers = _types(stated.get("normalizer"), "normalizers")
-        by_bytes = stated["model"].get("type") == "BPE" and "ByteLevel" in pieces
+        pieces, normalizers = _types(tokenizer.pre_tokenizer), _types(tokenizer.normalizer)
         #: Whether letters can be told apart by their bytes.
-        self._has_pairs = by_bytes and normalizers == CLIP_NORMALIZERS
-        self._added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-        self._begin_added = {text[:1] for text in self._added}
+        self._has_pairs = isinstance(tokenizer.model, models.BPE) and "ByteLevel" in pieces and normalizers == CLIP_NORMALIZERS
         self._splits_at_spaces = self._has_pairs or "Metaspace" in pieces
+        added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+        self._begin_added = {text[:1] for text in added}
+        #: Two neighbouring bytes of any token, in the byte-level alphabet.
+        self._pairs: frozenset[str] = frozenset()
+        if self._has_pairs:
+            texts = [*(token.removesuffix(END_OF_WORD) for token in tokenizer.get_vocab()), *added, *CONTRACTIONS]
+            self._pairs = frozenset(map("".join, chain.from_iterable(pairwise(text) for text in texts)))
 
     def beginning(self, prompt: str, least: int) -> str:
-        """`prompt` up to the first letter behind a sure end of a token after `least` characters.
+        """`prompt` up to the first letter behind a sure end of a token after `least` characters; all of it where the tokenizer is
+        of a kind whose ends are not known.
 
         That letter stays, so that the one before it ends a word where it does in the whole prompt. Its own tokens, `LAST` at
         most, may be others. Where half as many characters more hold no sure end, as one letter repeated may, it ends there: for
         a token before `least` to be another by that, a chain of merges of different ranks would have to lie on all of them.
         """
+        if not self._splits_at_spaces:
+            return prompt
         most = least + least // 2
         for index in range(least, min(most, len(prompt))):
             if self._is_sure(prompt[index - 1], prompt[index]):
                 return prompt[: index + 1]
         return prompt[:most]
-
-    @cached_property
-    def _pairs(self) -> frozenset[str]:
-        """Two neighbouring bytes of any token, in the byte-level alphabet."""
-        texts = [*(token.removesuffix(END_OF_WORD) for token in self._tokenizer.get_vocab()), *self._added, *CONTRACTIONS]
-        return frozenset(text[index : index + 2] for text in texts for index in range(len(text) - 1))
 
     def _is_sure(self, before: str, after: str) -> bool:
         if after == " ":
@@ -70,11 +69,12 @@ def _stands_alone(letter: str) -> bool:
     return unicodedata.category(letter)[0] in "LNPSZ" and not "\u1100" <= letter <= "\u11ff"
 
 
-def _types(stated: dict[str, object] | None, members: str) -> list[str]:
-    """The types of a part of a tokenizer's file, of each of its members where it is a sequence."""
-    if stated is None:
+def _types(part: Any) -> list[str]:
+    """The types of a part of a tokenizer, of each of its members where it is a sequence."""
+    if part is None:
         return []
-    listed = stated.get(members)
+    stated = json.loads(part.__getstate__())
+    listed = stated.get("pretokenizers", stated.get("normalizers"))
     return [member["type"] for member in listed] if isinstance(listed, list) else [str(stated["type"])]
 
 

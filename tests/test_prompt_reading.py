@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Encoding, Tokenizer, models, pre_tokenizers
 
 from saferedir.engines import DEFAULT_BUNDLE, open_bundle, plain_letters
 from saferedir.runtime import tokenizer as tokenizer_module
@@ -64,6 +64,30 @@ def test_a_tokenizer_of_pieces_has_its_sure_ends_at_spaces(text: str, least: int
     assert beginning[-1] == " "
     ids = whole.encode(beginning[:-1]).ids
     assert whole.encode(text).ids[: len(ids)] == ids
+
+
+def test_a_tokenizer_of_another_kind_is_given_everything() -> None:
+    other = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    assert TokenBoundaries(other).beginning("a b " * 10, 4) == "a b " * 10
+
+
+@pytest.mark.parametrize("words", ["a cat ", "२б", "\U0001d160\u11a8", "x", "  "])
+def test_what_the_tokenizer_is_given_grows_with_what_it_reads_alone(tokenizer_file: Path, words: str) -> None:
+    """Half as much again as is needed, or, of spaces, the whole at most twice."""
+
+    class Counting:
+        def __init__(self, tokenizer: Tokenizer) -> None:
+            self.tokenizer, self.given = tokenizer, 0
+
+        def encode(self, text: str) -> Encoding:
+            self.given += len(text)
+            return self.tokenizer.encode(text)
+
+    reader = PromptTokenizer(tokenizer_file, 77)
+    counting = Counting(reader._tokenizer)
+    reader._tokenizer = counting  # type: ignore[assignment]
+    reader((words * LONGEST_PROMPT)[:LONGEST_PROMPT])
+    assert counting.given <= (3 * LONGEST_PROMPT if words.isspace() else tokenizer_module.READ * 3 // 2)
 
 
 def test_strange_letters_have_sure_ends(plain: Tokenizer) -> None:
