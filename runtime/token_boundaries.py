@@ -40,8 +40,8 @@ class TokenBoundaries:
             self._pairs = frozenset(map("".join, chain.from_iterable(pairwise(text) for text in texts)))
 
     def beginning(self, prompt: str, least: int) -> str:
-        """`prompt` up to the first letter behind a sure end of a token after `least` characters; all of it where the tokenizer is
-        of a kind whose ends are not known.
+        """`prompt` up to the first letter behind a sure end of a token after `least` characters; all of it where the tokenizer
+        is of a kind whose ends are not known.
 
         That letter stays, so that the one before it ends a word where it does in the whole prompt. Its own tokens, `LAST` at
         most, may be others. Where half as many characters more hold no sure end, as one letter repeated may, it ends there: for
