@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Iterator
 from itertools import chain, pairwise
 from typing import Any
 
@@ -16,7 +17,8 @@ from tokenizers import Tokenizer, models
 
 #: What CLIP's pattern takes as one piece although its letters are of several kinds.
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
-#: CLIP's normalisation, under which every letter is read by itself, but for what is composed.
+#: CLIP's normalisation, under which every letter is read by itself, but for what is composed. Words that were added as several
+#: tokens are replaced by these thereafter.
 CLIP_NORMALIZERS = ["NFC", "Replace", "Lowercase"]
 END_OF_WORD = "</w>"
 #: A letter has four bytes at most, and NFC writes none by more than three.
@@ -28,11 +30,12 @@ class TokenBoundaries:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         pieces, normalizers = _types(tokenizer.pre_tokenizer), _types(tokenizer.normalizer)
+        by_letters = normalizers[:3] == CLIP_NORMALIZERS and set(normalizers[3:]) <= {"Replace"}
         #: Whether letters can be told apart by their bytes.
-        self._has_pairs = isinstance(tokenizer.model, models.BPE) and "ByteLevel" in pieces and normalizers == CLIP_NORMALIZERS
-        self._splits_at_spaces = self._has_pairs or "Metaspace" in pieces
+        self._has_pairs = isinstance(tokenizer.model, models.BPE) and "ByteLevel" in pieces and by_letters
         added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-        self._begin_added = {text[:1] for text in added}
+        self._begin_added = {text[:1].lower() for text in added}
+        self._splits_at_spaces = (self._has_pairs or "Metaspace" in pieces) and not any(" " in text for text in added)
         #: Two neighbouring bytes of any token, in the byte-level alphabet.
         self._pairs: frozenset[str] = frozenset()
         if self._has_pairs:
@@ -58,7 +61,7 @@ class TokenBoundaries:
     def _is_sure(self, before: str, after: str) -> bool:
         if after == " ":
             return self._splits_at_spaces
-        if not self._has_pairs or after in self._begin_added or not (_stands_alone(before) and _stands_alone(after)):
+        if not self._has_pairs or after.lower() in self._begin_added or not (_stands_alone(before) and _stands_alone(after)):
             return False
         first, second = (unicodedata.normalize("NFC", letter).lower().encode() for letter in (before, after))
         return _ALPHABET[first[-1]] + _ALPHABET[second[0]] not in self._pairs
@@ -70,12 +73,15 @@ def _stands_alone(letter: str) -> bool:
 
 
 def _types(part: Any) -> list[str]:
-    """The types of a part of a tokenizer, of each of its members where it is a sequence."""
-    if part is None:
-        return []
-    stated = json.loads(part.__getstate__())
-    listed = stated.get("pretokenizers", stated.get("normalizers"))
-    return [member["type"] for member in listed] if isinstance(listed, list) else [str(stated["type"])]
+    """The types of a part of a tokenizer, in turn, of each of its members where it is a sequence."""
+    return [] if part is None else list(_each_type(json.loads(part.__getstate__())))
+
+
+def _each_type(stated: dict[str, Any]) -> Iterator[str]:
+    if stated["type"] != "Sequence":
+        yield stated["type"]
+    for member in stated.get("pretokenizers", stated.get("normalizers", ())):
+        yield from _each_type(member)
 
 
 #: The letter that stands for a byte in byte-level vocabularies: itself where it can be seen, the next free one otherwise.

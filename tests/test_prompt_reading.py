@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Encoding, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from saferedir.engines import DEFAULT_BUNDLE, open_bundle, plain_letters
 from saferedir.runtime import tokenizer as tokenizer_module
@@ -33,6 +33,33 @@ def plain(tokenizer_file: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+@pytest.fixture(scope="module")
+def with_words(plain: Tokenizer) -> Tokenizer:
+    """One that reads added words: a toy of one token, a scene of two."""
+    tokenizer = Tokenizer.from_str(plain.to_str())
+    spread = normalizers.Replace(Regex(r"(?<!\w)scene(?!\w)"), "scene_0 scene_1")
+    assert tokenizer.normalizer is not None
+    tokenizer.normalizer = normalizers.Sequence([tokenizer.normalizer, spread])
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in ("<toy>", "scene_0", "scene_1")])
+    return tokenizer
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    words=st.lists(st.sampled_from(["<toy>", "Scene", "scene", "scenes", " ", "!", "२", "x", "<", "TOY>", "e"]), max_size=20),
+    least=st.integers(1, 30),
+)
+def test_added_words_are_never_cut(with_words: Tokenizer, words: list[str], least: int) -> None:
+    assert len(TokenBoundaries(with_words).beginning("२" * 100, 50)) < 55
+    text = "".join(words)
+    beginning = TokenBoundaries(with_words).beginning(text, least)
+    if beginning == text or len(beginning) >= least + least // 2:
+        return  # no sure end
+    encoding, whole = with_words.encode(beginning), with_words.encode(text)
+    ids = [token for token, (_, end) in zip(encoding.ids[:-1], encoding.offsets, strict=False) if end < len(beginning)]
+    assert whole.ids[: len(ids)] == ids
 
 
 @settings(max_examples=400, deadline=None)
