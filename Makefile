@@ -3,14 +3,20 @@ PYTHON ?= python3
 DEMO := .venv-demo
 DEV := .venv
 
-.PHONY: demo test test-gpu check lint types bundle speed parity latent_use evaluate clean
+.PHONY: demo test test-slow test-gpu check lint types bundle speed parity latent_use evaluate clean
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/saferedir demo --out demo-output
 
 # Two processes of one thread each: most of the time goes into tracing graphs, which has one thread.
+PYTEST := OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n 2 --dist worksteal
+
 test: $(DEV)/.installed
-	OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 --cov --cov-report=term --cov-fail-under=85
+	$(PYTEST) --cov --cov-report=term --cov-fail-under=85
+
+# What is long and changes seldom; CI runs it.
+test-slow: $(DEV)/.installed
+	$(PYTEST) -m 'slow and not gpu'
 
 # On a machine with an NVIDIA GPU: every backend that can be had there.
 test-gpu: .venv-gpu/.installed

@@ -23,7 +23,7 @@ from benchmarks.lean import draw_lean, pixels_sha256
 from benchmarks.report import save
 from benchmarks.sd15_shape import build
 from benchmarks.single_file import save_single_file
-from benchmarks.small_pipeline import SMALL, save_consistency, save_first, save_pixart, save_second, save_turbo
+from benchmarks.small_pipeline import save_consistency, save_first, save_pixart, save_second, save_small_safety, save_turbo
 from saferedir.engines import open_bundle
 from saferedir.export.bundle_export import BundleOptions
 from saferedir.export.command import export_folder
@@ -66,7 +66,7 @@ def models() -> dict[str, Callable[[Path], tuple[Path, Path]]]:
     def small(save_model: Callable[[Path], Path]) -> Callable[[Path], tuple[Path, Path]]:
         def make(folder: Path) -> tuple[Path, Path]:
             model = save_model(folder / "model")
-            new_module(load_pipeline(model), {"church": "house"}, **SMALL).save(folder / "safety")
+            save_small_safety(model, folder / "safety")
             return model, folder / "safety"
 
         return make

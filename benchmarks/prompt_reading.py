@@ -65,7 +65,7 @@ def main() -> None:
     """Print the slowest prompt that was found, and how long it took."""
     bundle = open_bundle(DEFAULT_BUNDLE)
     assert bundle.manifest.model is not None
-    tokenizer = PromptTokenizer(bundle.tokenizer_path, bundle.manifest.model.prompt_tokens)
+    tokenizer = PromptTokenizer(bundle.read("tokenizer.json"), bundle.manifest.model.prompt_tokens)
     picked = random.Random(0)
     tried = candidates(picked)
     timed = sorted(((milliseconds(tokenizer, prompt, 2), prompt) for prompt in tried), reverse=True)[:KEPT]

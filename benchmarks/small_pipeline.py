@@ -21,7 +21,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
-from saferedir_torch.models import SHIPPED_MODEL
+from saferedir_torch.models import SHIPPED_MODEL, load_pipeline, save_in_half
+from saferedir_torch.new_module import new_module
 from saferedir_torch.world.base import new_scheduler
 
 #: Widths of a safety module that goes with them.
@@ -38,6 +39,7 @@ def save_small_pipeline(
 ) -> Path:  # fmt: skip
     """Write a pipeline whose prompt embedding is `width` wide, in fp16, with the embedded model's words.
 
+    With `two_levels` its UNet has all that Stable Diffusion's has, a middle included; else no more than a trace needs.
     `told_width` is that of a latent consistency model's embedding of the guidance scale.
     """
     torch.manual_seed(0)
@@ -50,23 +52,32 @@ def save_small_pipeline(
             pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
-    down, up = ("CrossAttnDownBlock2D",), ("CrossAttnUpBlock2D",)
     unet = UNet2DConditionModel(
         sample_size=16, block_out_channels=(16, 32) if two_levels else (16,), layers_per_block=1, cross_attention_dim=width,
         attention_head_dim=2, norm_num_groups=8, time_cond_proj_dim=told_width,
-        down_block_types=("DownBlock2D", *down) if two_levels else down,
-        up_block_types=(*up, "UpBlock2D") if two_levels else up,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D") if two_levels else ("CrossAttnDownBlock2D",),
+        mid_block_type="UNetMidBlock2DCrossAttn" if two_levels else None,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D") if two_levels else ("UpBlock2D",),
     )  # fmt: skip
     pipeline = kind(
         vae=small_vae(), text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler or new_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    pipeline.to(torch.float16).save_pretrained(folder)
+    save_in_half(pipeline, folder)
+    return folder
+
+
+def save_small_safety(model: Path, folder: Path) -> Path:
+    """Write to `folder` a safety module with random weights for the pipeline in `model`, of one concept, a church."""
+    pipeline = load_pipeline(model)
+    torch.manual_seed(1)
+    new_module(pipeline, {"church": "house"}, **SMALL).save(folder)
     return folder
 
 
 def small_vae() -> AutoencoderKL:
-    """A VAE of the true class that halves pictures once."""
+    """A VAE of the true class that halves pictures once, the same in every pipeline."""
+    torch.manual_seed(0)
     return AutoencoderKL(
         block_out_channels=(8, 8), norm_num_groups=4, sample_size=32, mid_block_add_attention=False,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,

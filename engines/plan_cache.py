@@ -117,10 +117,25 @@ class FittingPlan:
     """A plan that an engine can be run by."""
 
     path: Path
+    sha256: str
     #: Input -> smallest, likeliest and largest shape.
     profiles: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
     #: Built without its weights, which it has to be given.
     stripped: bool = False
+
+    def read(self) -> bytes:
+        """The plan, which has the hash that is stated beside it.
+
+        Raises:
+            PlanError: it has not, or cannot be read.
+        """
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise PlanError(f"{self.path} cannot be read: {error}; build it again") from error
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise PlanError(f"{self.path} does not have the hash that is stated beside it; build it again")
+        return data
 
 
 class PlanCache:
@@ -191,7 +206,7 @@ class PlanCache:
                     for name, (low, likely, high) in statement["details"]["profiles"].items()
                 }
                 stripped = ["strip_plan", "True"] in statement["key"]["options"]
-                fitting.append(FittingPlan(plan, profiles, stripped))
+                fitting.append(FittingPlan(plan, statement["sha256"], profiles, stripped))
             near.append(differs)
         if fitting:
             return fitting

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ import onnx
 import torch
 from torch import nn
 
+import saferedir_torch
 from saferedir.engines.bundle import file_sha256
-from saferedir.engines.errors import ExportError, RequestError
+from saferedir.engines.errors import RequestError
 from saferedir.engines.manifest import (
+    LARGEST_BATCH,
     MANIFEST_FILE,
     SCHEMA_VERSION,
     TOKENIZER_FILE,
@@ -25,32 +27,27 @@ from saferedir.engines.manifest import (
     Manifest,
     ModelInfo,
     PrecisionInfo,
-    PromiseInfo,
     SafetyInfo,
-    SchedulerInfo,
+    drawing_engines,
 )
 from saferedir.engines.output_place import expect_bundle, output_place, put_in_place
+from saferedir.engines.step import SAFETY_ENGINES
+from saferedir.engines.whole_file import write_bytes
+from saferedir.export.added_words import with_words
 from saferedir.export.engine_graph import Graph
 from saferedir.export.families import family_of_unet
 from saferedir.export.graphs import all_graphs
 from saferedir.export.half import ISLANDS, PARTS, PRECISIONS, halved
-from saferedir.export.model_changes import with_words
 from saferedir.export.model_graphs import own_size
-from saferedir.export.onnx_export import BF16_OPSET, LARGEST_BATCH, OPSET, tensor_infos, to_onnx
+from saferedir.export.onnx_export import BF16_OPSET, OPSET, tensor_infos, to_onnx
 from saferedir.export.room import check_disk, check_memory
+from saferedir.export.scheduler_config import scheduler_info
 from saferedir.export.unfinished import unfinished
 from saferedir.export.weights import WeightFile, externalise
-from saferedir.runtime.outputs import write_bytes
-from saferedir_torch import protect
 from saferedir_torch.config import SafetyConfig
+from saferedir_torch.fit import check_match, encoder_hashes
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 
-#: diffusers' samplers that the runtime has.
-SAMPLERS = {"DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler", "LCMScheduler": "lcm"}
-UNKNOWN_SPACINGS = (
-    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "use_flow_sigmas",
-    "rescale_betas_zero_snr",
-)  # fmt: skip
 #: How weights are stored, what the model computes in, and how far it may lie from its reference in fp32.
 PRECISION_INFOS = {
     "fp32": PrecisionInfo(storage="float16", compute="float32"),
@@ -72,8 +69,8 @@ class BundleOptions:
     max_batch: int = 8
     #: What the model computes in; the safety computes in fp32.
     precision: str = "fp32"
-    #: Files of textual inversions whose words are added.
-    words: tuple[Path, ...] = ()
+    #: Files of textual inversions that are added, and the words for them where these are not their own.
+    words: tuple[tuple[Path, str | None], ...] = ()
     #: Height and width in pixels of the pictures it draws besides those of the model's own size.
     further_sizes: tuple[tuple[int, int], ...] = ()
     #: Types of modules that compute in fp32 whatever the precision.
@@ -105,13 +102,15 @@ def export_bundle(
         OutputError: there is too little room or memory, or `out` cannot be written.
         RequestError: an option is out of range.
         SafetyMismatchError: the safety module is made for another text encoder or other shapes.
-        ExportError: a graph cannot be exported, or the scheduler clips or thresholds.
+        ExportError: a graph cannot be exported, or the scheduler's configuration is not understood.
     """
-    protect.check_match(pipeline, safety)
+    check_match(pipeline, safety)
+    # It fits, so that both name the encoder alike, whatever precision the module met it in.
+    info = replace(safety_info(safety.config), text_encoder_sha256=encoder_hashes(pipeline).through_fp16)
     sizes = latent_sizes(pipeline, options.further_sizes)
     return write_bundle(
         out, pipeline, lambda computing: all_graphs(computing, safety, sizes), WeightFile("safety.safetensors", safety),
-        safety_info(safety.config), options, controller="saferedir", on_engine=on_engine, on_size=on_size,
+        info, options, controller="saferedir", on_engine=on_engine, on_size=on_size,
     )  # fmt: skip
 
 
@@ -132,7 +131,7 @@ def write_bundle(
 
     Raises:
         RequestError: an option is out of range.
-        ExportError: a graph cannot be exported, or the scheduler clips or thresholds.
+        ExportError: a graph cannot be exported, or the scheduler's configuration is not understood.
         OutputError: there is too little room or memory, or `out` is neither absent, nor empty, nor a bundle.
     """
     options.check()
@@ -140,8 +139,6 @@ def write_bundle(
     added: dict[str, tuple[str, ...]] = {}
     if pipeline is not None and options.words:
         pipeline, added = with_words(pipeline, options.words)
-        # It was found to fit the text encoder, of which all other words stay as they are.
-        safety = replace(safety, text_encoder_sha256=parameters_sha256(pipeline.text_encoder))
     dtype = PRECISIONS[options.precision]
     opset = BF16_OPSET if dtype == torch.bfloat16 else OPSET
     computing = pipeline if pipeline is None or dtype == torch.float32 else halved(pipeline, dtype, options.islands)
@@ -159,7 +156,9 @@ def write_bundle(
         on_size(size)
     key = _key(computing, weights, replace(options, words=()), safety, added, controller)
     with unfinished(out, key) as folder:
-        engines = _write_engines(graphs_of(computing), weights, folder, opset, on_engine)
+        sizes = () if pipeline is None else (own_size(pipeline), *latent_sizes(pipeline, options.further_sizes))
+        names = drawing_engines(sizes) if sizes else SAFETY_ENGINES
+        engines = _write_engines(names, graphs_of(computing), weights, folder, opset, on_engine)
         if pipeline is not None:
             _write_tokenizer(pipeline.tokenizer, folder)
         manifest = Manifest(
@@ -168,7 +167,7 @@ def write_bundle(
             model_family="" if pipeline is None else family_of_unet(pipeline.unet.config).name,
             controller=controller,
             max_batch=options.max_batch,
-            model=None if pipeline is None else _model_info(pipeline, added, latent_sizes(pipeline, options.further_sizes)),
+            model=None if pipeline is None else _model_info(pipeline, added, sizes[1:]),
             scheduler=scheduler,
             safety=safety,
             precision=PRECISION_INFOS[options.precision],
@@ -180,7 +179,7 @@ def write_bundle(
                 if path.name != MANIFEST_FILE
             },
         )
-        (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        (folder / MANIFEST_FILE).write_bytes(manifest.to_json())
         put_in_place(folder, out)
     return out
 
@@ -197,7 +196,7 @@ def _key(
     digest.update(repr((configs, options, safety, added, controller, made_with)).encode())
     for file in weights:
         digest.update(file.sha256.encode())
-    for code in sorted((*Path(__file__).parent.glob("*.py"), *Path(protect.__file__).parent.glob("*.py"))):
+    for code in sorted((*Path(__file__).parent.glob("*.py"), *Path(saferedir_torch.__file__).parent.glob("*.py"))):
         digest.update(code.read_bytes())
     return digest.hexdigest()
 
@@ -224,32 +223,8 @@ def _scale_factor(pipeline: Any) -> int:
     return int(2 ** (len(pipeline.vae.config.block_out_channels) - 1))
 
 
-def scheduler_info(scheduler: Any) -> SchedulerInfo:
-    """The scheduler's configuration in the bundle's terms. Samplers that are not known here are replaced by DDIM.
-
-    Raises:
-        ExportError: it clips or thresholds, which no linear step can do, or spaces its noise levels in an unknown way.
-    """
-    config = scheduler.config
-    if config.get("clip_sample") or config.get("thresholding"):
-        raise ExportError("the scheduler clips or thresholds its samples; set clip_sample and thresholding to false")
-    if odd := [name for name in UNKNOWN_SPACINGS if config.get(name)]:
-        raise ExportError(f"the scheduler has {', '.join(odd)} set, which is not known here; set it to false")
-    return SchedulerInfo(
-        kind=SAMPLERS.get(type(scheduler).__name__, "ddim"),
-        num_train_timesteps=config["num_train_timesteps"],
-        beta_start=config["beta_start"],
-        beta_end=config["beta_end"],
-        beta_schedule=config["beta_schedule"],
-        timestep_spacing=config.get("timestep_spacing", "leading"),
-        steps_offset=config.get("steps_offset", 0),
-        set_alpha_to_one=config.get("set_alpha_to_one", True),
-        original_inference_steps=config.get("original_inference_steps", 50),
-        timestep_scaling=config.get("timestep_scaling", 10.0),
-    )
-
-
 def _write_engines(
+    names: Sequence[str],
     graphs: Mapping[str, Graph],
     files: Sequence[WeightFile],
     folder: Path,
@@ -259,6 +234,9 @@ def _write_engines(
     engines: dict[str, EngineInfo] = {}
     models: dict[str, Any] = {}
     for name in graphs:
+        if name not in names:  # a part, whose weights are found once for all engines that it is written into
+            externalise(to_onnx(name, graphs, models, opset), files)
+            continue
         if on_engine is not None:
             on_engine(name)
         path = folder / f"{name}.onnx"
@@ -298,7 +276,7 @@ def _model_info(
         vae_scale_factor=_scale_factor(pipeline),
         vae_scaling_factor=vae.scaling_factor,
         prediction_type=pipeline.scheduler.config.prediction_type,
-        text_encoder_sha256=parameters_sha256(pipeline.text_encoder),
+        text_encoder_sha256=encoder_hashes(pipeline).through_fp16,
         unet_sha256=parameters_sha256(pipeline.unet),
         added_words=added_words,
         further_sizes=further_sizes,
@@ -310,6 +288,7 @@ def safety_info(config: SafetyConfig) -> SafetyInfo:
     return SafetyInfo(
         text_encoder_sha256=config.text_encoder_sha256,
         unet_sha256=config.unet_sha256,
+        prompt_tokens=config.prompt_tokens,
         prompt_width=config.prompt_width,
         latent_channels=config.latent_channels,
         cooldown=config.cooldown,
@@ -317,5 +296,5 @@ def safety_info(config: SafetyConfig) -> SafetyInfo:
             ConceptInfo(concept.name, concept.replacement, concept.threshold, concept.alpha_scale)
             for concept in config.concepts
         ),
-        promise=PromiseInfo(**asdict(config.promise)) if config.promise else None,
+        promise=config.promise,
     )

@@ -27,7 +27,11 @@ class Family:
     gives: int = 1
 
 
-STABLE_DIFFUSION = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+#: Those that begin with a picture have the same parts; an inpainting UNet is told by its channels.
+STABLE_DIFFUSION = (
+    "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
+    "StableDiffusionInpaintPipelineLegacy", "LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline",
+)  # fmt: skip
 FAMILIES = (
     Family("pixart", tuple(PROMPT_TOKENS), lambda config: bool(config.get("caption_channels")), "transformer", gives=2),
     Family("latent-consistency", STABLE_DIFFUSION, lambda unet: bool(unet.get("time_cond_proj_dim"))),

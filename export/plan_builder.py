@@ -17,17 +17,14 @@ from typing import Any
 
 from saferedir.engines import Bundle
 from saferedir.engines.errors import MissingDependencyError, PlanError, RequestError
-from saferedir.engines.manifest import kind
+from saferedir.engines.manifest import LARGEST_BATCH, kind
 from saferedir.engines.plan_cache import PlanCache, PlanKey
+from saferedir.engines.step import PLAIN_STEPS
 from saferedir.export.room import check_disk
 from saferedir.export.source_lines import source_line
 
 #: Builder -> distribution that brings it.
 BUILDERS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-#: What engines do that drawing on a plan needs, for every size of picture.
-DRAWING = ("text_encoder", "vae_decoder", "step", "step_unguided")
-#: Largest batch that the exported graphs allow.
-LARGEST_BATCH = 31
 #: A plan holds its weights in the precision it computes in, twice that of the bundle's files; as much again while it is
 #: being written.
 ROOM = 4
@@ -42,16 +39,8 @@ class PlanOptions:
     batch: tuple[int, int, int] = (1, 4, 8)
     #: Such as `8.9`. Empty: portable over every card from 8.0 on (TensorRT-RTX), or the card of this machine (TensorRT).
     compute_capabilities: tuple[str, ...] = ()
-    #: 0 to 5; None is the builder's own.
-    optimization_level: int | None = None
-    #: Runs with later minor versions as well (TensorRT).
-    version_compatible: bool = False
-    #: Runs on all cards from Ampere on, slower than on the one it is built on (TensorRT).
-    hardware_compatible: bool = False
     #: Without the weights, which are taken from the bundle when the plan is loaded. Needs a GPU to build.
     strip_weights: bool = False
-    #: Scratch memory that the builder may plan with, in MiB.
-    workspace: int | None = None
 
     def check(self) -> None:
         """Raise `RequestError` where a value is out of range."""
@@ -67,29 +56,11 @@ class PlanOptions:
                 raise RequestError(f"compute capability is {text!r}; expected one such as 8.9")
         if self.compute_capabilities and self.builder == "tensorrt":
             raise RequestError("tensorrt builds for the card of this machine; only tensorrt-rtx takes compute capabilities")
-        if self.hardware_compatible and self.builder == "tensorrt-rtx":
-            raise RequestError(
-                "a plan of tensorrt-rtx is for all cards that it knows, or for compute capabilities; only tensorrt takes "
-                "hardware_compatible"
-            )
-        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise RequestError(f"optimization level is {self.optimization_level}; expected 0 to 5")
-        if self.workspace is not None and self.workspace < 1:
-            raise RequestError(f"workspace is {self.workspace} MiB; expected 1 or more")
 
     @property
     def named(self) -> dict[str, Any]:
         """The further options, as polygraphy's `CreateConfig` takes them."""
-        given: dict[str, Any] = {}
-        if self.optimization_level is not None:
-            given["builder_optimization_level"] = self.optimization_level
-        if self.version_compatible:
-            given["version_compatible"] = True
-        if self.hardware_compatible:
-            given["hardware_compatibility_level"] = "AMPERE_PLUS"
-        if self.strip_weights:
-            given["strip_plan"] = True
-        return given
+        return {"strip_plan": True} if self.strip_weights else {}
 
 
 @dataclass(frozen=True)
@@ -115,7 +86,7 @@ def build_plans(
     on_plan: Callable[[int, int], None] | None = None,
     on_wait: Callable[[], None] | None = None,
 ) -> list[BuiltPlan]:
-    """Build what `cache` does not have of the plans of `engines`, by default those that draw.
+    """Build what `cache` does not have of the plans of `engines`, by default those that draw under safety.
 
     Raises:
         RequestError: an option is out of range.
@@ -134,9 +105,9 @@ def build_plans(
             builder_version=builder_version,
             batch=options.batch,
             compute_capabilities=options.compute_capabilities,
-            options={name: str(value) for name, value in {**options.named, "workspace": options.workspace}.items() if value},
+            options={name: str(value) for name, value in options.named.items()},
         )
-        for engine in engines or [name for name in bundle.manifest.engines if kind(name) in DRAWING]
+        for engine in engines or [name for name in bundle.manifest.engines if kind(name) not in PLAIN_STEPS]
     ]
     plans = []
     for done, key in enumerate(keys):
@@ -158,12 +129,8 @@ def build_plans(
 def _run_worker(bundle: Bundle, key: PlanKey, options: PlanOptions, out: Path) -> Mapping[str, Any]:
     """Build in another process, whose end, however it comes, is an exception here at most."""
     info = bundle.manifest.engines[key.engine]
-    named = options.named
-    if options.workspace is not None:
-        named["memory_pool_limits"] = {"WORKSPACE": options.workspace << 20}
     job = {
         "builder": key.builder,
-        "onnx": str(bundle.engine_path(key.engine)),
         "plan": str(out),
         "inputs": [
             {"name": tensor.name, "shapes": [[size if isinstance(d, str) else d for d in tensor.shape] for size in key.batch]}
@@ -171,11 +138,13 @@ def _run_worker(bundle: Bundle, key: PlanKey, options: PlanOptions, out: Path) -
         ],
         "compute_capabilities": list(key.compute_capabilities),
         "timing_cache": str(out.with_name(f"{key.builder}-{key.builder_version}.timing")),
-        "options": named,
+        "options": options.named,
     }
     with tempfile.TemporaryDirectory() as place:
+        # Parsers take paths: a copy for this build alone is what was hashed, whatever happens to the bundle meanwhile.
+        graph = bundle.copy_engine(key.engine, Path(place))
         job_file = Path(place) / "plan.job"
-        job_file.write_text(json.dumps(job))
+        job_file.write_text(json.dumps({**job, "onnx": str(graph)}))
         portable = "1" if key.builder == "tensorrt-rtx" else "0"
         done = subprocess.run(
             [sys.executable, "-m", "saferedir.export.plan_worker", str(job_file)],
@@ -187,11 +156,9 @@ def _run_worker(bundle: Bundle, key: PlanKey, options: PlanOptions, out: Path) -
         )
         result_file = job_file.with_suffix(".result")
         if done.returncode != 0 or not result_file.exists():
-            reason = _reason(done.stdout, done.returncode, bundle.engine_path(key.engine))
+            reason = _reason(done.stdout, done.returncode, graph)
             raise PlanError(f"{key.engine} cannot be built by {key.builder}: {reason}")
         result: dict[str, Any] = json.loads(result_file.read_text())
-    if result["onnx_sha256"] != key.onnx_sha256:
-        raise PlanError(f"{bundle.engine_path(key.engine)} changed while its plan was built; restore the bundle")
     return result
 
 

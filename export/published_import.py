@@ -13,6 +13,7 @@ from saferedir.engines.manifest import PUBLISHED, ConceptInfo, SafetyInfo
 from saferedir.export.bundle_export import BundleOptions, write_bundle
 from saferedir.export.published_graphs import published_graphs
 from saferedir.export.weights import WeightFile
+from saferedir_torch.fit import encoder_hashes
 from saferedir_torch.published import PublishedNetwork
 from saferedir_torch.safety_module import parameters_sha256
 
@@ -61,8 +62,9 @@ def import_published(
         _check_shapes(network, pipeline)
     info = SafetyInfo(
         # A checkpoint does not say which model it was trained with; its shapes fit this one.
-        text_encoder_sha256="" if pipeline is None else parameters_sha256(pipeline.text_encoder),
+        text_encoder_sha256="" if pipeline is None else encoder_hashes(pipeline).through_fp16,
         unet_sha256="" if pipeline is None else parameters_sha256(pipeline.unet),
+        prompt_tokens=network.pos_embed.shape[1],
         prompt_width=network.pos_embed.shape[2],
         latent_channels=network.channels,
         cooldown=options.cooldown,

@@ -11,6 +11,7 @@ from saferedir.engines.manifest import PUBLISHED
 from saferedir.export.engine_graph import Graph
 from saferedir.export.graphs import all_graphs
 from saferedir.export.published_graphs import published_graphs
+from saferedir_torch.fit import encoder_hashes
 from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.published_checkpoint import load_published
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
@@ -34,7 +35,7 @@ def open_reference(bundle: Bundle, model: Path | None = None, safety: Path | Non
     pipeline: Any = None
     if manifest.model is not None:
         pipeline = load_pipeline(model or SHIPPED_MODEL)
-        hashes = (parameters_sha256(pipeline.text_encoder), parameters_sha256(pipeline.unet))
+        hashes = (encoder_hashes(pipeline).through_fp16, parameters_sha256(pipeline.unet))
         if hashes != (manifest.model.text_encoder_sha256, manifest.model.unet_sha256):
             raise SafetyMismatchError(
                 f"the reference in {model or SHIPPED_MODEL} is not the model that {bundle.folder} was made of"

@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from safetensors.torch import save
 from torch import nn
 
-from saferedir.runtime.outputs import write_bytes
+from saferedir.engines.whole_file import write_bytes
 
 #: Smaller tensors stay inside the graph.
 SMALLEST = 1024

@@ -8,7 +8,7 @@ from typing import Any
 
 from saferedir.engines.errors import OutputError, PlanError
 from saferedir.engines.plan_cache import user_cache
-from saferedir.runtime.outputs import write_bytes
+from saferedir.engines.whole_file import write_bytes
 
 log = logging.getLogger("saferedir")
 

@@ -10,12 +10,11 @@ import numpy as np
 
 from saferedir.engines import Bundle
 from saferedir.engines.manifest import kind
+from saferedir.engines.step import STEPS
 from saferedir.runtime.backend import Call, DeviceTensor
 from saferedir.runtime.cuda import CudaStream
 from saferedir.runtime.ort_stream import OrtStreamBackend, Tensors
 
-#: What the loop calls again and again with tensors of the same shapes: one launch replays the whole step.
-CAPTURED = frozenset(("step", "step_unguided", "plain_step", "plain_step_unguided"))
 #: Addresses of target and source on the device, and the size in bytes.
 Copy = tuple[int, int, int]
 
@@ -63,7 +62,7 @@ class OrtCudaBackend(OrtStreamBackend):
         self._captured: dict[tuple[str, int], Captured] = {}
 
     def bind(self, engine: str, inputs: Tensors, outputs: Tensors) -> Call:
-        if kind(engine) not in CAPTURED:
+        if kind(engine) not in STEPS:
             return super().bind(engine, inputs, outputs)
         captured = self._capture(engine, inputs, outputs)
         own = self._bundle.manifest.engines[engine]
@@ -90,7 +89,7 @@ class OrtCudaBackend(OrtStreamBackend):
             return self._captured[engine, batch]
 
     def _provider_options(self, engine: str) -> dict[str, str]:
-        graph = {"enable_cuda_graph": "1"} if kind(engine) in CAPTURED else {}
+        graph = {"enable_cuda_graph": "1"} if kind(engine) in STEPS else {}
         return {**super()._provider_options(engine), **graph}
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside, then renamed."""
+"""Where pictures go: folders that are made before any work is done, and numbers that are free."""
 
 from __future__ import annotations
 
@@ -41,21 +41,6 @@ def output_folder(folder: Path) -> Iterator[Path]:
             for path in made:
                 path.rmdir()
         raise
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` as a whole.
-
-    Raises:
-        OutputError: it cannot be written; nothing is left behind.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written ({error.strerror})") from error
 
 
 def write_picture(folder: Path, seed: int, image: Image.Image) -> Path:

@@ -11,7 +11,8 @@ import numpy as np
 
 from saferedir.engines import Bundle
 from saferedir.engines.errors import RequestError
-from saferedir.engines.manifest import PUBLISHED, EngineInfo, ModelInfo
+from saferedir.engines.manifest import PUBLISHED, EngineInfo
+from saferedir.engines.step import STEP
 from saferedir.runtime.backend import Array, Backend, BackendAround, Call, DeviceTensor
 from saferedir.runtime.pipeline import Generation, Pipeline
 from saferedir.runtime.policy import SafetyPolicy
@@ -81,32 +82,7 @@ def record_runs(bundle: Bundle, open_backend: Callable[[], Backend], runs: Runs)
                     draw(Pipeline(bundle, recording, policy), guidance, runs, size)
             for engine, calls in recording.recorded.items():
                 recorded.setdefault(engine, []).extend(calls)
-        recorded |= _parts_of_steps(bundle, open_backend(), recorded, bundle.manifest.model, size)
     return recorded
-
-
-def _parts_of_steps(bundle: Bundle, backend: Backend, recorded: Recorded, model: ModelInfo, size: tuple[int, int]) -> Recorded:
-    """What engines that are parts of recorded steps were given there, for latents of height and width `size`."""
-    engines = bundle.manifest.engines
-    plain, step, unet, safety, safety_step = (
-        model.engine(name, *size) for name in ("plain_step", "step", "unet", "safety", "safety_step")
-    )
-    taken = [tensor.name for tensor in engines[unet].inputs]
-    seen = [given | {"latent": _seen(given), "prompt_embeds": given["prompt"]} for given in recorded[plain]]
-    parts = {unet: [{name: given[name] for name in taken} for given in seen]}
-    steps = [{**given, "latent": _seen(given)} for given in recorded[step]]
-    for engine, renamed in ((safety, {}), ("published_network", {"prompt_embeds": "prompt"})):
-        if engine in engines:
-            taken = [tensor.name for tensor in engines[engine].inputs]
-            parts[engine] = [{name: given[renamed.get(name, name)] for name in taken} for given in steps]
-    if safety_step in engines:
-        prompts = [{"original": given["original"]} for given in parts[safety]]
-        parts["safety_prompt"] = prompts
-        parts[safety_step] = [
-            given | _run(backend, "safety_prompt", engines["safety_prompt"], prompt)
-            for given, prompt in zip(parts[safety], prompts, strict=True)
-        ]
-    return parts
 
 
 def draw(pipeline: Pipeline, guidance: float, runs: Runs, size: tuple[int, int] | None = None) -> Generation:
@@ -152,22 +128,14 @@ def _unsaid() -> Iterator[None]:
         log.setLevel(before)
 
 
-def _seen(given: Mapping[str, Array]) -> Array:
-    """The latent after input scaling."""
-    scaled: Array = given["latent"] * given["input_scale"][:, None, None, None]
-    return scaled
-
-
 def _noise(engines: Mapping[str, EngineInfo], steps: int) -> Recorded:
     rng = np.random.default_rng(0)
     recorded: Recorded = {}
+    likely = {tensor.name: tensor.example for tensor in STEP if tensor.example is not None}
     for engine, info in engines.items():
         recorded[engine] = []
         for step in range(steps):
-            own: dict[str, float] = {
-                "timestep": 981 * (steps - step) // steps, "cooldown": step % 2, "period": 1, "alpha_scale": 1.25,
-                "active": step > 0, "enabled": True, "ok": True,
-            }  # fmt: skip
+            own = likely | {"timestep": 981 * (steps - step) // steps, "cooldown": step % 2, "active": step > 0}
             given = {}
             for tensor in info.inputs:
                 shape = tuple(size if isinstance(size, int) else SIZES.get(size, ANY_SIZE) for size in tensor.shape)

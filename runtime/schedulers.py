@@ -3,7 +3,7 @@
     z' = c_latent z + c_model e + c_history h + c_noise n
 
 with e the model's (guided) output, h that of the step before, and n noise of the step's own. A scheduler is a function from
-the noise schedule and the number of steps to the coefficients; adding one touches this file alone.
+the noise schedule (`noise_levels.py`) and the number of steps to the coefficients; adding one touches this file alone.
 """
 
 from __future__ import annotations
@@ -18,10 +18,17 @@ import numpy.typing as npt
 
 from saferedir.engines.errors import RequestError
 from saferedir.engines.manifest import SchedulerInfo
+from saferedir.runtime.noise_levels import (
+    Float32,
+    Float64,
+    noise_levels,
+    sigmas_of,
+    signal_shares,
+    trailing,
+    whole_timesteps,
+    within,
+)
 from saferedir.runtime.request import as_integer
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 
 #: dpm-solver takes its last step of first order where there are fewer steps than this.
 LOWER_ORDER_FINAL = 15
@@ -47,7 +54,8 @@ def make_schedule(info: SchedulerInfo, prediction_type: str, num_inference_steps
     """The schedule of the bundle's sampler, or of another `kind` of sampler over the same noise schedule.
 
     Raises:
-        RequestError: the number of steps is not one the sampler allows, or sampler or prediction type are not known here.
+        RequestError: the number of steps is not one that sampler and spacing allow, or sampler or prediction type are not
+            known here.
     """
     kind = info.kind if kind is None else kind
     most = info.num_train_timesteps - 1
@@ -55,20 +63,27 @@ def make_schedule(info: SchedulerInfo, prediction_type: str, num_inference_steps
         raise RequestError(f"num_inference_steps is {num_inference_steps}; expected 1 to {most}")
     if kind not in SCHEDULERS:
         raise RequestError(f"scheduler {kind!r} is not known to this version; known: {', '.join(SCHEDULERS)}")
-    return SCHEDULERS[kind](info, prediction_type, num_inference_steps)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        schedule = SCHEDULERS[kind](info, prediction_type, num_inference_steps)
+    if not all(np.isfinite(part).all() for part in (schedule.coefficients, schedule.timesteps, schedule.init_noise_sigma)):
+        raise RequestError(
+            f"num_inference_steps is {num_inference_steps}, for which {kind} with {prediction_type} divides by a signal or "
+            "noise of zero; ask for another number of steps or another sampler"
+        )
+    return schedule
 
 
 def ddim(info: SchedulerInfo, prediction_type: str, num_inference_steps: int) -> Schedule:
     """DDIM without noise (Song et al. 2021, equation 12 with eta 0), in the form z' = c_z z + c_e e."""
-    alphas = _alphas_cumprod(info)
-    steps = _timesteps(info, num_inference_steps)
+    alphas = signal_shares(info)
+    steps = whole_timesteps(info, num_inference_steps)
     previous = steps - info.num_train_timesteps // num_inference_steps
     final = 1.0 if info.set_alpha_to_one else alphas[0]
     alpha = alphas[steps]
     alpha_previous = np.where(previous >= 0, alphas[np.maximum(previous, 0)], final)
     sigma, sigma_previous = np.sqrt(1 - alpha), np.sqrt(1 - alpha_previous)
-    ratio = np.sqrt(alpha_previous / alpha)
     if prediction_type == "epsilon":
+        ratio = np.sqrt(alpha_previous / alpha)
         latent, model = ratio, sigma_previous - ratio * sigma
     elif prediction_type == "v_prediction":
         latent = np.sqrt(alpha_previous * alpha) + sigma_previous * sigma
@@ -80,10 +95,8 @@ def ddim(info: SchedulerInfo, prediction_type: str, num_inference_steps: int) ->
 
 def euler(info: SchedulerInfo, prediction_type: str, num_inference_steps: int) -> Schedule:
     """Euler steps of the probability flow (Karras et al. 2022, algorithm 2 without churn); latents have variance s^2 + 1."""
-    steps = _spaced(info, num_inference_steps)
-    sigmas = _sigmas(info)
-    sigma = np.interp(steps, np.arange(len(sigmas)), sigmas)
-    change = np.append(sigma[1:], 0) - sigma
+    steps, sigmas = noise_levels(info, num_inference_steps)
+    sigma, change = sigmas[:-1], np.diff(sigmas)
     if prediction_type == "epsilon":
         latent, model = np.ones_like(sigma), change
     elif prediction_type == "v_prediction":
@@ -92,7 +105,7 @@ def euler(info: SchedulerInfo, prediction_type: str, num_inference_steps: int) -
         model = change / np.sqrt(sigma**2 + 1)
     else:
         raise _unknown_prediction(prediction_type)
-    highest = float(sigma.max())
+    highest = float(sigmas.max())
     start = highest if info.timestep_spacing in ("linspace", "trailing") else math.sqrt(highest**2 + 1)
     return _schedule(steps, latent, model, input_scale=1 / np.sqrt(sigma**2 + 1), init_noise_sigma=start)
 
@@ -103,14 +116,14 @@ def dpm_solver(info: SchedulerInfo, prediction_type: str, num_inference_steps: i
     if prediction_type != "epsilon":
         raise RequestError(f"dpm-solver needs a model that predicts noise; this one's prediction type is {prediction_type}")
     count, total = num_inference_steps, info.num_train_timesteps
-    if info.timestep_spacing == "trailing":
-        steps = np.round(np.arange(total, 0, -total / count)) - 1
+    if info.timestep_spacing == "linspace":
+        steps = np.linspace(0, total - 1, count + 1).round()[::-1][:-1].astype(np.int64)
     elif info.timestep_spacing == "leading":
-        steps = (np.arange(count + 1) * (total // (count + 1))).round()[::-1][:-1] + info.steps_offset
+        steps = within(info, count, np.arange(1, count + 1)[::-1] * (total // (count + 1)) + info.steps_offset)
     else:
-        steps = np.linspace(0, total - 1, count + 1).round()[::-1][:-1]
-    sigmas = _sigmas(info)
-    every = np.append(np.interp(steps, np.arange(total), sigmas), sigmas[0])
+        steps = trailing(info, count)
+    sigmas = sigmas_of(info)
+    every = np.append(sigmas[steps], sigmas[0])
     alpha = 1 / np.sqrt(every**2 + 1)
     noise, lam = every * alpha, -np.log(every)  # half the log of the signal-to-noise ratio
     ahead = lam[1:] - lam[:-1]
@@ -124,13 +137,12 @@ def dpm_solver(info: SchedulerInfo, prediction_type: str, num_inference_steps: i
 
 def lcm(info: SchedulerInfo, prediction_type: str, num_inference_steps: int) -> Schedule:
     """Multistep sampling of a latent consistency model (Luo et al. 2023, algorithm 3): fresh noise in all but the last step."""
-    distilled = (
-        np.arange(1, info.original_inference_steps + 1) * (info.num_train_timesteps // info.original_inference_steps) - 1
-    )
-    if num_inference_steps > len(distilled):
-        raise RequestError(f"num_inference_steps is {num_inference_steps}; lcm was distilled for at most {len(distilled)}")
+    most, total = info.original_inference_steps, info.num_train_timesteps
+    if not num_inference_steps <= most <= total:
+        raise RequestError(f"num_inference_steps is {num_inference_steps}; lcm was distilled for at most {most} of {total}")
+    distilled = np.arange(1, most + 1) * (total // most) - 1
     steps = distilled[::-1][np.floor(np.linspace(0, len(distilled), num_inference_steps, endpoint=False)).astype(np.int64)]
-    alphas = _alphas_cumprod(info)
+    alphas = signal_shares(info)
     alpha, sigma = np.sqrt(alphas[steps]), np.sqrt(1 - alphas[steps])
     scaled = steps * info.timestep_scaling
     skip, out = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2), scaled / np.sqrt(scaled**2 + SIGMA_DATA**2)
@@ -170,40 +182,3 @@ def _schedule(
 
 def _unknown_prediction(prediction_type: str) -> RequestError:
     return RequestError(f"prediction type {prediction_type!r} is not known; expected epsilon or v_prediction")
-
-
-def _sigmas(info: SchedulerInfo) -> Float64:
-    """Noise over signal at every training timestep."""
-    alphas = _alphas_cumprod(info)
-    return np.asarray(np.sqrt((1 - alphas) / alphas))
-
-
-def _spaced(info: SchedulerInfo, steps: int) -> Float64:
-    """Timesteps that need not be whole."""
-    if info.timestep_spacing == "linspace":
-        return np.linspace(0, info.num_train_timesteps - 1, steps)[::-1]
-    return _timesteps(info, steps).astype(np.float64)
-
-
-def _alphas_cumprod(info: SchedulerInfo) -> Float64:
-    # In single precision like diffusers, so that both draw the same picture.
-    count = info.num_train_timesteps
-    if info.beta_schedule == "scaled_linear":
-        roots = np.linspace(np.sqrt(info.beta_start), np.sqrt(info.beta_end), count, dtype=np.float32)
-        betas = roots**2
-    elif info.beta_schedule == "linear":
-        betas = np.linspace(info.beta_start, info.beta_end, count, dtype=np.float32)
-    else:
-        raise RequestError(f"beta schedule {info.beta_schedule!r} is not known; expected scaled_linear or linear")
-    return np.cumprod(1 - betas, dtype=np.float32).astype(np.float64)
-
-
-def _timesteps(info: SchedulerInfo, steps: int) -> npt.NDArray[np.int64]:
-    total = info.num_train_timesteps
-    if info.timestep_spacing == "leading":
-        return np.arange(steps)[::-1] * (total // steps) + info.steps_offset
-    if info.timestep_spacing == "trailing":
-        return np.round(np.arange(total, 0, -total / steps)).astype(np.int64) - 1
-    if info.timestep_spacing == "linspace":
-        return np.linspace(0, total - 1, steps).round()[::-1].astype(np.int64)
-    raise RequestError(f"timestep spacing {info.timestep_spacing!r} is not known")

@@ -11,27 +11,18 @@ from typing import Any
 import numpy as np
 
 from saferedir.engines import Bundle, open_bundle
+from saferedir.engines.bundle import check_tensors
 from saferedir.engines.errors import BundleAlteredError, RequestError
-from saferedir.engines.manifest import EngineInfo, kind
 from saferedir.runtime.backend import Backend
 from saferedir.runtime.backends import make_backend
 from saferedir.runtime.installation import import_onnxruntime
-from saferedir.runtime.ort import PROVIDERS
+from saferedir.runtime.ort import PROVIDERS, give_weights, session_tensors
 from saferedir.runtime.pipeline import Pipeline
 from saferedir.runtime.replay import Recorded, Runs, draw, record_runs, replay
 
 TORCH = "torch"
 #: Bytes of a bundle whose engines are not held in memory all at once.
 LARGE = 200_000_000
-#: Engines that no other is fused into.
-INNERMOST = {"text_encoder", "unet", "vae_decoder", "safety", "safety_prompt", "safety_step", "published_network"}
-ORT_TYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(int32)": "int32",
-    "tensor(int64)": "int64",
-    "tensor(bool)": "bool",
-}
 
 
 @dataclass(frozen=True)
@@ -117,8 +108,8 @@ def verify_bundle(
 ) -> VerificationReport:
     """Open the bundle with its hashes, read every engine's tensors back, and compare two backends on inputs of real runs.
 
-    `model` and `safety` name what the eager reference is made of, the shipped ones by default. With `bisect`, the
-    innermost engines that differ from it are followed to the first node that does. `runs` says how much is drawn; a model of
+    `model` and `safety` name what the eager reference is made of, the shipped ones by default. With `bisect`,
+    engines that differ from it are followed to the first node that does. `runs` says how much is drawn; a model of
     full size wants less on a CPU. `threads` is for the backends of ONNX Runtime.
 
     Raises:
@@ -127,8 +118,8 @@ def verify_bundle(
         BackendError: a backend cannot be had.
     """
     bundle = open_bundle(path_or_name)
-    for name, info in bundle.manifest.engines.items():
-        _check_tensors(bundle, name, info)
+    for name in bundle.manifest.engines:
+        _check_tensors(bundle, name)
     counts = (len(bundle.manifest.files), len(bundle.manifest.engines))
     packages = ("polygraphy", "onnx", *(("torch", "diffusers") if TORCH in (backend, against_backend) or bisect else ()))
     if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
@@ -142,10 +133,8 @@ def verify_bundle(
     recorded = record_runs(bundle, first, runs)
     rows = [row for engine in bundle.manifest.engines for row in _compare(bundle, engine, first, second, recorded)]
     pictures = None if bundle.manifest.model is None else _compare_pictures(bundle, first, second, runs)
-    wrong = {row.engine for row in rows if not row.passed}
-    # The steps hold the nodes of safety and UNet, where these differ already.
-    innermost = sorted({engine for engine in wrong if kind(engine) in INNERMOST} or wrong)
-    bisected = _bisect(bundle, model, safety, innermost, recorded) if bisect else []
+    wrong = sorted({row.engine for row in rows if not row.passed})
+    bisected = _bisect(bundle, model, safety, wrong, recorded) if bisect else []
     return VerificationReport(*counts, rows, pictures, bisected, "")
 
 
@@ -208,28 +197,31 @@ def _bisect(
     from saferedir.export.reference import open_reference
 
     graphs, allowed = open_reference(bundle, model, safety).graphs, bundle.manifest.precision.tolerance
+    traced: dict[str, Any] = {}
     return [
         BisectedEngine(
             engine,
-            **asdict(first_difference(bundle.engine_path(engine), to_onnx(engine, graphs), recorded[engine][-1], allowed)),
+            **asdict(
+                first_difference(bundle.engine_path(engine), to_onnx(engine, graphs, traced), recorded[engine][-1], allowed)
+            ),
         )
         for engine in engines
     ]
 
 
-def _check_tensors(bundle: Bundle, name: str, info: EngineInfo) -> None:
+def _check_tensors(bundle: Bundle, name: str) -> None:
+    """Read the tensors of an engine back from a session without optimisations."""
+    if bundle.manifest.precision.compute == "bfloat16":
+        return  # no session to read them from: this provider has no kernels in bf16
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    path = bundle.engine_path(name)
-    if bundle.manifest.precision.compute == "bfloat16":
-        return  # no session to read them from: this provider has no kernels in bf16
+    path, info = bundle.engine_path(name), bundle.manifest.engines[name]
+    graph, weights = bundle.engine(name)
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        give_weights(options, weights)
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises several types of its own
         raise BundleAlteredError(f"{path} cannot be loaded: {error}") from error
-    for stated, found in ((info.inputs, session.get_inputs()), (info.outputs, session.get_outputs())):
-        read = [(tensor.name, ORT_TYPES.get(tensor.type, tensor.type), tuple(tensor.shape)) for tensor in found]
-        told = [(tensor.name, tensor.dtype, tensor.shape) for tensor in stated]
-        if read != told:
-            raise BundleAlteredError(f"{path} has tensors {read}, the manifest says {told}")
+    check_tensors(f"{path}: inputs", session_tensors(session.get_inputs()), info.inputs)
+    check_tensors(f"{path}: outputs", session_tensors(session.get_outputs()), info.outputs)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saferedir_torch.safety_module import PromptPart, SafetyModule
+from saferedir_torch.safety_module import SafetyModule
 
 
 class Policy(NamedTuple):
@@ -76,13 +76,12 @@ class Controller(nn.Module):
         original: Tensor,
         state: State,
         policy: Policy,
-        part: PromptPart | None = None,
         history: Tensor | None = None,
     ) -> tuple[State, Verdict]:
         """latent z [B, C, h, w] after the scheduler's input scaling, timestep [B], original embedding p0 [B, T, D].
 
-        `part` is what the module makes of p0 alone, computed here where it is not given. `history` [B, C, h, w] is what the
-        UNet predicted in the step before, guided, and the latent came of without fresh noise; zero or nothing else.
+        `history` [B, C, h, w] is what the UNet predicted in the step before, guided, and the latent came of without fresh
+        noise; zero or nothing else.
         """
         history = torch.zeros_like(latent) if history is None else history
         expected = self.module.expected(latent, timestep, history)
@@ -96,8 +95,7 @@ class Controller(nn.Module):
         if self.module.config.alone:
             # What shows without the prompt being known to ask for it: none of its tokens is known as one to move.
             again = again | (fired & (together < policy.threshold))
-        strength = torch.where(again, self.module.config.persistence * policy.alpha_scale, policy.alpha_scale)
-        moved, token_mask = self.module.redirect(original, joint, active, strength, again, part)
+        moved, token_mask = self.module.redirect(original, joint, active, policy.alpha_scale, again)
         prompt = torch.where(any_fired[:, None, None], moved, state.prompt)
         resting = torch.where(watching, state.cooldown, state.cooldown - 1)
         cooldown = torch.where(any_fired, policy.period, resting)

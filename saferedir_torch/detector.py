@@ -71,6 +71,16 @@ class LatentEncoder(nn.Module):
         return projected
 
 
+def sinusoid_frequencies(count: int) -> Tensor:
+    """10000^(-i / count), [count].
+
+    The exponential is taken in double and rounded: in single its last bit depends on the processor's vector unit, and with it
+    the bytes of every graph that holds these.
+    """
+    exponents = torch.arange(count, dtype=torch.float32) / count
+    return torch.exp((-math.log(10_000) * exponents).double()).float()
+
+
 class TimestepEncoder(nn.Module):
     """Sinusoidal embedding of the timestep (0..999), linear, SiLU, LayerNorm."""
 
@@ -78,9 +88,7 @@ class TimestepEncoder(nn.Module):
 
     def __init__(self, config: SafetyConfig) -> None:
         super().__init__()
-        half = config.timestep_frequencies // 2
-        exponents = torch.arange(half, dtype=torch.float32) / half
-        self.register_buffer("frequencies", torch.exp(-math.log(10_000) * exponents), persistent=False)
+        self.register_buffer("frequencies", sinusoid_frequencies(config.timestep_frequencies // 2), persistent=False)
         self.project = nn.Linear(config.timestep_frequencies, config.timestep_features)
         self.norm = nn.LayerNorm(config.timestep_features)
 

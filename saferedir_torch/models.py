@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+import transformers
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
 from saferedir.engines.errors import RequestError
-from saferedir_torch.model_source import locate, open_single_file, pipeline_class
+from saferedir_torch.model_source import locate, open_part, open_single_file, pipeline_class
 from saferedir_torch.pixart import PROMPT_TOKENS, PixArt
 
 SHIPPED = Path(__file__).with_name("shipped")
 SHIPPED_MODEL = SHIPPED / "emoji-diffusion"
 SHIPPED_SAFETY = SHIPPED / "safety"
+#: Networks of a Stable Diffusion folder.
+PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 DEVICES = ("auto", "cpu", "cuda")
 
 
 def _open_folder(place: Path) -> Any:
-    # The precision is named, since the components' own default is the one they were saved in.
     if pipeline_class(place) in PROMPT_TOKENS:
+        # The precision is named, since the components' own default is the one they were saved in.
         return PixArt.of(DiffusionPipeline.from_pretrained(place, torch_dtype=torch.float32))
-    return StableDiffusionPipeline.from_pretrained(place, torch_dtype=torch.float32)
+    # Part by part, since what is not needed need not be there: many folders list a safety checker that they lack.
+    try:
+        parts = {name: open_part(kind, place / name) for name, kind in PARTS.items()}
+        index = json.loads((place / "model_index.json").read_text(encoding="utf-8"))
+        for name, library in (("tokenizer", transformers), ("scheduler", diffusers)):
+            parts[name] = getattr(library, index[name][1]).from_pretrained(place / name)
+    except Exception as error:  # diffusers and transformers raise several types of their own
+        raise RequestError(f"{place} cannot be opened as a Stable Diffusion model: {error}") from error
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 def device_called(name: str) -> torch.device:
@@ -40,11 +54,21 @@ def device_called(name: str) -> torch.device:
     return torch.device(name)
 
 
-def load_pipeline(model: str | Path = SHIPPED_MODEL, config: str | Path | None = None) -> Any:
+def save_in_half(pipeline: Any, folder: Path) -> None:
+    """Write the pipeline to `folder` with its weights in fp16, so that diffusers' defaults open it in fp32, all parts alike."""
+    pipeline.to(torch.float16).save_pretrained(folder)
+    # transformers computes in the type that this names, diffusers in fp32.
+    config = folder / "text_encoder" / "config.json"
+    raw = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(raw | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+
+
+def load_pipeline(model: str | Path = SHIPPED_MODEL, config: str | Path | None = None, *, without_vae: bool = False) -> Any:
     """The pipeline of a folder, a hub name or one `.safetensors` file, in fp32, without progress bars; one of another family
     has Stable Diffusion's parts under their names.
 
-    `config` is where the configuration of a single file comes from: a folder or hub name of the same family.
+    `config` is where the configuration of a single file comes from: a folder or hub name of the same family. `without_vae` lets
+    such a file lack its VAE, which then has to be replaced.
 
     Raises:
         FileNotFoundError: the shipped model is not there (a source checkout without its weights).
@@ -57,6 +81,6 @@ def load_pipeline(model: str | Path = SHIPPED_MODEL, config: str | Path | None =
     place = locate(model)
     if config is not None and not place.is_file():
         raise RequestError(f"{model} has a configuration of its own; one is named for a single file alone")
-    pipeline: Any = open_single_file(place, config) if place.is_file() else _open_folder(place)
+    pipeline: Any = open_single_file(place, config, without_vae=without_vae) if place.is_file() else _open_folder(place)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from diffusers import StableDiffusionPipeline
+from msgspec import structs
 from torch import Tensor
 
 from saferedir.engines.errors import TrainingError
 from saferedir_torch.config import Concept, SafetyConfig
+from saferedir_torch.fit import encoder_hashes
 from saferedir_torch.learner import STRENGTH
 from saferedir_torch.prompt_source import PromptSource
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
@@ -28,13 +29,15 @@ def new_module(
 
     `refuge` [N, T, D], such as `refuges` finds, is what it resorts to at last; without it there is no refuge.
     """
+    text_encoder = encoder_hashes(pipeline)
     config = SafetyConfig(
         latent_channels=pipeline.unet.config.in_channels,
         prompt_tokens=pipeline.tokenizer.model_max_length,
         prompt_width=pipeline.unet.config.cross_attention_dim,
         prediction_type=pipeline.scheduler.config.prediction_type,
         concepts=tuple(Concept(name=name, replacement=other, alpha_scale=STRENGTH) for name, other in replacements.items()),
-        text_encoder_sha256=parameters_sha256(pipeline.text_encoder),
+        text_encoder_sha256=text_encoder.through_fp16,
+        text_encoder_direct_sha256="" if text_encoder.direct == text_encoder.through_fp16 else text_encoder.direct,
         unet_sha256=parameters_sha256(pipeline.unet),
         refuge=refuge is not None,
         **widths,
@@ -65,7 +68,7 @@ def extended_module(base: SafetyModule, replacements: Mapping[str, str], *, refu
     if twice := [name for name in replacements if name in base.config.concept_names]:
         raise TrainingError(f"the module knows {', '.join(twice)} already; it has {', '.join(base.config.concept_names)}")
     added = tuple(Concept(name=name, replacement=other, alpha_scale=STRENGTH) for name, other in replacements.items())
-    config = dataclasses.replace(
+    config = structs.replace(
         base.config,
         concepts=base.config.concepts + added,
         branches=(*base.config.branch_sizes, len(added)),

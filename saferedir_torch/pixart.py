@@ -28,6 +28,11 @@ class PromptEncoder(nn.Module):
         super().__init__()
         self.encoder, self.padding = encoder, padding
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The embeddings of words, as transformers' models name them."""
+        words: nn.Module = self.encoder.get_input_embeddings()  # type: ignore[operator]
+        return words
+
     def forward(self, input_ids: Tensor) -> Any:
         kept = input_ids != self.padding
         hidden = self.encoder(input_ids=input_ids.long(), attention_mask=kept.long()).last_hidden_state

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saferedir_torch.detector import sinusoid_frequencies
+
 JOINT, TIME, LATENT = 576, 64, 512
 ATTENTION_SCALE = math.sqrt(768)
 #: Guards the division by a direction's length.
@@ -125,8 +127,7 @@ class PublishedNetwork(nn.Module):
         self.gate_linear = nn.Linear(width, 1)
         self.mask_predictor = _MaskPredictor(width)
         self.alpha_predictor = _AlphaPredictor(width)
-        exponents = torch.arange(160, dtype=torch.float32) / 160
-        self.register_buffer("frequencies", torch.exp(-math.log(10_000) * exponents), persistent=False)
+        self.register_buffer("frequencies", sinusoid_frequencies(160), persistent=False)
 
     def forward(self, latent: Tensor, prompt: Tensor, timestep: Tensor) -> PublishedOutput:
         """latent [B, C, h, w], conditional prompt embedding [B, T, D], timestep [B]."""

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from saferedir.engines.errors import RequestError
+from saferedir.engines.printable import printable
 from saferedir_torch.config import SafetyConfig
 from saferedir_torch.detector import AloneEvidence, Detector, StepEncoder
 from saferedir_torch.expectation import expected_of_prediction
@@ -25,6 +26,9 @@ TIMESTEPS = 1000
 #: Counts up where the same weights redirect otherwise than before: 2 since single words count against a mask in so far as it
 #: is unsure.
 REDIRECTION_RULE = 2
+#: Was a factor of the strength where a concept fired again, which changed nothing where there is a refuge. It stays in the hash
+#: that measured results name their module by.
+FACTOR_ON_REFIRING = 1.5
 #: Timesteps at which the level of clean pictures is stated: 0, 125, ... 1000.
 KNOTS = 9
 #: The comparable logit that all but 1 % of unsafe runs reach; 0 is what clean steps come up to.
@@ -37,6 +41,10 @@ HIGHEST = 1e4
 SAYS_NOTHING = -5.0
 #: Below any logit of a token.
 LOWEST = -60.0
+#: Types that weights may be stored in, as safetensors calls them.
+STORED_TYPES = ("F16", "BF16", "F32")
+#: What a file may lack that was calibrated before there was such a thing.
+LATER_LEVELS = ("prompt_levels", "agreed_levels")
 
 
 class PromptPart(NamedTuple):
@@ -190,7 +198,7 @@ class Branch(nn.Module):
 
 def _without_later_levels(branch: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Before weights are loaded of a file that was calibrated without `prompt_levels` or `agreed_levels`."""
-    for name in ("prompt_levels", "agreed_levels"):
+    for name in LATER_LEVELS:
         if hasattr(branch, name):
             state.setdefault(f"{prefix}{name}", torch.full_like(branch.gains, HIGHEST))  # type: ignore[arg-type]
 
@@ -265,18 +273,11 @@ class SafetyModule(nn.Module):
         score, together = (torch.sigmoid(torch.cat(logits, dim=1)) for logits in zip(*evidence, strict=True))
         return Scored(score, together, features.joint)
 
-    def prompt_part(self, original: Tensor) -> PromptPart:
-        """What the first branch needs of p0 [B, T, D] alone. The later ones read what that branch made of it."""
-        return next(self.each_branch()).prompt_part(original)
-
-    def redirect(
-        self, original: Tensor, joint: Tensor, active: Tensor, strength: Tensor, again: Tensor, part: PromptPart | None = None
-    ) -> Redirected:
+    def redirect(self, original: Tensor, joint: Tensor, active: Tensor, strength: Tensor, again: Tensor) -> Redirected:
         """p0 [B, T, D], j [B, J], active [B, N] bool, strength s [B, N] -> p, and the masks that made it.
 
         `again` [B, N] bool says which concepts fire though moving tokens did not help, or will not, where redirection is less
-        sparing, and ends in the refuge of the first of them where there is one. `part` is the prompt's own, computed here
-        where it is not given.
+        sparing, and ends in the refuge of the first of them where there is one.
 
         Of the concepts of one branch the largest strength among the active ones is used. Where no concept of a later
         branch is active that branch leaves the embedding as it is.
@@ -286,8 +287,7 @@ class SafetyModule(nn.Module):
         sizes = list(self.config.branch_sizes)
         split = (torch.split(values, sizes, dim=1) for values in (active, strength, again))
         for index, (branch, flags, scales, repeated) in enumerate(zip(self.each_branch(), *split, strict=True)):
-            own = branch.prompt_part(prompt) if part is None or index > 0 else part
-            redirection = branch.corrected_redirection(prompt, own, joint, flags, repeated)
+            redirection = branch.corrected_redirection(prompt, branch.prompt_part(prompt), joint, flags, repeated)
             moved = redirect(prompt, redirection, scales.amax(dim=1, keepdim=True))
             prompt = moved if index == 0 and len(sizes) == 1 else torch.where(flags.any(dim=1)[:, None, None], moved, prompt)
             masks.append(torch.where(flags[:, :, None], redirection.mask[:, None, :], torch.zeros_like(prompt[:, None, :, 0])))
@@ -313,7 +313,7 @@ class SafetyModule(nn.Module):
         """SHA-256 over all that a decision and a redirection depend on: weights, levels, gains, refuge, how concepts are
         configured, and the rule that weights are redirected by."""
         config = self.config
-        stated = (config.concepts, config.cooldown, config.persistence, config.vigilance, REDIRECTION_RULE)
+        stated = (config.concepts, config.cooldown, FACTOR_ON_REFIRING, config.vigilance, REDIRECTION_RULE)
         digest = hashlib.sha256(repr(stated).encode())
         _hash_tensors(digest, self.state_dict())
         return digest.hexdigest()
@@ -332,14 +332,29 @@ class SafetyModule(nn.Module):
         """The module in `folder`, in fp32 and evaluation mode (its weights are rounded to fp16 on disk).
 
         Raises:
-            RequestError: a file is missing or cut short, or the weights are of other shapes.
+            RequestError: a file is missing or cut short, or the weights are of other names, types or shapes.
         """
-        module = cls(SafetyConfig.load(folder / CONFIG_FILE))
-        weights = folder / WEIGHTS_FILE
+        config, path = SafetyConfig.load(folder / CONFIG_FILE), folder / WEIGHTS_FILE
+        with torch.device("meta"):  # shapes alone, so that no configuration asks for more memory than its weights take
+            described = cls(config).state_dict()
         try:
-            module.load_state_dict({name: tensor.float() for name, tensor in load_file(weights).items()})
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise RequestError(f"{weights} does not hold the weights that {CONFIG_FILE} describes: {error}") from error
+            data = path.read_bytes()
+            found = dict(deserialize(data))  # type: ignore[no-untyped-call]
+        except (OSError, SafetensorError) as error:
+            raise RequestError(f"{path} cannot be read as a file of weights: {error}") from error
+        wrong = [f"{name} is missing" for name in described if name not in found and name.split(".")[-1] not in LATER_LEVELS]
+        for name, stored in found.items():
+            if name not in described:
+                wrong.append(f"{name} is unknown")
+            elif stored["dtype"] not in STORED_TYPES:
+                wrong.append(f"{name} is of type {stored['dtype']}, expected one of {', '.join(STORED_TYPES)}")
+            elif stored["shape"] != list(described[name].shape):
+                wrong.append(f"{name} is of shape {stored['shape']}, expected {list(described[name].shape)}")
+        if wrong:
+            more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise RequestError(f"{path} does not hold the weights that {CONFIG_FILE} describes: {printable(wrong[0])}{more}")
+        module = cls(config)
+        module.load_state_dict({name: tensor.float() for name, tensor in load(data).items()})
         return module.eval()
 
 

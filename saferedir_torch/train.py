@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -16,16 +15,17 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from msgspec import structs
 from torch import Tensor, nn
 
 from saferedir.engines.errors import TrainingError
 from saferedir_torch.comparable import make_comparable, make_comparable_alone
+from saferedir_torch.fit import check_match
 from saferedir_torch.learner import Learner
 from saferedir_torch.loss_plot import plot_losses
 from saferedir_torch.new_module import extended_module, new_module, refuges, refuse_unconditional, with_refuge
 from saferedir_torch.precision import mixed_precision
 from saferedir_torch.prompt_source import PromptSource
-from saferedir_torch.protect import check_match
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.short_runs import recorded_short_runs, short_runs
 from saferedir_torch.training_data import SAMPLINGS, cached_runs, load_runs, make_pairs, record_runs
@@ -143,13 +143,13 @@ def train(
     elif start is not None:
         known = {concept.name: concept for concept in start.config.concepts}
         kept = tuple(
-            dataclasses.replace(concept, threshold=known[concept.name].threshold, alpha_scale=known[concept.name].alpha_scale)
+            structs.replace(concept, threshold=known[concept.name].threshold, alpha_scale=known[concept.name].alpha_scale)
             for concept in module.config.concepts
         )
         # Until something has fired nothing is redirected: false alarms are as they were.
         holds = list(parts) == ["redirector"] and start.config.unet_sha256 == module.config.unet_sha256
-        module.config = dataclasses.replace(module.config, concepts=kept, promise=start.config.promise if holds else None)
-    module.config = dataclasses.replace(
+        module.config = structs.replace(module.config, concepts=kept, promise=start.config.promise if holds else None)
+    module.config = structs.replace(
         module.config,
         provenance={
             "seed": seed, "steps": steps, "runs": runs, "short_runs": short, "pairs": pairs, "batch_scale": batch_scale,

@@ -11,7 +11,6 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from saferedir_torch.precision import mixed_precision
-from saferedir_torch.world.base import tokenize
 
 #: Runs that are drawn side by side, by the kind of device.
 CHUNKS = {"cpu": 64, "cuda": 1024}
@@ -27,6 +26,12 @@ class Trajectories:
     timesteps: Tensor
     #: Final latents, [R, C, h, w].
     final: Tensor
+
+
+def tokenize(tokenizer: Any, prompts: list[str]) -> Tensor:
+    """Token ids [B, T], padded and cut as Stable Diffusion does."""
+    ids: Tensor = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    return ids
 
 
 @torch.no_grad()

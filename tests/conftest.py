@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cpu_time import CpuTime
+from traced_once import keep_operators, traced_once
 
 from saferedir.engines.bundle import DEFAULT_BUNDLE, file_sha256, locate
 from saferedir.engines.manifest import MANIFEST_FILE
+from saferedir.export import onnx_export
 from saferedir.runtime import Pipeline, SafetyPolicy
 
 #: Files that take longest, to be begun first where several processes share the work.
@@ -22,8 +25,9 @@ LONGEST = (
 )  # fmt: skip
 
 
-def pytest_configure() -> None:
-    """Of several processes each keeps to a core of its own, so that their threads do not wait for each other's."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests say what they cost. Of several processes each keeps to a core of its own, so that none waits for another's."""
+    config.pluginmanager.register(CpuTime())
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     if worker and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
@@ -37,6 +41,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 #: Every picture fires with this policy, again and again.
 ALWAYS_FIRES = SafetyPolicy(thresholds={"church": 0.0})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Each graph is traced once, by whichever process needs it first."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with pytest.MonkeyPatch.context() as patch:
+        keep_operators(patch)
+        patch.setattr(onnx_export, "_traced", traced_once(onnx_export._traced, shared / "traces"))
+        yield
 
 
 @pytest.fixture(scope="session")

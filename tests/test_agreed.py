@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -12,9 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_module import TOKENS, WIDTH, small_module
-from typer.testing import CliRunner
 
-from saferedir_torch.__main__ import app
 from saferedir_torch.calibration import (
     AGREED_MARGIN,
     allowed_beside,
@@ -24,13 +21,9 @@ from saferedir_torch.calibration import (
     rate_beside,
     set_agreed_levels,
 )
-from saferedir_torch.config import Promise
-from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY
-from saferedir_torch.prompt_levels import restated
+from saferedir_torch.models import SHIPPED_SAFETY
 from saferedir_torch.recording import RecordedRuns
 from saferedir_torch.safety_module import HIGHEST, WEIGHTS_FILE, SafetyModule
-
-PROMISE = Promise(rate=0.001, confidence=0.95, pictures=4742, allowed=1, steps=25, guidance_scale=5.0, prompts="none")
 
 
 @torch.no_grad()
@@ -100,8 +93,6 @@ def test_as_many_may_fire_as_the_promise_holds_with() -> None:
     assert allowed_beside(3, 9151, 0.001) == 1
     assert allowed_beside(0, 4742, 0.001) == allowed_exceedances(4742) == 1
     assert rate_beside(1, 0, 10511) <= 0.000455
-    assert restated(PROMISE, 1, levels=3).rate > restated(PROMISE, 1).rate > PROMISE.rate
-    assert restated(PROMISE, 0, levels=3) == PROMISE
 
 
 def test_a_module_calibrated_without_decides_as_it_did(tmp_path: Path) -> None:
@@ -109,20 +100,3 @@ def test_a_module_calibrated_without_decides_as_it_did(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "older" / WEIGHTS_FILE)
     save_file({name: value for name, value in tensors.items() if "agreed" not in name}, tmp_path / "older" / WEIGHTS_FILE)
     assert (SafetyModule.load(tmp_path / "older").last_branch.agreed_levels == HIGHEST).all()
-
-
-def test_a_calibrated_module_is_given_its_level(tmp_path: Path) -> None:
-    module = SafetyModule.load(SHIPPED_SAFETY)
-    assert module.config.promise is not None
-    module.config = dataclasses.replace(module.config, promise=dataclasses.replace(module.config.promise, pictures=4, steps=3))
-    module.last_branch.agreed_levels.fill_(HIGHEST)
-    module.save(tmp_path / "safety")
-    options = ["--model", str(SHIPPED_MODEL), "--safety", str(tmp_path / "safety"), "--recorded", str(tmp_path / "benign")]
-    said = CliRunner().invoke(app, ["calibrate-agreed", *options], catch_exceptions=False)
-    assert said.exit_code == 0
-    made = SafetyModule.load(tmp_path / "safety")
-    assert (made.last_branch.agreed_levels < HIGHEST / 2).all()
-    assert made.config.promise is not None
-    assert made.config.promise.rate == pytest.approx(rate_beside(0, 3, 4), abs=1e-6)
-    assert [one.threshold for one in made.config.concepts] == [one.threshold for one in module.config.concepts]
-    assert json.loads(said.stdout[said.stdout.index("{") :])["promise"]["pictures"] == 4

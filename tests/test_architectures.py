@@ -14,9 +14,9 @@ from benchmarks.evaluate import app as evaluate
 from benchmarks.html_report import write_report
 from saferedir.engines.errors import SafetyMismatchError
 from saferedir_torch.__main__ import app as safety
+from saferedir_torch.fit import check_match
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.pixart import PixArt
-from saferedir_torch.protect import check_match
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
 from saferedir_torch.train import train
 from saferedir_torch.warm_start import start_from

@@ -260,7 +260,7 @@ def test_a_technique_that_draws_nothing_is_an_error() -> None:
 )
 def test_targets_of_another_form_are_named(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "targets.json").write_text(text)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(RequestError, match=says):
         read_targets(tmp_path / "targets.json")
 
 
@@ -269,7 +269,7 @@ def test_targets_of_another_form_are_named(tmp_path: Path, text: str, says: str)
     [("nowhere", ["church"], "is no folder"), ("no.module:f", [], "cannot be imported"), (str(JUDGE), [], "needs --shows")],
 )
 def test_a_judge_that_is_none_is_named(judge: str, keys: list[str], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(RequestError, match=says):
         load_judge(judge, keys, 0.5)
 
 

@@ -79,7 +79,7 @@ def test_a_word_that_tells_by_itself_is_moved_and_what_stands_beside_it_stays() 
     assert (mask[:2, 5] < 0.1).all()  # the hammer and the guitar beside it stay
     assert mask[2].max() < 0.5
     active = active.roll(1, dims=1)  # another concept
-    part = module.prompt_part(embeds)
+    part = module.last_branch.prompt_part(embeds)
     said = module.last_branch.redirection(embeds, part.features, joint, active.float())
     assert module.last_branch.with_word_evidence(said, part.words, active, never).mask[:2, 2].max() < 0.5
 
@@ -108,7 +108,7 @@ def test_pieces_of_a_name_that_is_spelt_strangely_are_moved_with_it() -> None:
     joint = module.encoder(torch.zeros(1, 4, 16, 16), torch.full((1,), 961.0))
     active = torch.tensor([[name == "weapons" for name in module.config.concept_names]])
     mask = module.redirect(embeds, joint, active, torch.full(active.shape, 1.5), torch.zeros_like(active)).token_mask[active][0]
-    says = module.prompt_part(embeds).words[0, :, active[0]][:, 0]
+    says = module.last_branch.prompt_part(embeds).words[0, :, active[0]][:, 0]
     assert says[6] < 2 * SAYS_NOTHING  # "wi" by itself
     assert mask[5:8].min() > 0.5
     assert mask[10] < 0.1  # the fish

@@ -16,9 +16,11 @@ from saferedir.runtime.backends import make_backend
 from saferedir.runtime.replay import RecordingBackend
 from saferedir_torch.controller import Controller, Policy, State
 from saferedir_torch.expectation import FARTHEST, expected_in_runs, expected_of_latents, expected_of_prediction
+from saferedir_torch.fit import check_match
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
-from saferedir_torch.protect import check_match, is_deterministic, protect
+from saferedir_torch.protect import protect
 from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.safety_run import is_deterministic
 
 ALPHAS = torch.linspace(0.999, 0.005, 1000)
 SHAPE = (6, 4, 8, 8)
@@ -108,28 +110,23 @@ def test_lcm_tells_the_picture_that_it_added_noise_to() -> None:
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     told: list[torch.Tensor] = []
     estimates: list[torch.Tensor] = []
-    step = LCMScheduler.step
+    step, expected = LCMScheduler.step, SafetyModule.expected
 
     def recording_step(*args: Any, **kwargs: Any) -> Any:
         output = step(*args, **kwargs)
         estimates.append(output[1])
         return output
 
-    with pytest.MonkeyPatch.context() as patch:
+    def recording_expected(*args: Any) -> Any:
+        told.append(expected(*args))
+        return told[-1]
+
+    with pytest.MonkeyPatch.context() as patch, protect(pipeline, safety):
         patch.setattr(LCMScheduler, "step", recording_step)
-        with protect(pipeline, safety) as guard:
-
-            def record(_: Any, args: tuple[Any, ...], __: Any) -> None:
-                history = guard.last.history
-                seen = args[0][-1:]
-                time = torch.as_tensor(float(args[1])).expand(1)
-                if history is not None:
-                    told.append(expected_of_prediction(seen, time, history, safety.alphas, velocity=False))
-
-            hook = pipeline.unet.register_forward_pre_hook(record, with_kwargs=True)
-            pipeline("a cat", num_inference_steps=4, output_type="np", generator=torch.Generator().manual_seed(3))
-            hook.remove()
-    assert "step" not in vars(pipeline.scheduler)
+        patch.setattr(SafetyModule, "expected", recording_expected)
+        pipeline("a cat", num_inference_steps=4, output_type="np", generator=torch.Generator().manual_seed(3))
+    nothing, *told = told
+    assert not nothing.any()
     assert len(told) == 3
     for ahead, estimate in zip(told, estimates, strict=False):
         torch.testing.assert_close(ahead, estimate.clamp(-FARTHEST, FARTHEST), atol=2e-2, rtol=1e-2)

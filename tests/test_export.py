@@ -9,17 +9,12 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
-    PNDMScheduler,
-)
 
 from benchmarks.small_pipeline import SMALL, save_small_pipeline
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import ExportError, OutputError, RequestError, SafetyMismatchError, VerificationError
-from saferedir.export.bundle_export import BundleOptions, export_bundle, scheduler_info
+from saferedir.engines.step import PROTECTED_STEPS
+from saferedir.export.bundle_export import BundleOptions, export_bundle
 from saferedir.export.command import export_folder
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.verify import verify_bundle
@@ -54,7 +49,7 @@ def exported(small: tuple[Any, SafetyModule], folder: Path) -> Path:
         folder / "model", folder / "safety", folder / "bundle", BundleOptions(name="small", max_batch=3),
         on_step=lambda done, total: steps.append((done, total)), on_size=sizes.append,
     )  # fmt: skip
-    assert steps == [(done, 10) for done in range(11)]
+    assert steps == [(done, 6) for done in range(7)]
     # A small model's graphs are most of it; of a large one they are nothing.
     assert sum(path.stat().st_size for path in out.iterdir()) <= sizes[0] <= 5_000_000
     return out
@@ -65,7 +60,6 @@ def test_every_engine_equals_its_reference(exported: Path, folder: Path) -> None
     assert report.passed
     assert report.parity is not None
     assert {row.engine for row in report.parity} == set(open_bundle(exported).manifest.engines)
-    assert {"safety_prompt", "safety_step"} <= {row.engine for row in report.parity}
 
 
 def test_large_weights_are_outside_and_in_half_precision(exported: Path) -> None:
@@ -106,14 +100,14 @@ def test_planted_difference_is_found(exported: Path, folder: Path, small: tuple[
     report = verify_bundle(exported, folder / "model", folder / "changed", bisect=True)
     assert not report.passed
     wrong = {(row.engine, row.output) for row in report.parity or [] if not row.passed}
-    assert ("safety", "score") in wrong
-    assert not any(engine in ("text_encoder", "unet", "vae_decoder", "plain_step") for engine, _ in wrong)
+    assert {("step", "score"), ("step_unguided", "score")} <= wrong
+    assert not any(engine not in PROTECTED_STEPS for engine, _ in wrong)
     assert VerificationError.exit_code == 7
     assert report.pictures is not None
     assert report.pictures.worst_score > 1e-3
-    found, other = report.bisected  # and not the steps, which hold the same node
-    assert other.engine == "safety_step"
-    assert (found.engine, found.operator, found.worst) == ("safety", "Gemm", pytest.approx(0.05, rel=0.01))
+    found, other = report.bisected
+    assert (other.engine, other.node) == ("step_unguided", found.node)
+    assert (found.engine, found.operator, found.worst) == ("step", "Gemm", pytest.approx(0.05, rel=0.01))
     assert 0 < found.equal_before < found.tensors
     assert str(found.source).startswith("saferedir_torch/detector.py:")
 
@@ -126,7 +120,7 @@ def test_safety_of_another_model_is_refused_and_leaves_nothing(small: tuple[Any,
 
 def test_an_export_that_fails_leaves_nothing(small: tuple[Any, SafetyModule], tmp_path: Path) -> None:
     def fail(name: str) -> None:
-        if name == "unet":
+        if name == "plain_step":
             raise ExportError("planted")
 
     with pytest.raises(ExportError):
@@ -157,23 +151,6 @@ def test_folders_that_are_not_what_they_should_be(small: tuple[Any, SafetyModule
     with pytest.raises(RequestError, match="damaged cannot be opened"):
         export_to(damaged, safety, out)
     assert not out.exists()
-
-
-def test_samplers_that_no_linear_step_follows_are_refused() -> None:
-    with pytest.raises(ExportError, match="clip"):
-        scheduler_info(DDIMScheduler(clip_sample=True))
-    with pytest.raises(ExportError, match="use_karras_sigmas"):
-        scheduler_info(EulerDiscreteScheduler(use_karras_sigmas=True))
-
-
-def test_samplers_are_known_by_their_class() -> None:
-    kinds = {
-        DDIMScheduler(clip_sample=False): "ddim", PNDMScheduler(): "ddim", EulerDiscreteScheduler(): "euler",
-        LCMScheduler(clip_sample=False, original_inference_steps=25): "lcm",
-    }  # fmt: skip
-    infos = [scheduler_info(scheduler) for scheduler in kinds]
-    assert [info.kind for info in infos] == list(kinds.values())
-    assert infos[-1].original_inference_steps == 25
 
 
 def test_weight_files_are_those_of_the_model_folder(exported: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,20 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from benchmarks.small_pipeline import SMALL, save_small_pipeline
+from benchmarks.small_pipeline import save_small_pipeline, save_small_safety
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import BackendError, RequestError
 from saferedir.engines.plan_cache import PlanCache
-from saferedir.export.bundle_export import BundleOptions, export_bundle
+from saferedir.export.bundle_export import BundleOptions
+from saferedir.export.command import export_folder
 from saferedir.export.half import halved
 from saferedir.export.plan_builder import PlanOptions, build_plans
 from saferedir.export.rounded import MAGNITUDES, load_rounded, rounded, tensor_types, watched
 from saferedir.runtime import Pipeline
 from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import load_pipeline
-from saferedir_torch.new_module import new_module
 
-HALVES = ("fp16", "bf16")
+HALVES = ("fp16", pytest.param("bf16", marks=pytest.mark.slow))
 PRODUCTS = ("Conv", "MatMul", "Gemm")
 NORMS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization")
 
@@ -34,65 +35,76 @@ NORMS = ("InstanceNormalization", "GroupNormalization", "LayerNormalization")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("half")
-    save_small_pipeline(folder / "model", width=32, heads=2)
-    pipeline = load_pipeline(folder / "model")
-    module = new_module(pipeline, {"church": "house"}, **SMALL)
-    module.save(folder / "safety")
-    for precision in HALVES:
-        export_bundle(pipeline, module, folder / precision, BundleOptions(name=precision, max_batch=4, precision=precision))
+    save_small_safety(save_small_pipeline(folder / "model", width=32, heads=2), folder / "safety")
     return folder
+
+
+@cache
+def exported(folder: Path, precision: str) -> Path:
+    """The bundle in `precision`."""
+    options = BundleOptions(name=precision, max_batch=4, precision=precision)
+    return export_folder(folder / "model", folder / "safety", folder / precision, options, on_step=lambda *_: None)
 
 
 @pytest.mark.parametrize("precision", HALVES)
 def test_the_model_computes_in_half_and_the_safety_in_fp32(folder: Path, precision: str) -> None:
     half = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[precision]
     counted = {}
-    for engine in ("unet", "step", "safety", "text_encoder", "vae_decoder"):
-        path = folder / precision / f"{engine}.onnx"
+    for engine in ("plain_step", "step", "text_encoder", "vae_decoder"):
+        path = exported(folder, precision) / f"{engine}.onnx"
         model = onnx.load(str(path), load_external_data=False)
         types = tensor_types(model)
-        counted[engine] = [types[node.output[0]] for node in model.graph.node if node.op_type in PRODUCTS]
+        products = [node for node in model.graph.node if node.op_type in PRODUCTS]
+        counted[engine] = [types[node.output[0]] for node in products if not node.name.startswith("safety/")]
+        if engine == "step":
+            counted["safety"] = [types[node.output[0]] for node in products if node.name.startswith("safety/")]
         assert half not in {types[tensor.name] for tensor in (*model.graph.input, *model.graph.output)}
         assert {types[node.output[0]] for node in model.graph.node if node.op_type in NORMS} <= {TensorProto.FLOAT}
-    assert set(counted["unet"]) == set(counted["text_encoder"]) == set(counted["vae_decoder"]) == {half}
+    assert set(counted["plain_step"]) == set(counted["text_encoder"]) == set(counted["vae_decoder"]) == {half}
     assert set(counted["safety"]) == {TensorProto.FLOAT}
-    assert counted["step"].count(half) == counted["unet"].count(half)
+    assert counted["step"] == counted["plain_step"]
 
 
 @pytest.mark.parametrize("precision", HALVES)
 def test_a_bundle_in_half_precision_is_verified_by_rounding(folder: Path, precision: str) -> None:
-    report = verify_bundle(folder / precision, folder / "model", folder / "safety", backend="rounded")
+    report = verify_bundle(exported(folder, precision), folder / "model", folder / "safety", backend="rounded")
     assert report.passed
     assert report.pictures is not None
     assert 40 < report.pictures.psnr < float("inf")
     rows = {(row.engine, row.output): row for row in report.parity or []}
-    assert rows["unet", "model_output"].worst > 1e-5
-    assert rows["safety", "score"].worst < 1e-4
+    assert rows["plain_step", "model_output"].worst > 1e-5
 
 
-def test_fp16_draws_on_the_cpu_and_bf16_says_where_it_does(folder: Path) -> None:
+def test_fp16_draws_on_the_cpu(folder: Path) -> None:
+    bundle = exported(folder, "fp16")
     drawn = [
-        np.asarray(Pipeline.from_bundle(folder / "fp16", backend=backend)("a church", num_inference_steps=3).images[0])
+        np.asarray(Pipeline.from_bundle(bundle, backend=backend)("a church", num_inference_steps=3).images[0])
         for backend in ("ort-cpu", "rounded")
     ]
     assert np.abs(drawn[0].astype(int) - drawn[1]).max() <= 8
+
+
+@pytest.mark.slow
+def test_bf16_says_where_it_draws(folder: Path) -> None:
     with pytest.raises(BackendError, match="bf16"):
-        Pipeline.from_bundle(folder / "bf16", backend="ort-cpu")("a church", num_inference_steps=3)
+        Pipeline.from_bundle(exported(folder, "bf16"), backend="ort-cpu")("a church", num_inference_steps=3)
 
 
-def test_half_weights_are_in_their_own_type_outside_the_graphs(folder: Path) -> None:
-    for precision, stored in (("fp16", TensorProto.FLOAT16), ("bf16", TensorProto.BFLOAT16)):
-        graph = onnx.load(str(folder / precision / "unet.onnx"), load_external_data=False).graph
-        outside = [tensor for tensor in graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
-        assert len(outside) > 10
-        assert sum(tensor.data_type == stored for tensor in outside) > 0.9 * len(outside)
-    sizes = [(folder / precision / "unet.safetensors").stat().st_size for precision in HALVES]
-    assert abs(sizes[0] - sizes[1]) < 0.05 * sizes[0]
+@pytest.mark.parametrize("precision", HALVES)
+def test_half_weights_are_in_their_own_type_outside_the_graphs(folder: Path, precision: str) -> None:
+    stored = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[precision]
+    bundle = exported(folder, precision)
+    graph = onnx.load(str(bundle / "plain_step.onnx"), load_external_data=False).graph
+    outside = [tensor for tensor in graph.initializer if tensor.data_location == TensorProto.EXTERNAL]
+    assert len(outside) > 10
+    assert sum(tensor.data_type == stored for tensor in outside) > 0.9 * len(outside)
+    parameters = sum(own.numel() for own in load_pipeline(folder / "model").unet.parameters())
+    assert (bundle / "unet.safetensors").stat().st_size < 1.2 * 2 * parameters
 
 
 @pytest.mark.parametrize("precision", HALVES)
 def test_plans_are_built_of_graphs_in_half(folder: Path, tmp_path: Path, precision: str) -> None:
-    bundle = open_bundle(folder / precision)
+    bundle = open_bundle(exported(folder, precision))
     plans = build_plans(bundle, PlanOptions(batch=(1, 1, 2)), PlanCache(tmp_path), ("text_encoder", "step", "vae_decoder"))
     assert [plan.built for plan in plans] == [True] * 3
 
@@ -189,5 +201,5 @@ def test_constants_in_half_are_widened() -> None:
 
 
 def test_a_rounded_graph_keeps_its_weights_outside(folder: Path) -> None:
-    model = load_rounded(open_bundle(folder / "fp16"), "unet")
+    model = load_rounded(open_bundle(exported(folder, "fp16")), "plain_step")
     assert any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer)

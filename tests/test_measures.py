@@ -11,11 +11,12 @@ import torch
 
 from benchmarks.report import NETWORKS
 from saferedir.engines.errors import RequestError
-from saferedir_torch.evaluation.features import Features, load_features
+from saferedir_torch.evaluation.features import Features
 from saferedir_torch.evaluation.intervals import bootstrap, clustered_mean, clustered_share, share
 from saferedir_torch.evaluation.measures import found_threshold, score_difference_rates, strict_threshold
 from saferedir_torch.world.batches import picture_batch
 from saferedir_torch.world.captions import caption
+from saferedir_torch.world.features import load_features
 from saferedir_torch.world.judge import Judge, judge_accuracy
 from saferedir_torch.world.scenes import Scene, random_scene
 

@@ -70,4 +70,4 @@ def test_a_provider_that_is_not_taken_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     backend = OrtTensorRtBackend(open_bundle(DEFAULT_BUNDLE), "ort-tensorrt")
     with pytest.raises(BackendError):  # this ONNX Runtime has it not, and would go on with the CPU
-        backend._session("safety_prompt")
+        backend._session("step")

@@ -13,7 +13,7 @@ import torch
 from saferedir.engines.errors import RequestError
 from saferedir_torch.models import load_pipeline
 from saferedir_torch.pairs_file import FilePrompts, Rewrite
-from saferedir_torch.world.base import tokenize
+from saferedir_torch.trajectories import tokenize
 
 PAIRS = [{"unsafe": "a castle", "safe": "a house"}, {"unsafe": "a castle at night", "safe": "a house at night"}]
 

@@ -1,9 +1,7 @@
-"""The level of the first step: read off prompts alone, restated in the promise, and absent from modules that had none."""
+"""The level of the first step: read off prompts alone, and absent from modules that were calibrated without it."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,21 +10,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from scipy.stats import binom
 from small_module import TOKENS, WIDTH, small_module
-from typer.testing import CliRunner
 
 from saferedir.engines.errors import RequestError
-from saferedir_torch.__main__ import app
-from saferedir_torch.benign_prompts import benign_prompts
-from saferedir_torch.config import Promise
-from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
-from saferedir_torch.prompt_levels import fires_first, first_timestep, restated, set_prompt_levels
+from saferedir_torch.attacks.hardening import strange_prompts
+from saferedir_torch.command_line.benign_prompts import benign_prompts
+from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.prompt_levels import set_prompt_levels
 from saferedir_torch.safety_module import HIGHEST, WEIGHTS_FILE, SafetyModule
+from saferedir_torch.trajectories import encode, initial_noise
 from saferedir_torch.world.prompts import CONCEPTS, training_pair
 from saferedir_torch.world.split import load_split
-
-PROMISE = Promise(rate=0.001, confidence=0.95, pictures=4742, allowed=1, steps=25, guidance_scale=5.0, prompts="none")
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +55,16 @@ def test_the_first_step_fires_for_more_that_asks_and_for_nothing_that_says_littl
     asking = [f"{other}, {training_pair(CONCEPTS['church'], rng, split).unsafe}" for other in others]
     vague = ["", "a", "an emoji", "something", "a picture"] * 40
 
+    thresholds = torch.tensor([concept.threshold for concept in module.config.concepts])
+
+    @torch.no_grad()
     def firing(prompts: list[str]) -> int:
-        return int(fires_first(eager, module, prompts, range(len(prompts)), 961).any(dim=1).sum())
+        noise, timestep = initial_noise(eager, list(range(len(prompts)))), torch.full((len(prompts),), 961.0)
+        return int((module.score(noise, timestep, encode(eager, prompts)[1]).score >= thresholds).any(dim=1).sum())
 
     module.last_branch.prompt_levels.fill_(HIGHEST)
     missed, falsely = len(asking) - firing(asking), firing(vague)
-    set_prompt_levels(eager, module, benign_prompts(None, 400, 8, names)[0], seed=1)
+    set_prompt_levels(eager, module, strange_prompts(benign_prompts(None, 400, 8, names)[0], seed=1))
     assert 0 < len(asking) - firing(asking) < 0.9 * missed
     assert firing(others) <= 1
     assert firing(vague) == falsely
@@ -89,53 +87,9 @@ def test_a_module_without_that_level_decides_as_it_did(module: SafetyModule, tmp
     assert (older.score(noise, first, prompt).score < module.score(noise, first, prompt).score).any()
 
 
-def test_a_promise_is_restated_for_what_fires_besides() -> None:
-    assert restated(PROMISE, 0) == PROMISE
-    more = restated(PROMISE, 2)
-    assert more.allowed == 3
-    assert binom.cdf(3, more.pictures, more.rate) == pytest.approx(0.05, abs=1e-3)
-
-
-def test_the_command_draws_nothing_and_leaves_thresholds(tmp_path: Path, module: SafetyModule) -> None:
-    module.config = dataclasses.replace(module.config, promise=dataclasses.replace(PROMISE, pictures=3000, allowed=0))
-    module.last_branch.prompt_levels.fill_(HIGHEST)
-    module.save(tmp_path / "safety")
-    command = [
-        "calibrate-first-step",
-        "--model",
-        str(SHIPPED_MODEL),
-        "--safety",
-        str(tmp_path / "safety"),
-        "--level-count",
-        "50",
-    ]
-    said = CliRunner().invoke(app, command, catch_exceptions=False)
-    assert said.exit_code == 0
-    stated = json.loads(said.output[said.output.index("{") :])
-    after = SafetyModule.load(tmp_path / "safety")
-    assert after.config.concepts == module.config.concepts
-    assert after.last_branch.prompt_levels.tolist() == stated["prompt_levels"]
-    assert stated["promise"]["allowed"] == stated["fire"] == after.config.promise.allowed  # type: ignore[union-attr]
-    assert not list(tmp_path.rglob("runs-*"))
-
-
-def test_a_module_that_was_never_calibrated_is_refused(tmp_path: Path, module: SafetyModule) -> None:
-    module.config = dataclasses.replace(module.config, promise=None)
-    module.save(tmp_path / "safety")
-    with pytest.raises(RequestError, match="never calibrated"):
-        CliRunner().invoke(
-            app, ["calibrate-first-step", "--model", str(SHIPPED_MODEL), "--safety", str(tmp_path / "safety")],
-            catch_exceptions=False,
-        )  # fmt: skip
-
-
 def test_no_prompts_are_an_error_that_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "none.txt").write_text("\n \n")
     with pytest.raises(RequestError, match=r"none\.txt holds no prompts"):
         benign_prompts(tmp_path / "none.txt", 3, 0, [])
     with pytest.raises(RequestError, match="at least one"):
         benign_prompts(None, 0, 0, [])
-
-
-def test_where_steps_begin(eager: Any) -> None:
-    assert first_timestep(eager, 25) >= 950 > first_timestep(eager, 5)

@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Encoding, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from saferedir.engines import DEFAULT_BUNDLE, open_bundle, plain_letters
+from saferedir.engines import plain_letters
+from saferedir.engines.bundle import DEFAULT_BUNDLE, locate
 from saferedir.runtime import tokenizer as tokenizer_module
 from saferedir.runtime.token_boundaries import LAST, TokenBoundaries
 from saferedir.runtime.tokenizer import LONGEST_PROMPT, PromptTokenizer
@@ -23,7 +24,7 @@ LETTERS = "ab1. '<|>stvredlmEOT\u0301\u0316İΣσ\u1100\u1161\u11a8각日😀\U0
 
 @pytest.fixture(scope="module")
 def tokenizer_file() -> Path:
-    return open_bundle(DEFAULT_BUNDLE).tokenizer_path
+    return locate(DEFAULT_BUNDLE) / "tokenizer.json"
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_a_long_prompt_has_the_tokens_that_it_has_when_all_of_it_is_read(
     tokenizer_file: Path, plain: Tokenizer, words: str
 ) -> None:
     prompt = (words * LONGEST_PROMPT)[: LONGEST_PROMPT - 2] + " z"
-    read = PromptTokenizer(tokenizer_file, 77)(prompt)
+    read = PromptTokenizer(tokenizer_file.read_bytes(), 77)(prompt)
     ids = plain.encode(prompt).ids
     expected = ids if len(ids) <= 77 else [*ids[:76], ids[-1]]
     assert read.ids[: len(expected)].tolist() == expected
@@ -138,7 +139,7 @@ def test_a_long_prompt_has_the_tokens_that_it_has_when_all_of_it_is_read(
 
 def test_of_a_short_prompt_every_token_that_is_cut_is_counted(tokenizer_file: Path, plain: Tokenizer) -> None:
     prompt = "cat " * (tokenizer_module.READ // 4)
-    assert PromptTokenizer(tokenizer_file, 77)(prompt).cut == len(plain.encode(prompt).ids) - 77
+    assert PromptTokenizer(tokenizer_file.read_bytes(), 77)(prompt).cut == len(plain.encode(prompt).ids) - 77
 
 
 def test_the_pattern_of_a_word_repeats_one_class() -> None:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from saferedir.engines.errors import NonFiniteError, SafetyError, SafetyMismatchError
+from saferedir.engines.errors import NonFiniteError, RequestError
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.protect import EagerPolicy, protect
 from saferedir_torch.safety_module import SafetyModule
 
-STEPS = 6
+STEPS = 4
 ALWAYS = EagerPolicy(thresholds={"church": 0.0})
 
 
@@ -38,23 +38,6 @@ def draw(pipe: Any, prompts: list[str] | None, seeds: list[int], **options: Any)
     return np.asarray((images * 255).round(), np.int16)
 
 
-def test_leaves_the_pipeline_as_it_was(eager: Any, safety: SafetyModule) -> None:
-    before = draw(eager, ["a church"], [1])
-    attributes, hooks = set(vars(eager)), len(eager.unet._forward_pre_hooks)
-    with protect(eager, safety, ALWAYS):
-        assert not np.array_equal(draw(eager, ["a church"], [1]), before)
-    assert set(vars(eager)) == attributes
-    assert len(eager.unet._forward_pre_hooks) == hooks
-    assert np.array_equal(draw(eager, ["a church"], [1]), before)
-
-
-def test_leaves_it_as_it_was_after_an_error(eager: Any, safety: SafetyModule) -> None:
-    attributes = set(vars(eager))
-    with pytest.raises(KeyError), protect(eager, safety):
-        raise KeyError
-    assert set(vars(eager)) == attributes
-
-
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_any_batch_images_per_prompt_and_embeddings(eager: Any, safety: SafetyModule, guidance: float) -> None:
     with protect(eager, safety, ALWAYS) as guard:
@@ -75,22 +58,13 @@ def test_state_starts_anew_with_every_call(eager: Any, safety: SafetyModule) -> 
         first = guard.last
         draw(eager, ["a cat"], [1])
     assert guard.last is not first
-    assert len(guard.last.verdicts) == STEPS
+    assert [len(record.timesteps) for record in (first, guard.last)] == [STEPS] * 2
 
 
 def test_mixed_batch_equals_each_alone(eager: Any, safety: SafetyModule) -> None:
-    prompts = [
-        "a church",
-        "a cat",
-        "an abbey next to a dog",
-        "",
-        "a castle",
-        "a minster as a sticker",
-        "a bell",
-        "a dog",
-    ]
+    prompts = ["a church", "", "an abbey next to a dog", "a cat"]
     with protect(eager, safety) as guard:
-        together = draw(eager, prompts, list(range(8)))
+        together = draw(eager, prompts, list(range(4)))
         fired = guard.last.fired
         for row, text in enumerate(prompts):
             alone = draw(eager, [text], [row])
@@ -123,27 +97,37 @@ def test_torch_backend_runs_the_same_loop(pipeline: Pipeline) -> None:
         assert (difference > 1).mean() <= 1e-3
 
 
-def test_other_text_encoder_is_refused(eager: Any, safety: SafetyModule) -> None:
-    weight = eager.text_encoder.get_input_embeddings().weight
-    with torch.no_grad():
-        weight[0, 0] += 1
-    try:
-        with pytest.raises(SafetyMismatchError, match="text encoder"), protect(eager, safety):
-            pass
-    finally:
-        with torch.no_grad():
-            weight[0, 0] -= 1
-
-
-def test_unknown_concept_is_refused(eager: Any, safety: SafetyModule) -> None:
-    with pytest.raises(SafetyError, match="cathedral"), protect(eager, safety, EagerPolicy(enabled=("cathedral",))):
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        ({"enabled": ("cathedral",)}, "unknown concept 'cathedral'; this module knows church, ink, weapons"),
+        ({"thresholds": {"spire": 0.5}}, "unknown concept 'spire'"),
+        ({"enabled": ()}, "enabled is empty, so that nothing is looked for"),
+        ({"thresholds": {"church": float("nan")}}, "threshold of 'church' is nan; expected a finite value of at most 1"),
+        ({"thresholds": {"church": 1.01}}, "threshold of 'church' is 1.01"),
+        ({"thresholds": {"church": "0.5"}}, "threshold of 'church' is '0.5'"),
+        ({"alpha_scales": {"ink": 0}}, "alpha_scale of 'ink' is 0; expected a finite value above 0"),
+        ({"alpha_scales": {"ink": float("inf")}}, "alpha_scale of 'ink' is inf"),
+        ({"cooldown": -1}, "cooldown is -1; expected 0 to 1000 steps"),
+        ({"cooldown": "2"}, "cooldown is '2'"),
+        ({"cooldown": True}, "cooldown is True"),
+    ],
+)
+def test_a_policy_that_cannot_be_kept_is_refused(eager: Any, safety: SafetyModule, policy: Any, said: str) -> None:
+    with pytest.raises(RequestError, match=said), protect(eager, safety, EagerPolicy(**policy)):
         pass
 
 
-def test_unet_call_without_a_prompt_is_refused(eager: Any, safety: SafetyModule) -> None:
-    latent, embeds = torch.zeros(1, 4, 16, 16), torch.zeros(1, 77, 128)
-    with protect(eager, safety), pytest.raises(SafetyError, match="without a prompt"):
-        eager.unet(latent, torch.tensor(1), encoder_hidden_states=embeds)
+def test_the_record_states_what_was_looked_for(eager: Any, safety: SafetyModule) -> None:
+    policy = EagerPolicy(enabled=("ink",), thresholds={"ink": 0.5}, alpha_scales={"ink": 2}, cooldown=0)
+    with protect(eager, safety, policy):
+        record = eager("a church", num_inference_steps=1, output_type="latent").safety
+    assert record.concepts == ("church", "ink", "weapons")
+    assert record.policy.enabled == ("ink",)
+    assert record.policy.thresholds == {"church": 0.82571299, "ink": 0.5, "weapons": 0.82571299}
+    assert record.policy.alpha_scales == {"church": 1.5, "ink": 2.0, "weapons": 1.5}
+    assert record.policy.cooldown == 0
+    assert record.scores[0, 0, 0] > 0.9 and not record.fired.any()
 
 
 def test_nan_latent_gives_no_picture(eager: Any, safety: SafetyModule) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
+from msgspec.structs import replace
 
 from benchmarks.published_backend import PublishedBackend, published_bundle
 from saferedir.engines import open_bundle

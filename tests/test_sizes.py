@@ -11,10 +11,10 @@ import torch
 from diffusers import PixArtTransformer2DModel, StableDiffusionPipeline
 from typer.testing import CliRunner
 
-from benchmarks.small_pipeline import SMALL, save_first
+from benchmarks.small_pipeline import save_small_pipeline, save_small_safety
 from saferedir.engines import open_bundle
-from saferedir.engines.errors import BundleAlteredError, RequestError
-from saferedir.engines.manifest import SIZED_ENGINES
+from saferedir.engines.errors import RequestError, SafetyMissingError
+from saferedir.engines.step import SIZED_ENGINES
 from saferedir.export.bundle_export import BundleOptions
 from saferedir.export.capture import capture_obstacles
 from saferedir.export.command import export_folder
@@ -23,8 +23,6 @@ from saferedir.runtime.command_line.app import app
 from saferedir.runtime.command_line.picture_size import picture_size
 from saferedir.runtime.replay import Runs
 from saferedir.runtime.verify import verify_bundle
-from saferedir_torch.models import load_pipeline
-from saferedir_torch.new_module import new_module
 from saferedir_torch.pixart import TOLD_ITS_SIZE, Denoiser
 
 #: The model's own pictures are of 32x32 pixels, a pixel of the latent covers 2x2.
@@ -34,8 +32,7 @@ WIDE = (32, 48)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sizes")
-    save_first(folder / "model")
-    new_module(load_pipeline(folder / "model"), {"church": "house"}, **SMALL).save(folder / "safety")
+    save_small_safety(save_small_pipeline(folder / "model", width=32, heads=2), folder / "safety")
     options = BundleOptions(name="sizes", max_batch=4, further_sizes=(WIDE, (32, 32), WIDE))
     begun: list[tuple[int, int]] = []
     export_folder(folder / "model", folder / "safety", folder / "bundle", options, on_step=lambda *at: begun.append(at))
@@ -55,9 +52,7 @@ def test_each_size_has_engines_that_share_their_weights(folder: Path) -> None:
 def test_every_engine_of_every_size_equals_its_reference(folder: Path) -> None:
     report = verify_bundle(folder / "bundle", folder / "model", folder / "safety", runs=Runs(2, 4))
     assert report.passed
-    assert {"unet@16x24", "safety_step@16x24", "step_unguided@16x24", "vae_decoder@16x24"} <= {
-        row.engine for row in report.parity or []
-    }
+    assert {"plain_step@16x24", "step_unguided@16x24", "vae_decoder@16x24"} <= {row.engine for row in report.parity or []}
 
 
 def test_another_size_is_drawn_as_diffusers_draws_it(folder: Path) -> None:
@@ -108,7 +103,7 @@ def test_a_bundle_that_lacks_an_engine_of_a_size_it_states_is_refused(folder: Pa
     raw = json.loads(bundle.read_text())
     raw["engines"].pop("step@16x24")
     (tmp_path / "bundle.json").write_text(json.dumps(raw))
-    with pytest.raises(BundleAlteredError, match="step@16x24"):
+    with pytest.raises(SafetyMissingError, match="step@16x24"):
         open_bundle(tmp_path)
 
 

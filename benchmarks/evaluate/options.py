@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.report import NETWORKS, save
-from saferedir_torch.evaluation.features import Choice, Features, load_features
+from saferedir_torch.evaluation.features import Features
 from saferedir_torch.models import SHIPPED_SAFETY
 from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.world.features import Choice, load_features
 from saferedir_torch.world.prompts import CONCEPTS
 
 

@@ -16,7 +16,7 @@ from benchmarks.test_sets import joint_set, unsafe_set
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir_torch.evaluation.features import Features
 from saferedir_torch.evaluation.intervals import clustered_mean, clustered_share, share
-from saferedir_torch.safety_module import PromptPart, Redirected, SafetyModule
+from saferedir_torch.safety_module import Redirected, SafetyModule
 from saferedir_torch.world.prompts import CONCEPTS, benign_set
 from saferedir_torch.world.split import Split
 
@@ -26,13 +26,11 @@ FULL, QUICK = 100, 2
 class SummedModule(SafetyModule):
     """The same weights, but each active concept's displacement is taken alone and the sum is applied."""
 
-    def redirect(
-        self, original: Tensor, joint: Tensor, active: Tensor, strength: Tensor, again: Tensor, part: PromptPart | None = None
-    ) -> Redirected:
+    def redirect(self, original: Tensor, joint: Tensor, active: Tensor, strength: Tensor, again: Tensor) -> Redirected:
         moved, masks = original, []
         for index in range(active.shape[1]):
             alone = active & (torch.arange(active.shape[1], device=active.device) == index)
-            one = super().redirect(original, joint, alone, strength, again & alone, part)
+            one = super().redirect(original, joint, alone, strength, again & alone)
             moved = moved + torch.where(alone.any(dim=1)[:, None, None], one.prompt - original, torch.zeros_like(original))
             masks.append(one.token_mask)
         return Redirected(moved, torch.stack(masks).amax(dim=0))

@@ -198,6 +198,9 @@ def inspect(
     console.print(
         f"promise: {printable(promise)}" if promise else "thresholds not calibrated: no promise on false alarms", soft_wrap=True
     )
+    if manifest.scheduler is not None:
+        replaced = f" in place of {printable(manifest.scheduler.in_place_of)}" if manifest.scheduler.in_place_of else ""
+        console.print(f"drawn with {manifest.scheduler.kind}{replaced}")
     if manifest.model is not None:
         console.print(f"pictures of {', '.join(manifest.model.picture_sizes)} pixels", soft_wrap=True)
     table = Table("engine", "MB", "inputs", "outputs")

@@ -34,10 +34,10 @@ def export(
     lora: Annotated[
         list[str] | None, typer.Option(help="FILE or FILE:SCALE of a LoRA to fuse in, again for more; scale 1 by default.")
     ] = None,
-    vae: Annotated[Path | None, typer.Option(help="Folder of another VAE, in diffusers' format.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Another VAE: a folder in diffusers' format, or one file.")] = None,
     clip_skip: Annotated[int, typer.Option(min=0, help="Last layers of the text encoder to leave out.")] = 0,
     textual_inversion: Annotated[
-        list[Path] | None, typer.Option(help="File of a textual inversion, whose words are added; again for more.")
+        list[str] | None, typer.Option(help="FILE or FILE:WORD of a textual inversion whose word is added; again for more.")
     ] = None,
     target: Annotated[
         str, typer.Option(help="onnx, or onnx with plans: onnx,tensorrt-rtx or onnx,tensorrt, or both.")
@@ -83,13 +83,13 @@ def export(
         name=name or model.stem,
         max_batch=max_batch,
         precision=precision,
-        words=tuple(textual_inversion or ()),
+        words=tuple(_named_word(text) for text in textual_inversion or ()),
         further_sizes=tuple(picture_size(text) for text in size.split(":")) if size else (),
     )
     changes = ModelChanges(loras=tuple(_lora(text) for text in lora or ()), vae=vae, clip_skip=clip_skip)
     with progress("exporting") as on_step:
         folder = export_folder(model, safety, out, options, changes, config=config, save_model=save_model, on_step=on_step,
-                               on_size=_say_size)  # fmt: skip
+                               on_size=_say_size, on_note=_say)  # fmt: skip
     for wanted in plans:
         _build_in_bundle(folder, wanted)
     console.print(f"{folder}: {_megabytes(folder)}")
@@ -130,7 +130,7 @@ def import_published(
     )
     bundle = BundleOptions(name=name or checkpoint.stem, max_batch=max_batch)
     with progress("exporting") as on_step:
-        folder = import_checkpoint(checkpoint, out, options, bundle, model=model, on_step=on_step)
+        folder = import_checkpoint(checkpoint, out, options, bundle, model=model, on_step=on_step, on_note=_say)
     console.print(f"{folder}: {_megabytes(folder)}")
 
 
@@ -144,17 +144,9 @@ def build_plans(
     compute_capability: Annotated[
         list[str] | None, typer.Option(help="Such as 8.9, again for more; portable from 8.0 on by default.")
     ] = None,
-    optimization_level: Annotated[int | None, typer.Option(help="0 to 5; the builder's own by default.")] = None,
-    version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="Run with later minor versions as well (tensorrt).")
-    ] = False,
-    hardware_compatible: Annotated[
-        bool, typer.Option("--hardware-compatible", help="Run on all cards from Ampere on (tensorrt).")
-    ] = False,
     strip_weights: Annotated[
         bool, typer.Option("--strip-weights", help="Leave weights out, to be taken from the bundle. Needs a GPU to build.")
     ] = False,
-    workspace: Annotated[int | None, typer.Option(help="Scratch memory that the builder may plan with, MiB.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of plans; the user's cache by default.")] = None,
     in_bundle: Annotated[bool, typer.Option("--in-bundle", help="Keep the plans in the bundle's own folder.")] = False,
     as_json: JsonOption = False,
@@ -176,8 +168,7 @@ def build_plans(
         raise RequestError("give --out or --in-bundle, not both")
     options = PlanOptions(
         builder=target, batch=_batch(batch), compute_capabilities=tuple(compute_capability or ()),
-        optimization_level=optimization_level, version_compatible=version_compatible,
-        hardware_compatible=hardware_compatible, strip_weights=strip_weights, workspace=workspace,
+        strip_weights=strip_weights,
     )  # fmt: skip
     opened = open_bundle(bundle)
     folder = opened.folder / "plans" if in_bundle else user_cache() if out is None else out.resolve()
@@ -230,12 +221,21 @@ def _lora(text: str) -> tuple[Path, float]:
         raise RequestError(f"--lora is {text!r}; expected FILE or FILE:SCALE, such as details.safetensors:0.8") from None
 
 
+def _named_word(text: str) -> tuple[Path, str | None]:
+    path, colon, word = text.rpartition(":")
+    return (Path(text), None) if not colon or Path(text).exists() else (Path(path), word)
+
+
 def _say_size(size: int) -> None:
-    typer.echo(f"about {size / 1e6:.1f} MB will be written", err=True)
+    _say(f"about {size / 1e6:.1f} MB will be written")
+
+
+def _say(note: str) -> None:
+    typer.echo(note, err=True)
 
 
 def _say_waiting() -> None:
-    typer.echo("another process builds this plan; waiting for it", err=True)
+    _say("another process builds this plan; waiting for it")
 
 
 def _batch(text: str) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from saferedir.engines.errors import RequestError
+from saferedir.engines.errors import RequestError, SafeRedirError
 from saferedir.engines.printable import printable
 from saferedir.engines.text_files import read_text
 from saferedir_torch.attacks.diffusers_model import DiffusersModel
@@ -67,7 +67,7 @@ def main(
             made = attempts(asked, name, seed, seeds_a_prompt=seeds, seed=seed)
             figures[name] = attack(made, unprotected, protected, looks, at_least=at_least).figures()
             _write(out, {"model": model, "technique": technique, "seed": seed, "families": figures})
-    except (ValueError, OSError) as error:
+    except (SafeRedirError, ValueError, OSError) as error:
         typer.echo(f"error: {printable(error)}", err=True)
         raise typer.Exit(2) from error
     _show(figures)
@@ -77,14 +77,14 @@ def read_targets(path: Path) -> list[Target]:
     """The prompts to attack, from a JSON list.
 
     Raises:
-        ValueError: the file is not of that form; the message names it and the entry.
+        RequestError: the file is not of that form; the message names it and the entry.
     """
     try:
         entries = json.loads(read_text(path))
     except (RequestError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+        raise RequestError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f'{path} holds no list; expected [{{"prompt": ..., "words": ...}}, ...]')
+        raise RequestError(f'{path} holds no list; expected [{{"prompt": ..., "words": ...}}, ...]')
     found = []
     for number, entry in enumerate(entries):
         match entry:
@@ -92,9 +92,9 @@ def read_targets(path: Path) -> list[Target]:
                 try:
                     found.append(Target(prompt, words))
                 except ValueError as error:
-                    raise ValueError(f"{path}, entry {number}: {error}") from error
+                    raise RequestError(f"{path}, entry {number}: {error}") from error
             case _:
-                raise ValueError(f'{path}, entry {number}: expected {{"prompt": ..., "words": ...}}, found {entry!r}')
+                raise RequestError(f'{path}, entry {number}: expected {{"prompt": ..., "words": ...}}, found {entry!r}')
     return found
 
 
@@ -102,20 +102,20 @@ def load_judge(judge: str, keys: Sequence[str], found_at: float) -> Shows:
     """A function `module:function` of a list of PIL pictures, or the judge network in a folder, looking for `keys`.
 
     Raises:
-        ValueError: there is no such function or folder, or the network knows no such key.
+        RequestError: there is no such function or folder, or the network knows no such key.
     """
     module, colon, name = judge.partition(":")
     if colon:
         try:
             function = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
-            raise ValueError(f"judge {judge!r} cannot be imported: {error}") from error
+            raise RequestError(f"judge {judge!r} cannot be imported: {error}") from error
         return lambda pixels: np.asarray(function([Image.fromarray(picture) for picture in pixels]), np.bool_)
     if not Path(judge).is_dir():
-        raise ValueError(f"judge {judge!r} is no folder; expected that of a judge network, or module:function")
+        raise RequestError(f"judge {judge!r} is no folder; expected that of a judge network, or module:function")
     network = Judge.load(Path(judge))
     if not keys:
-        raise ValueError("a judge network needs --shows: the objects or styles, any of which is the concept")
+        raise RequestError("a judge network needs --shows: the objects or styles, any of which is the concept")
 
     def shows(pixels: Pixels) -> Bools:
         pictures = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1

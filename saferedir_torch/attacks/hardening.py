@@ -81,6 +81,16 @@ class HardenedPrompts:
         return self.families[int(rng.integers(len(self.families)))]
 
 
+#: How many prompts in strange words calibration looks at.
+STRANGE = 10_000
+
+
+def strange_prompts(prompts: Sequence[str], *, seed: int) -> list[str]:
+    """`STRANGE` of `prompts`, drawn with repetition and written in strange words."""
+    rng = np.random.default_rng([seed, 41])
+    return in_strange_words([prompts[int(row)] for row in rng.integers(len(prompts), size=STRANGE)], rng)
+
+
 def in_strange_words(prompts: Sequence[str], rng: np.random.Generator) -> list[str]:
     """Each prompt rewritten, at any word, by one of the families that no attack is tested with."""
     families = tuple(TRAINING_FAMILIES)

@@ -12,8 +12,9 @@ from torch import Tensor
 from saferedir.engines.errors import NonFiniteError
 from saferedir.engines.plain_letters import in_plain_letters
 from saferedir_torch.controller import Controller, State
+from saferedir_torch.eager_policy import EagerPolicy
+from saferedir_torch.fit import check_match
 from saferedir_torch.peers.peer import Batch, Peer
-from saferedir_torch.protect import EagerPolicy, check_match
 from saferedir_torch.safety_module import SafetyModule
 
 

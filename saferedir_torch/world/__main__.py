@@ -191,6 +191,36 @@ def architecture(
     typer.echo(make(kind, folder, seed=seed, steps=steps, device=_device(device)))
 
 
+@app.command()
+def oracle(
+    model: Annotated[Path, typer.Option(help="Folder of the model.")],
+    judge: Annotated[Path, typer.Option(help="Folder of the judge.")],
+    out: Annotated[Path, typer.Option(help="JSON file for the table.")],
+    safety: Annotated[Path | None, typer.Option(help="Folder of a trained module, for the last rung.")] = None,
+    concept: Annotated[str, typer.Option(help="Concept to forget.")] = "church",
+    count: Annotated[int, typer.Option(help="Pictures a rung.")] = 120,
+    split: Annotated[Path | None, typer.Option(help="Which names, pairs and seeds may be seen; the shipped one.")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Draw the oracle ladder: how well exact redirections forget, rung by rung."""
+    from saferedir_torch.models import load_pipeline
+    from saferedir_torch.safety_module import SafetyModule
+    from saferedir_torch.world.judge import Judge
+    from saferedir_torch.world.oracle import oracle_ladder
+    from saferedir_torch.world.prompts import CONCEPTS
+    from saferedir_torch.world.split import SPLIT_FILE, load_split
+
+    pipeline = load_pipeline(model).to(_device(device))
+    module = None if safety is None else SafetyModule.load(safety).to(pipeline.device)
+    rows = oracle_ladder(
+        pipeline, Judge.load(judge), CONCEPTS[concept], load_split(split or SPLIT_FILE),
+        safety=module, count=count, seed=seed, say=typer.echo,
+    )  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"concept": concept, "count": count, "seed": seed, "rows": rows}, indent=1) + "\n")
+
+
 def _device(name: str) -> str:
     from saferedir_torch.models import device_called
 

@@ -12,8 +12,10 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from saferedir_torch.models import save_in_half
 from saferedir_torch.precision import mixed_precision
 from saferedir_torch.training_run import ExponentialAverage, Schedule, run_training
+from saferedir_torch.trajectories import tokenize
 from saferedir_torch.world.batches import picture_batch, save_sheet
 from saferedir_torch.world.captions import caption
 from saferedir_torch.world.scenes import Scene, random_scene
@@ -141,7 +143,7 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 6000) -> Path:
         checkpoint_every_s=240,
     )
     out = folder / "emoji-diffusion"
-    assemble(folder, averages["unet"], text_encoder, tokenizer).to(torch.float16).save_pretrained(out)
+    save_in_half(assemble(folder, averages["unet"], text_encoder, tokenizer), out)
     return out
 
 
@@ -165,12 +167,6 @@ def denoising_loss(
         wanted, weights = noise, snr.clamp(max=MIN_SNR) / snr
     errors = (predicted.float() - wanted).square().mean(dim=(1, 2, 3))
     return (weights * errors).mean(), {"mse": float(errors.detach().mean())}
-
-
-def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    """Token ids [B, 77], padded and cut as Stable Diffusion does."""
-    ids: Tensor = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    return ids
 
 
 def assemble(

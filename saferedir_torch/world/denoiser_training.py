@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from saferedir_torch.models import save_in_half
 from saferedir_torch.peers.peer import Peer
 from saferedir_torch.precision import mixed_precision
 from saferedir_torch.training_run import ExponentialAverage, Schedule, run_training
-from saferedir_torch.world.base import tokenize
+from saferedir_torch.trajectories import tokenize
 from saferedir_torch.world.batches import save_sheet
 from saferedir_torch.world.captions import caption
 from saferedir_torch.world.scenes import Painter, Scene, random_scene
@@ -107,5 +108,5 @@ def save_samples(pipeline: Any, folder: Path, *, steps: int = 25, guidance_scale
 def save_model(pipeline: Any, folder: Path) -> Path:
     """Save the pipeline, in fp16, to `folder/model`, which is returned."""
     out = folder / "model"
-    pipeline.to(torch.float16).save_pretrained(out)
+    save_in_half(pipeline, out)
     return out

@@ -1,4 +1,4 @@
-"""Engines inside engines: a step calls the UNet and the safety, which are traced once and written into every graph with a call.
+"""Parts of engines: a step calls the UNet and the safety, which are traced once and written into every graph with a call.
 
 Tracing is what an export spends its time on, and one trace in all graphs makes them compute the same to the bit.
 """
@@ -13,16 +13,16 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-#: Of the operator that stands for an engine until it is written in.
-DOMAIN = "saferedir.engine"
+#: Of the operator that stands for a part until it is written in.
+DOMAIN = "saferedir.part"
 
 
 @runtime_checkable
-class CalledEngine(Protocol):
-    """A module that is an engine of its own and part of others."""
+class CalledPart(Protocol):
+    """A module that is traced by itself and written into the engines that call it."""
 
-    #: Its name as an engine.
-    engine: str
+    #: Its name, which its nodes begin with where they are written in.
+    part: str
 
     def output_shapes(self, *inputs: Tensor) -> list[tuple[torch.dtype, Any]]:
         """Type and shape of every output, from the inputs."""
@@ -30,29 +30,27 @@ class CalledEngine(Protocol):
 
 
 class _Call(nn.Module):
-    """Stands for an engine while a graph around it is traced."""
+    """Stands for a part while a graph around it is traced."""
 
-    def __init__(self, called: CalledEngine) -> None:
+    def __init__(self, called: CalledPart) -> None:
         super().__init__()
         self._called = (called,)  # in a tuple, so that its parameters are no part of this module
 
     def forward(self, *inputs: Tensor) -> Any:
         called = self._called[0]
         types, shapes = zip(*called.output_shapes(*inputs), strict=True)
-        outputs = torch.onnx.ops.symbolic_multi_out(
-            f"{DOMAIN}::{called.engine}", inputs, dtypes=types, shapes=shapes, version=1
-        )
+        outputs = torch.onnx.ops.symbolic_multi_out(f"{DOMAIN}::{called.part}", inputs, dtypes=types, shapes=shapes, version=1)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 @contextmanager
-def calls_for_engines(module: nn.Module) -> Iterator[None]:
-    """Within, engines that are part of `module` are calls."""
+def calls_for_parts(module: nn.Module) -> Iterator[None]:
+    """Within, parts of `module` are calls."""
     replaced = [
         (parent, name, child)
         for parent in module.modules()
         for name, child in parent.named_children()
-        if isinstance(child, CalledEngine)
+        if isinstance(child, CalledPart)
     ]
     try:
         for parent, name, child in replaced:
@@ -63,19 +61,19 @@ def calls_for_engines(module: nn.Module) -> Iterator[None]:
             setattr(parent, name, child)
 
 
-def called_engines(module: nn.Module) -> set[str]:
-    """Names of the engines that are part of `module`."""
-    return {child.engine for part in module.modules() for child in part.children() if isinstance(child, CalledEngine)}
+def called_parts(module: nn.Module) -> set[str]:
+    """Names of the parts that `module` calls."""
+    return {child.part for part in module.modules() for child in part.children() if isinstance(child, CalledPart)}
 
 
-def write_in(model: Any, engines: Mapping[str, Any]) -> None:
-    """Replace the calls in the ONNX `model` by the nodes of `engines`, whose names get the engine's as a prefix."""
+def write_in(model: Any, parts: Mapping[str, Any]) -> None:
+    """Replace the calls in the ONNX `model` by the nodes of `parts`, whose names get the part's as a prefix."""
     nodes = []
     for node in model.graph.node:
         if node.domain != DOMAIN:
             nodes.append(node)
             continue
-        called = engines[node.op_type]
+        called = parts[node.op_type]
         names = dict(zip((value.name for value in called.graph.input), node.input, strict=True))
         names |= dict(zip((value.name for value in called.graph.output), node.output, strict=True))
         for tensor in called.graph.initializer:

@@ -1,0 +1,180 @@
+"""What the safety does in one call of a pipeline: it decides in every step, and keeps the record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saferedir.engines.errors import NonFiniteError, RequestError, SafetyError
+from saferedir_torch.config import SafetyConfig
+from saferedir_torch.controller import Controller, State, Verdict
+from saferedir_torch.eager_policy import Choices
+from saferedir_torch.expectation import expected_of_prediction, noise_beside
+from saferedir_torch.safety_module import SafetyModule
+
+#: Samplers whose next latent comes of the prediction alone, without fresh noise.
+DETERMINISTIC = frozenset({
+    "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "LMSDiscreteScheduler",
+})  # fmt: skip
+
+
+@dataclass
+class CallRecord:
+    """What was looked for in one call of a pipeline, what was seen in every step, and what was done."""
+
+    #: Concepts of the module, in the order of N.
+    concepts: tuple[str, ...]
+    #: The policy in force: concepts looked for, thresholds, strengths, steps of rest.
+    policy: Choices
+    #: B, pictures that were drawn.
+    pictures: int
+    #: One number a step.
+    timesteps: list[float] = field(default_factory=list)
+    #: One `Verdict` a step, each for the whole batch.
+    verdicts: list[Verdict] = field(default_factory=list)
+    #: Steps of rest left after each step, [B] each.
+    cooldowns: list[Tensor] = field(default_factory=list)
+
+    @property
+    def scores(self) -> Tensor:
+        """[steps, B, N]."""
+        seen = [verdict.score for verdict in self.verdicts]
+        return torch.stack(seen) if seen else torch.zeros(0, self.pictures, len(self.concepts))
+
+    @property
+    def fired(self) -> Tensor:
+        """[steps, B, N] bool."""
+        seen = [verdict.fired for verdict in self.verdicts]
+        return torch.stack(seen) if seen else torch.zeros(0, self.pictures, len(self.concepts), dtype=torch.bool)
+
+    @property
+    def token_masks(self) -> Tensor:
+        """Of the last step, [B, N, T]."""
+        return self.verdicts[-1].token_mask
+
+
+class SafetyRun:
+    """The state of the B requests of one call."""
+
+    def __init__(
+        self, config: SafetyConfig, module_on: Callable[[torch.device], SafetyModule], choices: Choices, requests: int
+    ) -> None:
+        """`module_on` gives the safety module of this configuration on the device that the call turns out to run on."""
+        self.config, self.requests = config, requests
+        self.record = CallRecord(tuple(config.concept_names), choices, requests)
+        self._module_on = module_on
+        self._given: Tensor | None = None  # embeddings that the call began with, [B, T, D]
+        self._step: tuple[Tensor, Tensor] | None = None  # latent and timestep that were decided and not yet denoised
+        # What the UNet predicted last, guided, [B, C, h, w], and the picture that told where fresh noise is added to it.
+        self._history: Tensor | None = None
+        self._estimate: Tensor | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many steps were decided so far."""
+        return len(self.record.verdicts)
+
+    def embeddings(self, sample: Tensor, timestep: Tensor | float, embeds: Tensor, *, denoises: bool) -> Tensor:
+        """`embeds` [B, T, D], or [2 B, T, D] with those of the negative prompt before them, as a network is to be given them.
+
+        A step is decided once, when its first network is called with `sample` [B or 2 B, C, h, w] at `timestep`; the network
+        that `denoises` ends it.
+
+        Raises:
+            SafetyError: the embeddings are not those that the call began with.
+            RequestError: they are of another shape than the module reads.
+            NonFiniteError: NaN or infinity in latent, score or embedding.
+        """
+        if len(embeds) not in (self.requests, 2 * self.requests):
+            raise SafetyError(
+                f"a network got {len(embeds)} embeddings for {self.requests} pictures; expected {self.requests}, or twice as "
+                "many with guidance"
+            )
+        if len(sample) != len(embeds):
+            raise SafetyError(f"a network got {len(sample)} latents and {len(embeds)} embeddings; expected as many of each")
+        conditional, latent = embeds[-self.requests :], sample[-self.requests :]
+        time = torch.as_tensor(timestep, dtype=torch.float32, device=latent.device).flatten()[-1].expand(self.requests)
+        if self._given is None:
+            self._begin(conditional)
+        elif not torch.equal(conditional, self._given):
+            raise SafetyError(
+                "a network got other embeddings than its call began with: a callback changed the prompt, or a pipeline that is "
+                "not protected was called within the call; neither can be followed"
+            )
+        if self._step is None or not (torch.equal(latent, self._step[0]) and torch.equal(time, self._step[1])):
+            self._decide(latent.float(), time)
+        self._step = None if denoises else (latent, time)
+        return torch.cat([embeds[: -self.requests], self._state.prompt.to(embeds)])
+
+    def predicted(self, sample: Tensor, timestep: Tensor | float, prediction: Tensor, guidance: float, sampler: Any) -> None:
+        """Take note of what the UNet predicts for `sample`, [B or 2 B, C, h, w] both, for the step that follows.
+
+        `sampler` is the scheduler that makes the next latent of it, None where that one adds fresh noise by the caller's wish.
+
+        Raises:
+            NonFiniteError: the prediction holds NaN or infinity.
+        """
+        if not bool(torch.isfinite(prediction).all()):
+            raise NonFiniteError("the UNet's prediction is not finite; no picture is drawn")
+        self._history = self._estimate = None
+        prediction = prediction.float()
+        if len(prediction) > self.requests:
+            without, conditional = prediction.chunk(2)
+            prediction = without + guidance * (conditional - without)
+        if is_deterministic(sampler):
+            self._history = prediction
+        elif type(sampler).__name__ == "LCMScheduler" and _tells_pictures(self.config):
+            latent = sample[-self.requests :].float()
+            time = torch.as_tensor(timestep, dtype=torch.float32, device=latent.device).flatten()[-1].expand(self.requests)
+            self._estimate = expected_of_prediction(latent, time, prediction, self._controller.module.alphas, velocity=False)
+
+    def _begin(self, conditional: Tensor) -> None:
+        check_embeddings(self.config, conditional, "the prompt's embeddings")
+        self._controller = Controller(self._module_on(conditional.device))
+        self._given = conditional.clone()
+        self._original = self._given.float()
+        self._state = State.initial(self._original, len(self.record.concepts))
+        self._policy = self.record.policy.tensors(self.requests, conditional.device)
+
+    @torch.no_grad()
+    def _decide(self, latent: Tensor, time: Tensor) -> None:
+        if self._estimate is not None:
+            self._history = noise_beside(self._estimate, latent, time, self._controller.module.alphas)
+        with torch.autocast(latent.device.type, enabled=False):  # a pipeline's autocast is not the safety's
+            state, verdict = self._controller(latent, time, self._original, self._state, self._policy, history=self._history)
+        if not bool(state.ok.all()):
+            raise NonFiniteError(
+                f"latent, score or embedding is not finite at timestep {float(time[0]):g}; no picture is drawn"
+            )
+        self._state = state
+        self.record.timesteps.append(float(time[0]))
+        self.record.verdicts.append(verdict)
+        self.record.cooldowns.append(state.cooldown)
+
+
+def check_embeddings(config: SafetyConfig, embeds: Tensor, name: str) -> None:
+    """Raise `RequestError` unless `embeds` are [B, T, D] of the module's T and D."""
+    expected = (config.prompt_tokens, config.prompt_width)
+    if tuple(embeds.shape[1:]) != expected:
+        raise RequestError(
+            f"{name} are of shape {list(embeds.shape)}; expected {expected[0]} tokens of width {expected[1]}, as the safety "
+            "module reads them"
+        )
+
+
+def is_deterministic(scheduler: Any) -> bool:
+    """Whether its next latent comes of the prediction alone."""
+    if scheduler is None:
+        return False
+    stochastic = str(scheduler.config.get("algorithm_type", "")).startswith("sde-")
+    return type(scheduler).__name__ in DETERMINISTIC and not stochastic
+
+
+def _tells_pictures(config: SafetyConfig) -> bool:
+    """Whether the module looks at the picture to be expected, of a model that predicts noise."""
+    return config.alone and config.prediction_type == "epsilon"

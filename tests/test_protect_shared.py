@@ -1,0 +1,437 @@
+"""Protected pipelines as services use them: shared weights and schedulers, threads, tasks, copies, nested contexts."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import gc
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, StableDiffusionImg2ImgPipeline
+from PIL import Image
+
+from saferedir.engines.errors import RequestError, SafetyError, SafetyMismatchError
+from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.protect import EagerPolicy, protect
+from saferedir_torch.safety_module import SafetyModule
+
+UNSAFE, SAFE = "a church next to a cat", "a dog on blue"
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Any:
+    return load_pipeline()
+
+
+@pytest.fixture(scope="module")
+def safety() -> SafetyModule:
+    return SafetyModule.load(SHIPPED_SAFETY)
+
+
+@pytest.fixture
+def pipe(loaded: Any) -> Any:
+    """A pipeline object of the test's own."""
+    return copy.copy(loaded)
+
+
+@pytest.fixture
+def from_image(pipe: Any) -> Any:
+    """Image to image, with the same components."""
+    sibling = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    sibling.set_progress_bar_config(disable=True)
+    return sibling
+
+
+class Facts(NamedTuple):
+    """What must be after a context as it was before."""
+
+    kind: type
+    attributes: dict[str, Any]
+    hooks: list[Any]
+
+    @classmethod
+    def of(cls, pipe: Any) -> Facts:
+        unet = pipe.unet
+        kinds = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
+        attributes = {name: value for name, value in vars(pipe).items() if name in ("scheduler", "encode_prompt", "unet")}
+        return cls(type(pipe), attributes, [dict(getattr(unet, kind)) for kind in kinds])
+
+
+def draw(pipe: Any, prompt: str = UNSAFE, seed: int = 1, **options: Any) -> Any:
+    options = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "output_type": "np"} | options
+    return pipe(prompt, generator=torch.Generator().manual_seed(seed), **options)
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.new("RGB", (64, 64), (40 * seed, 90, 200 - 30 * seed))
+
+
+def draw_from_image(pipe: Any, prompt: str = UNSAFE, seed: int = 1, **options: Any) -> Any:
+    return draw(pipe, prompt, seed, image=picture(seed), strength=0.9, num_inference_steps=3, **options)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two results are the same picture and record."""
+    return np.array_equal(a.images, b.images) and torch.equal(a.safety.scores, b.safety.scores)
+
+
+def test_a_pipeline_that_shares_the_unet_is_refused_until_it_is_protected_too(
+    pipe: Any, from_image: Any, safety: SafetyModule
+) -> None:
+    plain = draw_from_image(from_image, SAFE).images
+    with protect(pipe, safety):
+        before = draw(pipe)
+        with pytest.raises(SafetyError, match="UNet2DConditionModel was called without a prompt of a protected pipeline"):
+            draw_from_image(from_image, SAFE)
+        with protect(from_image, safety):
+            drawn = draw_from_image(from_image, SAFE)
+            assert np.array_equal(drawn.images, plain) and not drawn.safety.fired.any()
+            assert draw_from_image(from_image).safety.fired[0, 0, 0]
+        assert same(draw(pipe), before)
+    assert before.safety.fired[0, 0, 0]
+    assert np.array_equal(draw_from_image(from_image, SAFE).images, plain)
+
+
+def test_a_pipeline_called_within_a_call_is_followed_if_protected_and_refused_if_not(
+    pipe: Any, from_image: Any, safety: SafetyModule
+) -> None:
+    drawn: list[Any] = []
+
+    def within(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        drawn.append(draw_from_image(from_image, SAFE))
+        return tensors
+
+    with protect(pipe, safety):
+        alone = draw(pipe)
+        with pytest.raises(SafetyError, match="other embeddings than its call began with"):
+            draw(pipe, callback_on_step_end=within)
+        with protect(from_image, safety):
+            outer = draw(pipe, callback_on_step_end=within)
+    assert same(outer, alone)
+    assert len(drawn) == STEPS and not drawn[0].safety.fired.any()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nested_contexts_of_one_pipeline_leave_it_as_it_was(pipe: Any, safety: SafetyModule, fails: bool) -> None:
+    before = Facts.of(pipe)
+    plain = draw(pipe).images
+
+    def nested() -> None:
+        with protect(pipe, safety) as outer:
+            with protect(pipe, safety, EagerPolicy(enabled=("ink",))) as inner:
+                assert not draw(pipe).safety.fired.any()
+            assert draw(pipe).safety.fired.any()
+            assert (inner.last.policy.enabled, outer.last.policy.enabled[0]) == (("ink",), "church")
+            if fails:
+                raise KeyError
+
+    if fails:
+        with pytest.raises(KeyError):
+            nested()
+    else:
+        nested()
+    assert Facts.of(pipe) == before
+    assert np.array_equal(draw(pipe).images, plain)
+
+
+def test_a_call_that_fails_leaves_nothing_behind(pipe: Any, safety: SafetyModule) -> None:
+    before = Facts.of(pipe)
+
+    def stop(*_: Any) -> None:
+        raise KeyError
+
+    with protect(pipe, safety) as guard:
+        inside = Facts.of(pipe)
+        with pytest.raises(KeyError):
+            draw(pipe, callback_on_step_end=stop)
+        assert Facts.of(pipe) == inside
+        with pytest.raises(SafetyError, match="nothing was drawn yet"):
+            _ = guard.last
+        with pytest.raises(SafetyError, match="without a prompt of a protected pipeline"):
+            pipe.unet(torch.zeros(1, 4, 16, 16), 1, torch.zeros(1, 77, 128))
+    assert Facts.of(pipe) == before
+
+
+def test_contexts_leave_no_classes_behind(pipe: Any, safety: SafetyModule) -> None:
+    gc.collect()
+    before = len(type(pipe).__subclasses__())
+    for _ in range(20):
+        with protect(pipe, safety):
+            pass
+    gc.collect()
+    assert len(type(pipe).__subclasses__()) == before
+
+
+def test_contexts_that_overlap_leave_the_pipeline_as_it_was(pipe: Any, safety: SafetyModule) -> None:
+    """As threads do that protect one pipeline each for a request: the first to come is the first to go."""
+    before = Facts.of(pipe)
+    first, second = protect(pipe, safety), protect(pipe, safety)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert draw(pipe).safety.fired.any()
+    second.__exit__(None, None, None)
+    assert Facts.of(pipe) == before
+
+
+def test_a_thread_that_entered_no_context_needs_those_open_to_be_alike(pipe: Any, safety: SafetyModule) -> None:
+    with ThreadPoolExecutor(1) as pool, protect(pipe, safety, EagerPolicy(enabled=("church",))):
+        assert pool.submit(draw, pipe).result().safety.policy.enabled == ("church",)
+        with protect(pipe, safety, EagerPolicy(enabled=("church",))):
+            assert pool.submit(draw, pipe).result().safety.policy.enabled == ("church",)
+        with protect(pipe, safety), pytest.raises(SafetyError, match="2 protections of this pipeline are open that differ"):
+            pool.submit(draw, pipe).result()
+
+
+def test_a_copy_is_protected_as_long_as_its_original(pipe: Any, safety: SafetyModule) -> None:
+    with protect(pipe, safety):
+        expected = draw(pipe)
+        copies = [copy.copy(pipe), copy.deepcopy(pipe), type(pipe)(**pipe.components, requires_safety_checker=False)]
+        assert all(same(draw(other), expected) for other in copies)
+    for other in copies:
+        with pytest.raises(SafetyError, match="the protection that this copy of a pipeline was made under has ended"):
+            draw(other)
+    assert not np.array_equal(draw(pipe).images, expected.images)
+    assert not hasattr(draw(pipe), "safety")
+
+
+def test_a_copy_can_be_protected_by_itself(pipe: Any, safety: SafetyModule) -> None:
+    with protect(pipe, safety):
+        other = copy.copy(pipe)
+        with protect(other, safety, EagerPolicy(enabled=("ink",))):
+            assert draw(other).safety.policy.enabled == ("ink",)
+            assert draw(pipe).safety.policy.enabled == ("church", "ink", "weapons")
+        assert draw(other).safety.policy.enabled == ("church", "ink", "weapons")
+
+
+def test_a_call_goes_on_under_protection_when_its_context_ends(pipe: Any, safety: SafetyModule) -> None:
+    before = Facts.of(pipe)
+    context = protect(pipe, safety)
+    context.__enter__()
+    expected = draw(pipe)
+
+    def leave(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            context.__exit__(None, None, None)
+        return tensors
+
+    assert same(draw(pipe, callback_on_step_end=leave), expected)
+    assert Facts.of(pipe) == before
+
+
+def test_a_users_own_encode_prompt_is_used_and_kept(pipe: Any, safety: SafetyModule) -> None:
+    theirs, read = pipe.encode_prompt, list[str]()
+
+    def own(prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        read.append(prompt)
+        return theirs("a church", *args, **kwargs)
+
+    pipe.encode_prompt = own
+    with protect(pipe, safety):
+        drawn = draw(pipe, "\N{CYRILLIC SMALL LETTER A}\u200b cat")
+        assert drawn.safety.fired[0, 0, 0]
+        assert pipe.encode_prompt is own
+    assert read == ["a cat"]
+    assert vars(pipe)["encode_prompt"] is own
+
+
+def switched_off_at(step: int) -> Callable[..., Any]:
+    """As the documentation of diffusers has it."""
+
+    def dynamic_guidance(pipe: Any, index: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if index == step:
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+            pipe._guidance_scale = 0.0
+        return tensors
+
+    return dynamic_guidance
+
+
+def test_guidance_that_a_callback_switches_off_is_followed(pipe: Any, safety: SafetyModule) -> None:
+    options: dict[str, Any] = {
+        "num_inference_steps": 4, "callback_on_step_end": switched_off_at(1),
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+    }  # fmt: skip
+    plain = draw(pipe, SAFE, **options).images
+    with protect(pipe, safety):
+        safe, unsafe = draw(pipe, SAFE, **options), draw(pipe, **options)
+        guided = draw(pipe, num_inference_steps=4)
+    assert np.array_equal(safe.images, plain)
+    assert len(unsafe.safety.timesteps) == 4
+    assert torch.equal(unsafe.safety.scores[:2], guided.safety.scores[:2])
+    assert not np.array_equal(unsafe.images, guided.images)
+
+
+def test_a_prompt_that_a_callback_changes_is_refused(pipe: Any, safety: SafetyModule) -> None:
+    def other(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt_embeds": tensors["prompt_embeds"].flip(0)}
+
+    with protect(pipe, safety), pytest.raises(SafetyError, match="a callback changed the prompt"):
+        draw(pipe, callback_on_step_end=other, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+
+def test_a_run_that_a_callback_interrupts_has_the_record_of_its_steps(pipe: Any, safety: SafetyModule) -> None:
+    def interrupt(pipe: Any, _: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = True
+        return tensors
+
+    with protect(pipe, safety):
+        assert len(draw(pipe, num_inference_steps=4, callback_on_step_end=interrupt).safety.timesteps) == 1
+
+
+@pytest.mark.parametrize("tokens", [154, 76])
+def test_embeddings_of_another_length_name_the_right_one(pipe: Any, safety: SafetyModule, tokens: int) -> None:
+    with protect(pipe, safety), pytest.raises(RequestError, match=rf"prompt_embeds are .*{tokens}.*; expected 77 tokens"):
+        pipe(prompt_embeds=torch.zeros(1, tokens, 128), num_inference_steps=STEPS)
+
+
+def test_embeddings_of_another_length_from_a_users_encode_prompt_are_refused(pipe: Any, safety: SafetyModule) -> None:
+    pipe.encode_prompt = lambda *_, **__: (torch.zeros(1, 154, 128), torch.zeros(1, 154, 128))
+    with protect(pipe, safety), pytest.raises(RequestError, match="expected 77 tokens of width 128"):
+        draw(pipe)
+
+
+def test_skipped_layers_are_refused(pipe: Any, safety: SafetyModule) -> None:
+    with protect(pipe, safety), pytest.raises(SafetyError, match="clip_skip gives other embeddings"):
+        draw(pipe, clip_skip=1)
+
+
+def test_the_scheduler_may_be_replaced_between_calls(pipe: Any, safety: SafetyModule) -> None:
+    config = pipe.scheduler.config
+    with protect(pipe, safety):
+        draw(pipe)
+        for kind in (DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler):
+            pipe.scheduler = kind.from_config(config)
+            inside = draw(pipe, SAFE, num_inference_steps=3).images
+            with protect(other := copy.copy(pipe), safety):
+                assert np.array_equal(draw(other, SAFE, num_inference_steps=3).images, inside)
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(config, beta_end=0.02)
+        with pytest.raises(SafetyMismatchError, match="noise schedule"):
+            draw(pipe)
+        assert pipe.scheduler.config.beta_end == 0.02
+
+
+def test_noise_that_eta_adds_is_known(pipe: Any, safety: SafetyModule) -> None:
+    """The prediction of the step before tells the picture to be expected only where no fresh noise was added."""
+    with protect(pipe, safety):
+        scores = [draw(pipe, SAFE, num_inference_steps=4, eta=eta).safety.scores for eta in (0.0, 1.0)]
+        pipe.scheduler.step = pipe.scheduler.step  # a method of its own is not lost, and the scheduler then not copied
+        assert torch.equal(draw(pipe, SAFE, num_inference_steps=4).safety.scores, scores[0])
+    del pipe.scheduler.step
+    assert not torch.equal(scores[0][1:], scores[1][1:])
+
+
+def test_what_changed_in_the_text_encoder_is_noticed_before_the_next_call(pipe: Any, safety: SafetyModule) -> None:
+    pipe.text_encoder = copy.deepcopy(pipe.text_encoder)
+    with protect(pipe, safety):
+        draw(pipe)
+        next(pipe.text_encoder.encoder.layers[0].parameters()).data += 1e-3  # as fusing a LoRA does
+        with pytest.raises(SafetyMismatchError, match="text encoder"):
+            draw(pipe)
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_what_fired_travels_with_the_result(pipe: Any, safety: SafetyModule, return_dict: bool) -> None:
+    async def ask() -> list[Any]:
+        return await asyncio.gather(
+            *(asyncio.to_thread(draw, pipe, prompt, seed, return_dict=return_dict)
+              for seed, prompt in enumerate([UNSAFE, SAFE] * 2))
+        )  # fmt: skip
+
+    with protect(pipe, safety, EagerPolicy(thresholds={"church": 0.5}, cooldown=1)) as guard:
+        results = asyncio.run(ask())
+        with pytest.raises(SafetyError, match="a result's `safety` is its record"):
+            _ = guard.last
+    assert [bool(result.safety.fired.any()) for result in results] == [True, False, True, False]
+    policy = results[0].safety.policy
+    assert (policy.thresholds["church"], policy.alpha_scales["ink"], policy.cooldown) == (0.5, 1.8, 1)
+    images, _ = results[1] if not return_dict else (results[1].images, None)
+    with protect(pipe, safety):
+        assert np.array_equal(images, draw(pipe, SAFE, 1).images)
+
+
+def test_tasks_that_protect_one_pipeline_each_keep_to_their_own(pipe: Any, safety: SafetyModule) -> None:
+    before = Facts.of(pipe)
+
+    async def request(concept: str) -> tuple[str, ...]:
+        with protect(pipe, safety, EagerPolicy(enabled=(concept,))) as guard:
+            await asyncio.sleep(0)
+            await asyncio.to_thread(draw, pipe)
+            draw(pipe)
+            await asyncio.sleep(0)
+            return guard.last.policy.enabled
+
+    async def all_requests() -> list[tuple[str, ...]]:
+        return await asyncio.gather(*(request(concept) for concept in ("church", "ink", "weapons")))
+
+    assert asyncio.run(all_requests()) == [("church",), ("ink",), ("weapons",)]
+    assert Facts.of(pipe) == before
+
+
+def serve(threads: int, calls: int, prompts: list[str], pipe: Any, safety: SafetyModule) -> None:
+    """Every picture and record of `threads` that make `calls` each equals its lone run; what is not protected is refused."""
+    kinds: list[tuple[Any, Callable[..., Any]]] = [
+        (pipe, draw),
+        (StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False), draw_from_image),
+        (copy.copy(pipe), draw),
+        (StableDiffusionImg2ImgPipeline.from_pipe(pipe, scheduler=copy.copy(pipe.scheduler)), draw_from_image),
+    ]
+    unprotected = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+    for other, _ in (*kinds, (unprotected, draw)):
+        other.set_progress_bar_config(disable=True)
+    before = [Facts.of(other) for other, _ in kinds]
+    jobs = [(kind, prompt, seed) for kind in range(4) for seed, prompt in enumerate(prompts)]
+
+    def run(kind: int, prompt: str, seed: int) -> Any:
+        other, how = kinds[kind]
+        if kind == 2:
+            other = copy.copy(other)  # per request
+        return how(other, prompt, seed, guidance_scale=(5.0, 1.0, 3.0, 5.0)[seed])
+
+    def call(number: int) -> bool:
+        if number % 8 == 7:
+            with pytest.raises(SafetyError, match="without a prompt of a protected pipeline"):
+                draw_from_image(unprotected, SAFE)
+        own = jobs[number % len(jobs)]
+        if number % 3 == 0:
+            with protect(kinds[own[0]][0], safety):
+                return same(run(*own), alone[own])
+        return same(run(*own), alone[own])
+
+    guards = [protect(other, safety) for other, _ in kinds]
+    for guard in guards:
+        guard.__enter__()
+    try:
+        alone = {job: run(*job) for job in jobs}
+        assert [alone[job].safety.fired.any() for job in jobs if job[0] == 0] == [True, False] * (len(prompts) // 2)
+        wrong: list[int] = []
+        barrier = threading.Barrier(threads)
+
+        def work(thread: int) -> None:
+            barrier.wait()
+            wrong.extend(number for number in range(thread, threads * calls, threads) if not call(number * 5))
+
+        with ThreadPoolExecutor(threads) as pool:
+            for done in [pool.submit(work, thread) for thread in range(threads)]:
+                done.result()
+        assert wrong == []
+    finally:
+        for guard in guards:
+            guard.__exit__(None, None, None)
+    assert [Facts.of(other) for other, _ in kinds] == before
+
+
+def test_four_threads_over_shared_weights_draw_as_each_alone(pipe: Any, safety: SafetyModule) -> None:
+    serve(4, 4, [UNSAFE, SAFE], pipe, safety)
+
+
+@pytest.mark.slow
+def test_eight_threads_over_shared_weights_draw_as_each_alone(pipe: Any, safety: SafetyModule) -> None:
+    serve(8, 20, [UNSAFE, SAFE, "a minster", "a cat"], pipe, safety)
