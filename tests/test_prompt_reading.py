@@ -111,7 +111,7 @@ def test_what_the_tokenizer_is_given_grows_with_what_it_reads_alone(tokenizer_fi
             self.given += len(text)
             return self.tokenizer.encode(text)
 
-    reader = PromptTokenizer(tokenizer_file, 77)
+    reader = PromptTokenizer(tokenizer_file.read_bytes(), 77)
     counting = Counting(reader._tokenizer)
     reader._tokenizer = counting  # type: ignore[assignment]
     reader((words * LONGEST_PROMPT)[:LONGEST_PROMPT])

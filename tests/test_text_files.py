@@ -16,7 +16,7 @@ from saferedir.engines.errors import OutputError, RequestError, TrainingError
 from saferedir.engines.text_files import LARGEST, read_prompts, read_text
 from saferedir_torch.__main__ import app
 from saferedir_torch.attacks.__main__ import read_targets
-from saferedir_torch.benign_prompts import benign_prompts
+from saferedir_torch.command_line.benign_prompts import benign_prompts
 from saferedir_torch.pairs_file import FilePrompts
 from saferedir_torch.training_place import MARK, training_place
 from saferedir_torch.training_run import _truncate_log
