@@ -74,7 +74,7 @@ def open_part(kind: Any, folder: Path) -> Any:
         if named not in (None, kind.__name__):
             raise ValueError(f"it is a {named}; expected a {kind.__name__}")
         part, info = kind.from_pretrained(
-            folder, torch_dtype=torch.float32, variant=_variant_of(folder), output_loading_info=True
+            folder, torch_dtype=torch.float32, variant=variant_of(folder), output_loading_info=True
         )
         lacking = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
         strange = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
@@ -86,7 +86,7 @@ def open_part(kind: Any, folder: Path) -> Any:
     return part
 
 
-def _variant_of(folder: Path) -> str | None:
+def variant_of(folder: Path) -> str | None:
     """`fp16` where a folder's weights are there in half precision alone; None elsewhere."""
     names = [path.name for path in folder.iterdir() if path.name.split(".")[0] in WEIGHTS]
     return "fp16" if names and all(".fp16." in name or ".fp16-" in name for name in names) else None
