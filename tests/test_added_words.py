@@ -211,6 +211,12 @@ def test_words_that_cannot_be_told_apart_are_refused(words: list[str], says: str
         with_words(plain, [(folder / "Glimt.pt", word) for word in words])
 
 
+def test_a_word_that_no_prompt_holds_is_named(tmp_path: Path, plain: Any) -> None:
+    save_file({"<long>": torch.randn(76, WIDTH)}, tmp_path / "long.safetensors")
+    with pytest.raises(RequestError, match="has 76 vectors, which no prompt holds; expected at most 75"):
+        with_words(plain, [(tmp_path / "long.safetensors", None)])
+
+
 def test_a_word_of_another_width_is_named(tmp_path: Path, plain: Any) -> None:
     save_file({"<wide>": torch.randn(64)}, tmp_path / "wide.safetensors")
     with pytest.raises(RequestError, match=r"wide\.safetensors has vectors of width 64; the text encoder's words have 32"):

@@ -245,6 +245,10 @@ def test_what_is_known_equals_diffusers(scheduler: Any, steps: int) -> None:
         (EulerDiscreteScheduler(final_sigmas_type="half"), "final_sigmas_type 'half'"),
         (EulerDiscreteScheduler(beta_end=1.5), "beta_end 1.5.*above 0 and below 1"),
         (DDIMScheduler(clip_sample=False, steps_offset=-1), "steps_offset -1"),
+        (DDIMScheduler(clip_sample=False, steps_offset=5000), "steps_offset 5000.*below 1001"),
+        (LCMScheduler(timestep_scaling=0), "timestep_scaling 0.*above 0"),
+        (EulerDiscreteScheduler(use_karras_sigmas=True, sigma_min=0.0), r"sigma_min 0\.0.*or null"),
+        (EulerDiscreteScheduler(beta_start=0.02, beta_end=0.01), "beta_end 0.01 below beta_start 0.02"),
         (LCMScheduler(original_inference_steps=2000), "cannot be drawn with: .*at most 2000 of 1000"),
         (
             DDIMScheduler(clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"),
