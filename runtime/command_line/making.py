@@ -224,7 +224,11 @@ def _lora(text: str) -> tuple[Path, float]:
 
 def _named_word(text: str) -> tuple[Path, str | None]:
     path, colon, word = text.rpartition(":")
-    return (Path(text), None) if not colon or Path(text).exists() else (Path(path), word)
+    if not colon or Path(text).exists():
+        return Path(text), None
+    if not path or not word:
+        raise RequestError(f"--textual-inversion is {text!r}; expected FILE or FILE:WORD, such as embedding.pt:glow")
+    return Path(path), word
 
 
 def _say_size(size: int) -> None:
