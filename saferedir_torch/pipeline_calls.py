@@ -165,10 +165,10 @@ def _draw(pipeline: Any, plain_call: Callable[..., Any], guard: Guard, args: tup
         asked["prompt"] = _in_plain_letters(prompt)
     prompts = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
     run = guard.run(prompts * (asked.get("num_images_per_prompt") or 1))
-    call = _PipelineCall(pipeline, run, networks_of(pipeline), eta=asked.get("eta") or 0.0)
     # A pipeline object holds what one call needs, its guidance for one, so that its own calls take turns.
-    with _turns(pipeline), _own_scheduler(pipeline), _own_encoding(pipeline), watched(call.networks):
+    with _turns(pipeline), watched(networks_of(pipeline)), _own_scheduler(pipeline), _own_encoding(pipeline):
         check_match(pipeline, guard.safety)
+        call = _PipelineCall(pipeline, run, networks_of(pipeline), eta=asked.get("eta") or 0.0)
         token = current_call.set(call)
         try:
             output = call.finish(plain_call(*bound.args, **bound.kwargs))
