@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from safetensors.torch import load_file, save_file
 from small_module import TOKENS, WIDTH, small_module
 from typer.testing import CliRunner
@@ -67,8 +67,8 @@ def test_nothing_benign_fires_by_both_that_does_not_by_one() -> None:
     alone = highest_logits(module, runs)
     bounds = torch.quantile(torch.from_numpy(alone), 0.9, dim=0)  # some fire as it is
     concepts = zip(module.config.concepts, bounds, strict=True)
-    named = tuple(dataclasses.replace(one, threshold=float(torch.sigmoid(at))) for one, at in concepts)
-    module.config = dataclasses.replace(module.config, concepts=named)
+    named = tuple(structs.replace(one, threshold=float(torch.sigmoid(at))) for one, at in concepts)
+    module.config = structs.replace(module.config, concepts=named)
     thresholds = torch.tensor([logit_of(one.threshold) for one in named])
     firing = (torch.from_numpy(alone) >= thresholds).any(dim=1)
     assert set_agreed_levels(module, runs) == int(firing.sum()) > 0
@@ -114,7 +114,7 @@ def test_a_module_calibrated_without_decides_as_it_did(tmp_path: Path) -> None:
 def test_a_calibrated_module_is_given_its_level(tmp_path: Path) -> None:
     module = SafetyModule.load(SHIPPED_SAFETY)
     assert module.config.promise is not None
-    module.config = dataclasses.replace(module.config, promise=dataclasses.replace(module.config.promise, pictures=4, steps=3))
+    module.config = structs.replace(module.config, promise=structs.replace(module.config.promise, pictures=4, steps=3))
     module.last_branch.agreed_levels.fill_(HIGHEST)
     module.save(tmp_path / "safety")
     options = ["--model", str(SHIPPED_MODEL), "--safety", str(tmp_path / "safety"), "--recorded", str(tmp_path / "benign")]

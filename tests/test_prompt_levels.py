@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from safetensors.torch import load_file, save_file
 from scipy.stats import binom
 from small_module import TOKENS, WIDTH, small_module
@@ -97,7 +97,7 @@ def test_a_promise_is_restated_for_what_fires_besides() -> None:
 
 
 def test_the_command_draws_nothing_and_leaves_thresholds(tmp_path: Path, module: SafetyModule) -> None:
-    module.config = dataclasses.replace(module.config, promise=dataclasses.replace(PROMISE, pictures=3000, allowed=0))
+    module.config = structs.replace(module.config, promise=structs.replace(PROMISE, pictures=3000, allowed=0))
     module.last_branch.prompt_levels.fill_(HIGHEST)
     module.save(tmp_path / "safety")
     command = [
@@ -120,7 +120,7 @@ def test_the_command_draws_nothing_and_leaves_thresholds(tmp_path: Path, module:
 
 
 def test_a_module_that_was_never_calibrated_is_refused(tmp_path: Path, module: SafetyModule) -> None:
-    module.config = dataclasses.replace(module.config, promise=None)
+    module.config = structs.replace(module.config, promise=None)
     module.save(tmp_path / "safety")
     with pytest.raises(RequestError, match="never calibrated"):
         CliRunner().invoke(
