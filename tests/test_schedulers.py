@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
+from msgspec import structs
 
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import RequestError
@@ -25,7 +25,7 @@ INFO = SchedulerInfo("ddim", 1000, 0.00085, 0.012, "scaled_linear", "leading", 1
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("steps", [1, 2, 7, 25, 50])
 def test_equals_diffusers(spacing: str, prediction: str, steps: int) -> None:
-    info = dataclasses.replace(INFO, timestep_spacing=spacing, steps_offset=1 if spacing == "leading" else 0)
+    info = structs.replace(INFO, timestep_spacing=spacing, steps_offset=1 if spacing == "leading" else 0)
     theirs = DDIMScheduler(
         beta_start=info.beta_start, beta_end=info.beta_end, beta_schedule=info.beta_schedule, clip_sample=False,
         set_alpha_to_one=False, steps_offset=info.steps_offset, timestep_spacing=spacing, prediction_type=prediction,
@@ -63,7 +63,7 @@ def drawn(ours: Schedule, outputs: torch.Tensor, noises: torch.Tensor) -> list[n
 def test_a_whole_run_equals_diffusers(kind: str, steps: int, spacing: str) -> None:
     kind, _, prediction = kind.partition(" ")
     prediction = "v_prediction" if prediction else "epsilon"
-    info = dataclasses.replace(INFO, timestep_spacing=spacing, steps_offset=1 if spacing == "leading" else 0)
+    info = structs.replace(INFO, timestep_spacing=spacing, steps_offset=1 if spacing == "leading" else 0)
     common = {**NOISE_SCHEDULE, "prediction_type": prediction}
     spaced = {"timestep_spacing": spacing, "steps_offset": info.steps_offset}
     theirs = {
@@ -144,7 +144,7 @@ def test_steps_out_of_range(steps: int) -> None:
 @pytest.mark.parametrize(("field", "value"), [("kind", "heun"), ("beta_schedule", "cosine"), ("timestep_spacing", "random")])
 def test_unknown_schedule_is_refused(field: str, value: str) -> None:
     with pytest.raises(RequestError, match=value):
-        make_schedule(dataclasses.replace(INFO, **{field: value}), "epsilon", 5)
+        make_schedule(structs.replace(INFO, **{field: value}), "epsilon", 5)
 
 
 def test_unknown_prediction_is_refused() -> None:
