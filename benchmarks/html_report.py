@@ -64,29 +64,10 @@ def mean_text(value: Json) -> str:
 
 
 def _plots(found: dict[str, Json]) -> dict[str, str]:
-    makers = {"strength": _strength, "cooldown": _cooldown, "words": _scores, "detection": _detection}
+    makers = {"cooldown": _cooldown, "words": _scores, "detection": _detection}
     made = {name: make(found[name]) for name, make in makers.items() if name in found}
     seen = {name: _seen_of_attacks(result) for name, result in found.items() if _families_seen(result)}
     return made | seen
-
-
-def _strength(result: Json) -> str:
-    concepts, (_, perceptual, frechet) = result["concepts"], result["measures"]
-    figure, grid = pyplot.subplots(2, len(concepts), figsize=(4.2 * len(concepts), 7), layout="constrained", squeeze=False)
-    for column, (name, table) in enumerate(concepts.items()):
-        *fixed, adaptive = table["rows"]
-        for row, measure in enumerate((perceptual, frechet)):
-            axes = grid[row][column]
-            distances = [entry[measure]["mean"] if measure == perceptual else entry[measure] for entry in table["rows"]]
-            found = [100 * entry["fsr"]["share"] for entry in fixed]
-            axes.plot(distances[:-1], found, "o-", color="tab:grey", label="fixed")
-            for entry, distance, height in zip(fixed, distances, found, strict=False):
-                axes.annotate(entry["strength"].removeprefix("fixed "), (distance, height), fontsize=8)
-            axes.plot(distances[-1], 100 * adaptive["fsr"]["share"], "*", markersize=14, color="tab:red", label="adaptive")
-            axes.set(title=name if row == 0 else "", xlabel=f"{measure} to the rewrite", ylabel="FSR, %")
-            axes.grid(alpha=0.3)
-    grid[0][0].legend()
-    return _inline(figure)
 
 
 def _cooldown(result: Json) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 
 from saferedir.engines import DEFAULT_BUNDLE, Bundle, open_bundle
@@ -83,5 +84,5 @@ def hybrid_pipeline(
 ) -> Pipeline:
     """The base model of `bundle` under `module` (through `controller`, where it is not the usual one)."""
     opened = open_bundle(bundle)
-    with_concepts = replace(opened, manifest=replace(opened.manifest, safety=safety_info(module.config)))
+    with_concepts = replace(opened, manifest=structs.replace(opened.manifest, safety=safety_info(module.config)))
     return Pipeline(with_concepts, HybridBackend(with_concepts, controller or Controller(module), threads), policy)

@@ -181,30 +181,6 @@ one part left out at a time. (`python -m benchmarks.evaluate ablation`)
 {table}"""
 
 
-def strength() -> str:
-    result = read_result("strength")
-    _, perceptual, frechet = result["measures"]
-    table = "\n".join(
-        f"| {name} | {row['strength']} | {share_of(row['fsr'])} | {row[perceptual]['mean']:.4f} | {1e4 * row[frechet]:.2f} "
-        f"| {percent(row['companion']['share'])} |"
-        for name, concept in result["concepts"].items()
-        for row in concept["rows"]
-    )
-    better = [
-        f"{name}, {row['strength']}"
-        for name, concept in result["concepts"].items()
-        for row in concept["against_adaptive"]
-        if row["better_on_both"]
-    ]
-    return f"""**How far to move?** Fixed strengths s against the adaptive one, held-out names. Better than it in both
-FSR and {perceptual} (paired bootstrap, 95 %): {"; ".join(better) or "none"}. The step length of each token answers to the
-prompt under all of them; "adaptive" moves further where a concept fires again. (`python -m benchmarks.evaluate strength`)
-
-| concept | strength | FSR | {perceptual} to the rewrite | {frechet} to the rewrite, times 10,000 | companion |
-| --- | --- | --- | --- | --- | --- |
-{table}"""
-
-
 def strength_choice() -> str:
     result = read_result("strength_choice")
     measure = result["measure"]

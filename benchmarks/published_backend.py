@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from msgspec import structs
 
 from benchmarks.hybrid import EagerControllerBackend
 from saferedir.engines import Bundle
@@ -19,7 +20,7 @@ STATE = ("prompt", "negative", "cooldown", "active", "ok")
 
 def published_bundle(opened: Bundle, safety: SafetyInfo) -> Bundle:
     """The model of `opened` under the published controller; its safety has one concept."""
-    return replace(opened, manifest=replace(opened.manifest, controller=PUBLISHED, safety=safety))
+    return replace(opened, manifest=structs.replace(opened.manifest, controller=PUBLISHED, safety=safety))
 
 
 class PublishedBackend(EagerControllerBackend):

@@ -63,7 +63,6 @@ def figures() -> str:
         method_figures.detection: ("detection",),
         method_figures.ablation: ("ablation",),
         method_figures.strength_choice: ("strength_choice",),
-        method_figures.strength: ("strength",),
         method_figures.cooldown: ("cooldown",),
         robustness_figures.attacks: ("attacks_church",),
         robustness_figures.generalisation: ("generalisation",),

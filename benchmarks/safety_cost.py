@@ -11,22 +11,22 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import torch
+from msgspec.structs import replace
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.report import environment, save
-from saferedir.export.engine_graph import Graph, step_example
+from saferedir.export.engine_graph import Graph, step_example, step_graph
 from saferedir.export.onnx_export import to_onnx
 from saferedir.export.published_graphs import published_graphs
-from saferedir.export.safety_graphs import safety_graph
+from saferedir.export.safety_graphs import SafetyGraph
 from saferedir_torch.models import SHIPPED_SAFETY
 from saferedir_torch.published import PublishedNetwork
 from saferedir_torch.safety_module import SafetyModule
@@ -57,7 +57,7 @@ def measure(repeats: int, unet: bool) -> dict[str, Any]:
     module = SafetyModule(replace(shipped, prompt_width=WIDTH, prompt_tokens=TOKENS)).eval()
     example = step_example(torch.randn(2, 4, SIZE, SIZE), torch.randn(2, TOKENS, WIDTH), len(shipped.concepts))
     published = published_graphs(None, PublishedNetwork().eval(), mask_again=False)
-    graphs = {"safety": safety_graph(module, example), "published_network": published["published_network"]}
+    graphs = {"safety": step_graph(SafetyGraph(module), example), "published_network": published["published_network"]}
     calls: dict[str, Callable[[], object]] = {}
     gflop: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -111,7 +111,7 @@ def _session(name: str, graphs: dict[str, Graph], inputs: dict[str, Tensor], fol
 @torch.no_grad()
 def _gflop(module: torch.nn.Module, inputs: dict[str, Tensor]) -> float:
     with FlopCounterMode(display=False) as counter:
-        module(**inputs)
+        module(*inputs.values())
     return float(counter.get_total_flops()) / 1e9
 
 

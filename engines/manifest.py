@@ -1,79 +1,96 @@
-"""The manifest of a bundle, `bundle.json`: what the engines are, what they take and give, and what made them."""
+"""The manifest of a bundle, `bundle.json`: what the engines are, what they take and give, and what made them.
+
+Its fields, their types and bounds are stated here alone, and msgspec reads by them; `BUNDLE.md` describes the format.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta, Struct
 
 from saferedir.engines.errors import BundleAlteredError, BundleSchemaError
+from saferedir.engines.json_text import read_json
+from saferedir.engines.step import DRAWING_ENGINES, SAFETY_ENGINES, SIZED_ENGINES, declared
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MANIFEST_FILE = "bundle.json"
 TOKENIZER_FILE = "tokenizer.json"
+#: Bytes; the embedded bundle's has 20,000.
+LARGEST_MANIFEST = 4_000_000
+#: diffusers' upsampling branches at 64 rows, which guidance reaches with 32 requests.
+LARGEST_BATCH = 31
+#: Values of a latent or a prompt embedding, so that no manifest asks for more memory than a model that exists.
+LARGEST_TENSOR = 1 << 24
 
-#: The denoising step: protected, with and without guidance, and the same of an operator who switched the safety off.
-PROTECTED_STEPS = ("step", "step_unguided")
-PLAIN_STEPS = ("plain_step", "plain_step_unguided")
-STEPS = (*PROTECTED_STEPS, *PLAIN_STEPS)
-#: Engines of one size of picture each; those of another than the model's own are called `step@96x64`.
-SIZED_ENGINES = ("vae_decoder", *STEPS)
-#: Engines of a bundle that draws.
-DRAWING_ENGINES = ("text_encoder", *SIZED_ENGINES)
-#: Engines of a bundle that holds the safety of a published checkpoint alone.
-SAFETY_ENGINES = ("safety", "published_network")
 #: `published` is the controller of the authors' released code: it looks after the UNet call, decides by argmax and moves both
 #: halves of guidance.
 PUBLISHED = "published"
-CONTROLLERS = ("saferedir", PUBLISHED)
+
+#: Text that can be shown: no control characters, none that turn the direction of writing.
+_SHOWN = r"\A[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]*\Z"
+Name = Annotated[str, Meta(min_length=1, max_length=100, pattern=_SHOWN)]
+Text = Annotated[str, Meta(max_length=1000, pattern=_SHOWN)]
+#: Files lie in the folder itself.
+FileName = Annotated[str, Meta(max_length=120, pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_.@-]*\Z")]
+EngineName = Annotated[str, Meta(max_length=60, pattern=r"\A[a-z_]+(@[0-9]{1,4}x[0-9]{1,4})?\Z")]
+Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+#: Empty where it is not known.
+KnownSha256 = Annotated[str, Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
+Side = Annotated[int, Meta(ge=1, le=4096)]
+Width = Annotated[int, Meta(ge=1, le=65536)]
+Steps = Annotated[int, Meta(ge=1, le=100_000)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+#: Of noise schedules and scales.
+Positive = Annotated[float, Meta(gt=0, le=1e6)]
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(Struct, frozen=True, forbid_unknown_fields=True):
     """Name, numpy dtype name and shape of an engine's input or output; a dynamic dimension is its name."""
 
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    name: Name
+    dtype: Annotated[str, Meta(pattern=r"\A(float32|float16|int32|int64|bool)\Z")]
+    shape: Annotated[tuple[Annotated[int, Meta(ge=1, le=1 << 20)] | Name, ...], Meta(max_length=8)]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} [{', '.join(map(str, self.shape))}]"
 
 
-@dataclass(frozen=True)
-class EngineInfo:
+class EngineInfo(Struct, frozen=True, forbid_unknown_fields=True):
     """One ONNX graph of the bundle. `weights` lists the external data files that it reads."""
 
-    file: str
-    weights: tuple[str, ...]
-    inputs: tuple[TensorInfo, ...]
-    outputs: tuple[TensorInfo, ...]
+    file: FileName
+    weights: Annotated[tuple[FileName, ...], Meta(max_length=16)]
+    inputs: Annotated[tuple[TensorInfo, ...], Meta(max_length=64)]
+    outputs: Annotated[tuple[TensorInfo, ...], Meta(max_length=64)]
 
 
-@dataclass(frozen=True)
-class FileInfo:
+class FileInfo(Struct, frozen=True, forbid_unknown_fields=True):
     """Integrity of a file of the bundle."""
 
-    sha256: str
-    bytes: int
+    sha256: Sha256
+    bytes: Annotated[int, Meta(ge=0, le=1 << 40)]
 
 
-@dataclass(frozen=True)
-class ModelInfo:
+class ModelInfo(Struct, frozen=True, forbid_unknown_fields=True):
     """Shapes and constants of the model. Sizes are of the latent; a picture is `vae_scale_factor` times larger."""
 
-    latent_channels: int
-    latent_height: int
-    latent_width: int
-    prompt_tokens: int
-    prompt_width: int
-    vae_scale_factor: int
-    vae_scaling_factor: float
-    prediction_type: str
-    text_encoder_sha256: str
-    unet_sha256: str
+    latent_channels: Side
+    latent_height: Side
+    latent_width: Side
+    prompt_tokens: Side
+    prompt_width: Width
+    vae_scale_factor: Annotated[int, Meta(ge=1, le=256)]
+    vae_scaling_factor: Positive
+    prediction_type: Annotated[str, Meta(pattern=r"\A(epsilon|v_prediction)\Z")]
+    text_encoder_sha256: Sha256
+    unet_sha256: Sha256
     #: Words of textual inversions -> the tokens that each stands for.
-    added_words: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    added_words: Annotated[dict[Name, Annotated[tuple[Name, ...], Meta(max_length=1000)]], Meta(max_length=10_000)] = {}
     #: Height and width of the latents that there are engines for, beside the model's own.
-    further_sizes: tuple[tuple[int, int], ...] = ()
+    further_sizes: Annotated[tuple[tuple[Side, Side], ...], Meta(max_length=100)] = ()
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -89,6 +106,19 @@ class ModelInfo:
         """What the engine is called that takes latents of this size."""
         return name if name not in SIZED_ENGINES else sized(name, (height, width), self.sizes[0])
 
+    def __post_init__(self) -> None:
+        if len(set(self.sizes)) != len(self.sizes):
+            raise ValueError(f"sizes of latents occur twice: {self.sizes}")
+        latent = self.latent_channels * max(height * width for height, width in self.sizes)
+        picture = max(height * width for height, width in self.sizes) * self.vae_scale_factor**2
+        for name, values in {
+            "a latent": latent,
+            "a picture": picture,
+            "an embedding": self.prompt_tokens * self.prompt_width,
+        }.items():
+            if values > LARGEST_TENSOR:
+                raise ValueError(f"{name} of {values} values; expected at most {LARGEST_TENSOR}")
+
 
 def sized(name: str, size: tuple[int, int], own: tuple[int, int]) -> str:
     """The name of an engine for latents of height and width `size`, where `own` is the model's own size."""
@@ -97,7 +127,9 @@ def sized(name: str, size: tuple[int, int], own: tuple[int, int]) -> str:
 
 def drawing_engines(sizes: Sequence[tuple[int, int]]) -> tuple[str, ...]:
     """Names of all engines of a bundle that draws latents of these heights and widths, the model's own first."""
-    return ("text_encoder", *(sized(name, size, sizes[0]) for size in sizes for name in SIZED_ENGINES))
+    return tuple(
+        sized(name, size, sizes[0]) for size in sizes for name in (DRAWING_ENGINES if size == sizes[0] else SIZED_ENGINES)
+    )
 
 
 def kind(engine: str) -> str:
@@ -105,57 +137,54 @@ def kind(engine: str) -> str:
     return engine.partition("@")[0]
 
 
-@dataclass(frozen=True)
-class SchedulerInfo:
+class SchedulerInfo(Struct, frozen=True, forbid_unknown_fields=True):
     """Noise schedule and timestep spacing, in diffusers' terms."""
 
-    kind: str
-    num_train_timesteps: int
-    beta_start: float
-    beta_end: float
-    beta_schedule: str
-    timestep_spacing: str
-    steps_offset: int
+    kind: Annotated[str, Meta(pattern=r"\A(ddim|euler|dpm-solver|lcm)\Z")]
+    num_train_timesteps: Steps
+    beta_start: Annotated[float, Meta(gt=0, lt=1)]
+    beta_end: Annotated[float, Meta(gt=0, lt=1)]
+    beta_schedule: Annotated[str, Meta(pattern=r"\A(linear|scaled_linear|squaredcos_cap_v2)\Z")]
+    timestep_spacing: Annotated[str, Meta(pattern=r"\A(leading|trailing|linspace)\Z")]
+    steps_offset: Annotated[int, Meta(ge=0, le=1000)]
     set_alpha_to_one: bool
     #: Of a latent consistency model: the number of steps it was distilled for, and the scale of its boundary condition.
-    original_inference_steps: int = 50
-    timestep_scaling: float = 10.0
+    original_inference_steps: Steps = 50
+    timestep_scaling: Positive = 10.0
     #: diffusers' class that the model's folder asks for, where it is drawn with another sampler; empty where it is not.
-    in_place_of: str = ""
+    in_place_of: Annotated[str, Meta(max_length=100, pattern=r"\A[A-Za-z0-9_]*\Z")] = ""
     rescale_betas_zero_snr: bool = False
-    #: Of euler: how its noise levels are spaced, between which ones, and which one it ends at (zero or sigma_min).
+    #: Of euler: how its noise levels are spaced, between which ones, and which one it ends at.
     use_karras_sigmas: bool = False
     use_exponential_sigmas: bool = False
-    sigma_min: float | None = None
-    sigma_max: float | None = None
-    final_sigmas_type: str = "zero"
+    sigma_min: Positive | None = None
+    sigma_max: Positive | None = None
+    final_sigmas_type: Annotated[str, Meta(pattern=r"\A(zero|sigma_min)\Z")] = "zero"
 
 
-@dataclass(frozen=True)
-class ConceptInfo:
+class ConceptInfo(Struct, frozen=True, forbid_unknown_fields=True):
     """A concept that the safety engine knows, with the threshold and strength it was trained and calibrated for."""
 
-    name: str
-    replacement: str
+    name: Name
+    replacement: Text
     #: None where the engine decides by argmax.
-    threshold: float | None
-    alpha_scale: float
+    threshold: Share | None
+    alpha_scale: Positive
 
 
-@dataclass(frozen=True)
-class PromiseInfo:
+class Promise(Struct, frozen=True, forbid_unknown_fields=True):
     """What the thresholds promise: the safety fires on at most `rate` of benign pictures, with `confidence`.
 
     Calibrated on that many `pictures` of `prompts`, drawn in `steps` steps with `guidance_scale`, of which `allowed` fire.
     """
 
-    rate: float
-    confidence: float
-    pictures: int
-    allowed: int
-    steps: int
-    guidance_scale: float
-    prompts: str
+    rate: Share
+    confidence: Share
+    pictures: Annotated[int, Meta(ge=1, le=10**9)]
+    allowed: Annotated[int, Meta(ge=0, le=10**9)]
+    steps: Steps
+    guidance_scale: Annotated[float, Meta(ge=0, le=1e6)]
+    prompts: Text
 
     def __str__(self) -> str:
         return (
@@ -165,119 +194,112 @@ class PromiseInfo:
         )
 
 
-@dataclass(frozen=True)
-class SafetyInfo:
+class SafetyInfo(Struct, frozen=True, forbid_unknown_fields=True):
     """What the safety engine was made for, and its concepts in the engine's order."""
 
-    text_encoder_sha256: str
+    #: Empty where a published checkpoint stands alone, which does not say what it was trained with; so is the UNet's.
+    text_encoder_sha256: KnownSha256
     #: UNet it was trained with; another one is allowed (transfer) and shows by this differing from the model's.
-    unet_sha256: str
-    prompt_width: int
-    latent_channels: int
-    cooldown: int
-    concepts: tuple[ConceptInfo, ...]
-    #: None where the thresholds were not calibrated (and in bundles of schema 1).
-    promise: PromiseInfo | None = None
+    unet_sha256: KnownSha256
+    prompt_tokens: Side
+    prompt_width: Width
+    latent_channels: Side
+    cooldown: Annotated[int, Meta(ge=0, le=1000)]
+    concepts: Annotated[tuple[ConceptInfo, ...], Meta(max_length=1000)]
+    #: None where the thresholds were not calibrated.
+    promise: Promise | None = None
     #: Of the published controller: displacements are multiplied by the mask once more.
     mask_again: bool = False
 
+    def __post_init__(self) -> None:
+        names = [concept.name for concept in self.concepts]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"concepts occur twice: {', '.join(twice)}")
 
-@dataclass(frozen=True)
-class PrecisionInfo:
+
+class PrecisionInfo(Struct, frozen=True, forbid_unknown_fields=True):
     """How weights are stored, what the model computes in, and what verification demands of the engines."""
 
-    storage: str
-    compute: str
+    storage: Annotated[str, Meta(pattern=r"\A(float32|float16|bfloat16)\Z")]
+    compute: Annotated[str, Meta(pattern=r"\A(float32|float16|bfloat16)\Z")]
     #: Worst error allowed against the reference in fp32, relative to an output's largest magnitude where that exceeds 1.
-    tolerance: float = 1e-4
+    tolerance: Positive = 1e-4
     #: Share of the safety's decisions that equal the reference's.
-    decisions: float = 1.0
+    decisions: Share = 1.0
     #: Of the worst picture, in dB; None where the tolerance says enough.
-    psnr: float | None = None
+    psnr: Positive | None = None
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     """Everything that `bundle.json` says."""
 
-    schema_version: int
-    name: str
-    model_family: str
-    controller: str
-    max_batch: int
+    schema_version: Annotated[int, Meta(ge=SCHEMA_VERSION, le=SCHEMA_VERSION)]
+    name: Name
+    model_family: Text
+    controller: Annotated[str, Meta(pattern=r"\A(saferedir|published)\Z")]
+    max_batch: Annotated[int, Meta(ge=1, le=LARGEST_BATCH)]
     #: None, as the scheduler, in a bundle that holds a safety alone.
     model: ModelInfo | None
     scheduler: SchedulerInfo | None
     safety: SafetyInfo
     precision: PrecisionInfo
-    made_with: dict[str, str]
-    engines: dict[str, EngineInfo]
-    files: dict[str, FileInfo]
+    made_with: Annotated[dict[Name, Text], Meta(max_length=100)]
+    engines: Annotated[dict[EngineName, EngineInfo], Meta(max_length=1000)]
+    files: Annotated[dict[FileName, FileInfo], Meta(max_length=2000)]
 
     @property
     def required_engines(self) -> tuple[str, ...]:
-        """Engines that a bundle of this model must have."""
+        """Engines that a bundle of this model has, and no others."""
         return SAFETY_ENGINES if self.model is None else drawing_engines(self.model.sizes)
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1) + "\n"
+    def tensors(self, engine: str) -> tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]:
+        """What an engine takes and gives, as this version declares it for this model and safety."""
+        safety = self.safety
+        sizes: dict[str, int | str] = {
+            "channels": safety.latent_channels, "tokens": safety.prompt_tokens, "prompt width": safety.prompt_width,
+            "concepts": len(safety.concepts),
+        }  # fmt: skip
+        if self.model is not None:
+            size = next(size for size in self.model.sizes if self.model.engine(kind(engine), *size) == engine)
+            height, width = size
+            scale = self.model.vae_scale_factor
+            sizes |= {"height": height, "width": width, "picture height": height * scale, "picture width": width * scale}
+        inputs, outputs = declared(kind(engine), sizes, published=self.controller == PUBLISHED)
+        return tuple(TensorInfo(*tensor) for tensor in inputs), tuple(TensorInfo(*tensor) for tensor in outputs)
+
+    def to_json(self) -> bytes:
+        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
 
     @classmethod
-    def from_json(cls, text: str, source: str) -> Manifest:
+    def from_json(cls, data: bytes, source: str) -> Manifest:
         """Parse and check a manifest; `source` is named in errors.
 
         Raises:
             BundleSchemaError: the schema is newer than this version reads.
-            BundleAlteredError: not JSON, or a field is missing, unknown or of the wrong type.
+            BundleAlteredError: not JSON, or a field is missing, unknown, there twice, or of the wrong type or value.
         """
-        try:
-            raw = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise BundleAlteredError(f"{source} is not JSON ({error}); export the bundle again") from error
-        version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if not isinstance(version, int):
-            raise BundleAlteredError(f"{source} states no schema_version; it is no bundle manifest")
+        version = read_json(data, _Versioned, source, BundleAlteredError, largest=LARGEST_MANIFEST).schema_version
         if version > SCHEMA_VERSION:
             raise BundleSchemaError(
-                f"{source} is of schema {version}, this saferedir reads up to {SCHEMA_VERSION}; upgrade saferedir"
+                f"{source} is of schema {version}, this saferedir reads {SCHEMA_VERSION}; upgrade saferedir"
             )
-        if (controller := raw.get("controller")) not in CONTROLLERS:
-            raise BundleAlteredError(f"{source} states controller {controller!r}; expected one of {', '.join(CONTROLLERS)}")
-        if (raw.get("model") is None) != (raw.get("scheduler") is None):
-            raise BundleAlteredError(f"{source} states one of model and scheduler; expected both, or neither")
-        try:
-            return cls(
-                **_scalars(cls, raw),
-                model=_model(raw["model"]) if raw["model"] else None,
-                scheduler=SchedulerInfo(**raw["scheduler"]) if raw["scheduler"] else None,
-                safety=SafetyInfo(
-                    **{k: v for k, v in raw["safety"].items() if k not in ("concepts", "promise")},
-                    concepts=tuple(ConceptInfo(**concept) for concept in raw["safety"]["concepts"]),
-                    promise=PromiseInfo(**raw["safety"]["promise"]) if raw["safety"].get("promise") else None,
-                ),
-                precision=PrecisionInfo(**raw["precision"]),
-                made_with=dict(raw["made_with"]),
-                engines={name: _engine(entry) for name, entry in raw["engines"].items()},
-                files={name: FileInfo(**entry) for name, entry in raw["files"].items()},
+        if version < SCHEMA_VERSION:
+            raise BundleAlteredError(
+                f"{source}: schema_version is {version}; expected {SCHEMA_VERSION}, so export the bundle again"
             )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise BundleAlteredError(f"{source} does not have the fields of schema {SCHEMA_VERSION}: {error}") from error
+        return read_json(data, cls, source, BundleAlteredError, largest=LARGEST_MANIFEST)
+
+    def __post_init__(self) -> None:
+        if (self.model is None) != (self.scheduler is None):
+            raise ValueError("one of model and scheduler is null; expected both, or neither")
+        if self.model is None and self.controller != PUBLISHED:
+            raise ValueError(f"model is null; expected one, but of the controller {PUBLISHED}")
+        for concept in self.safety.concepts:
+            if (concept.threshold is None) != (self.controller == PUBLISHED):
+                raise ValueError(
+                    f"threshold of {concept.name} is {concept.threshold}, which the controller {self.controller} does not have"
+                )
 
 
-def _scalars(cls: type[Any], raw: dict[str, Any]) -> dict[str, Any]:
-    plain = {field.name for field in fields(cls) if field.type in ("int", "str")}
-    return {name: raw[name] for name in plain}
-
-
-def _model(raw: dict[str, Any]) -> ModelInfo:
-    words = {word: tuple(tokens) for word, tokens in raw.get("added_words", {}).items()}
-    sizes = tuple((height, width) for height, width in raw.get("further_sizes", ()))
-    return ModelInfo(**{**raw, "added_words": words, "further_sizes": sizes})
-
-
-def _engine(raw: dict[str, Any]) -> EngineInfo:
-    return EngineInfo(raw["file"], tuple(raw["weights"]), _tensors(raw["inputs"]), _tensors(raw["outputs"]))
-
-
-def _tensors(raw: list[dict[str, Any]]) -> tuple[TensorInfo, ...]:
-    return tuple(TensorInfo(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in raw)
+class _Versioned(Struct):
+    schema_version: Annotated[int, Meta(ge=1, le=10**9)]

@@ -117,10 +117,25 @@ class FittingPlan:
     """A plan that an engine can be run by."""
 
     path: Path
+    sha256: str
     #: Input -> smallest, likeliest and largest shape.
     profiles: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
     #: Built without its weights, which it has to be given.
     stripped: bool = False
+
+    def read(self) -> bytes:
+        """The plan, which has the hash that is stated beside it.
+
+        Raises:
+            PlanError: it has not, or cannot be read.
+        """
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise PlanError(f"{self.path} cannot be read: {error}; build it again") from error
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise PlanError(f"{self.path} does not have the hash that is stated beside it; build it again")
+        return data
 
 
 class PlanCache:
@@ -186,12 +201,10 @@ class PlanCache:
             if not differs and (problem := _damage(plan, statement)) is not None:
                 differs.append(problem)
             if not differs:
-                profiles = {
-                    name: (tuple(low), tuple(likely), tuple(high))
-                    for name, (low, likely, high) in statement["details"]["profiles"].items()
-                }
-                stripped = ["strip_plan", "True"] in statement["key"]["options"]
-                fitting.append(FittingPlan(plan, profiles, stripped))
+                try:
+                    fitting.append(_fitting(plan, statement))
+                except (KeyError, TypeError, ValueError, AttributeError):
+                    differs.append("what is stated beside it does not say which shapes it takes")
             near.append(differs)
         if fitting:
             return fitting
@@ -253,10 +266,18 @@ def _statement(plan: Path) -> dict[str, Any] | None:
     """What is stated beside `plan`, or None where plan or a readable statement is missing."""
     try:
         raw = json.loads(plan.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     whole = isinstance(raw, dict) and isinstance(raw.get("key"), dict) and {"bytes", "sha256", "details"} <= raw.keys()
     return raw if whole and plan.is_file() else None
+
+
+def _fitting(plan: Path, statement: Mapping[str, Any]) -> FittingPlan:
+    profiles = {
+        str(name): (tuple(map(int, low)), tuple(map(int, likely)), tuple(map(int, high)))
+        for name, (low, likely, high) in statement["details"]["profiles"].items()
+    }
+    return FittingPlan(plan, str(statement["sha256"]), profiles, ["strip_plan", "True"] in statement["key"]["options"])
 
 
 def _damage(plan: Path, statement: Mapping[str, Any]) -> str | None:

@@ -21,7 +21,7 @@ from saferedir.export.tensor_files import check_numbers, read_tensors
 
 #: Names of the one tensor in a file that is not the word's, in which case the file's own name is.
 NAMELESS = ("emb_params", "*")
-LONGEST_WORD = 100
+LONGEST_WORD = 80
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -51,9 +51,9 @@ def read_embedding(path: Path, word: str | None = None) -> tuple[str, torch.Tens
     if vectors.ndim not in (1, 2) or not vectors.numel():
         raise RequestError(f"{path}: {name} has shape {tuple(vectors.shape)}; expected vectors [vectors, D]")
     word = word or (path.stem if name in NAMELESS else name)
-    if not word.strip() or len(word) > LONGEST_WORD or not word.isprintable():
-        raise RequestError(f"{path}: the word {word[:LONGEST_WORD]!r} cannot be typed; name another by FILE:WORD")
-    return word.strip().lower(), vectors.detach().reshape(-1, vectors.shape[-1]).float()
+    if not word or len(word) > LONGEST_WORD or not word.isprintable() or " " in word:
+        raise RequestError(f"{path}: {word[:LONGEST_WORD]!r} cannot be typed as one word; name another by FILE:WORD")
+    return word.lower(), vectors.detach().reshape(-1, vectors.shape[-1]).float()
 
 
 def with_words(pipeline: Any, files: Sequence[tuple[Path, str | None]]) -> tuple[Any, dict[str, tuple[str, ...]]]:
@@ -75,6 +75,8 @@ def with_words(pipeline: Any, files: Sequence[tuple[Path, str | None]]) -> tuple
         word, found = read_embedding(path, given)
         if found.shape[1] != width:
             raise RequestError(f"{path} has vectors of width {found.shape[1]}; the text encoder's words have {width}")
+        if len(found) > (room := pipeline.tokenizer.model_max_length - 2):
+            raise RequestError(f"{path} has {len(found)} vectors, which no prompt holds; expected at most {room}")
         tokens = (word,) if len(found) == 1 else tuple(f"{word}_{index}" for index in range(len(found)))
         _check_new(path, word, tokens, words, pipeline.tokenizer)
         words[word] = tokens
@@ -115,7 +117,8 @@ def _reading(tokenizer: Any, words: dict[str, tuple[str, ...]]) -> Any:
     """A tokenizer that reads `words` as their tokens besides what `tokenizer` reads."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     spread = [normalizers.Replace(Regex(_whole(word)), " ".join(tokens)) for word, tokens in words.items() if tokens != (word,)]
-    backend.normalizer = normalizers.Sequence([backend.normalizer, *spread])
+    if spread:
+        backend.normalizer = normalizers.Sequence([backend.normalizer, *spread])
     # CLIP's own class makes its normaliser anew when it is loaded; this one keeps it.
     reading = PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
+from msgspec import structs
 from torch import nn
 
 import saferedir_torch
 from saferedir.engines.bundle import file_sha256
 from saferedir.engines.errors import RequestError
 from saferedir.engines.manifest import (
+    LARGEST_BATCH,
     MANIFEST_FILE,
-    SAFETY_ENGINES,
     SCHEMA_VERSION,
     TOKENIZER_FILE,
     ConceptInfo,
@@ -27,11 +28,11 @@ from saferedir.engines.manifest import (
     Manifest,
     ModelInfo,
     PrecisionInfo,
-    PromiseInfo,
     SafetyInfo,
     drawing_engines,
 )
 from saferedir.engines.output_place import expect_bundle, output_place, put_in_place
+from saferedir.engines.step import SAFETY_ENGINES
 from saferedir.engines.whole_file import write_bytes
 from saferedir.export.added_words import with_words
 from saferedir.export.engine_graph import Graph
@@ -39,7 +40,7 @@ from saferedir.export.families import family_of_unet
 from saferedir.export.graphs import all_graphs
 from saferedir.export.half import ISLANDS, PARTS, PRECISIONS, halved
 from saferedir.export.model_graphs import own_size
-from saferedir.export.onnx_export import BF16_OPSET, LARGEST_BATCH, OPSET, tensor_infos, to_onnx
+from saferedir.export.onnx_export import BF16_OPSET, OPSET, tensor_infos, to_onnx
 from saferedir.export.room import check_disk, check_memory
 from saferedir.export.scheduler_config import scheduler_info
 from saferedir.export.unfinished import unfinished
@@ -106,7 +107,7 @@ def export_bundle(
     """
     check_match(pipeline, safety)
     # It fits, so that both name the encoder alike, whatever precision the module met it in.
-    info = replace(safety_info(safety.config), text_encoder_sha256=encoder_hashes(pipeline).through_fp16)
+    info = structs.replace(safety_info(safety.config), text_encoder_sha256=encoder_hashes(pipeline).through_fp16)
     sizes = latent_sizes(pipeline, options.further_sizes)
     return write_bundle(
         out, pipeline, lambda computing: all_graphs(computing, safety, sizes), WeightFile("safety.safetensors", safety),
@@ -179,7 +180,7 @@ def write_bundle(
                 if path.name != MANIFEST_FILE
             },
         )
-        (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        (folder / MANIFEST_FILE).write_bytes(manifest.to_json())
         put_in_place(folder, out)
     return out
 
@@ -288,6 +289,7 @@ def safety_info(config: SafetyConfig) -> SafetyInfo:
     return SafetyInfo(
         text_encoder_sha256=config.text_encoder_sha256,
         unet_sha256=config.unet_sha256,
+        prompt_tokens=config.prompt_tokens,
         prompt_width=config.prompt_width,
         latent_channels=config.latent_channels,
         cooldown=config.cooldown,
@@ -295,5 +297,5 @@ def safety_info(config: SafetyConfig) -> SafetyInfo:
             ConceptInfo(concept.name, concept.replacement, concept.threshold, concept.alpha_scale)
             for concept in config.concepts
         ),
-        promise=PromiseInfo(**asdict(config.promise)) if config.promise else None,
+        promise=config.promise,
     )

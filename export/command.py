@@ -11,8 +11,8 @@ from typing import Any
 from diffusers import StableDiffusionPipeline
 
 from saferedir.engines.errors import OutputError, RequestError
-from saferedir.engines.manifest import DRAWING_ENGINES, SAFETY_ENGINES, SIZED_ENGINES
 from saferedir.engines.output_place import expect_bundle, output_place, refuse_overlap
+from saferedir.engines.step import DRAWING_ENGINES, SAFETY_ENGINES, SIZED_ENGINES
 from saferedir.export.added_words import with_words
 from saferedir.export.bundle_export import BundleOptions, export_bundle, latent_sizes
 from saferedir.export.families import checked_unet, family_of

@@ -27,20 +27,18 @@ ROLES = {
     "up": re.compile(r"(.+?)[._](?:lora_up|lora_B(?:\.[^.]+)?|lora\.up|lora_linear_layer\.up)\.weight"),
     "alpha": re.compile(r"(.+?)(?:[._](?:lora|lora_linear_layer))?\.alpha"),
 }
-#: What else a file may hold, by a part of a tensor's name.
+#: What else a file may hold, by what is found in a tensor's name.
 OTHERS = {
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "oft_": "OFT",
-    "lora_mid": "a LoRA in Tucker's form",
-    "lora_embedding_": "a LoRA of embeddings",
-    "vera_lambda": "VeRA",
-    "ia3_": "IA3",
-    "on_input": "IA3",
-    ".diff": "full differences of weights",
-    ".bias": "a LoRA with biases",
+    r"dora_scale|lora_magnitude_vector": "DoRA",
+    r"\.hada_": "LoHa",
+    r"\.lokr_": "LoKr",
+    r"\.oft_": "OFT",
+    r"\.lora_mid": "a LoRA in Tucker's form",
+    r"\.lora_embedding_": "a LoRA of embeddings",
+    r"vera_lambda": "VeRA",
+    r"\.ia3_|\.on_input$": "IA3",
+    r"\.diff(_b)?$": "full differences of weights",
+    r"lora.*\.bias$": "a LoRA with biases",
 }
 #: Models whose layers are called so.
 FAMILIES = {
@@ -77,26 +75,35 @@ class LoraLayer:
     module: nn.Linear | nn.Conv2d
     parts: dict[str, Tensor] = field(default_factory=dict)
 
-    def delta(self, alpha: float | None) -> Tensor:
-        """What its weight changes by, of the weight's shape, in fp64; `alpha` where the file does not say it for the layer.
+    @property
+    def rank(self) -> int:
+        """Of up and down, once they are known to fit.
 
         Raises:
             ValueError: a part is missing, or they do not make a weight of this layer.
         """
         if missing := {"up", "down"} - self.parts.keys():
             raise ValueError(f"{self.name} has no {' and no '.join(sorted(missing))}")
-        up, down = self.parts["up"].double(), self.parts["down"].double()
-        rank, shape = down.shape[0], self.module.weight.shape
-        own = self.parts.get("alpha")
-        if own is not None and own.numel() != 1:
-            raise ValueError(f"{self.name} has an alpha of shape {tuple(own.shape)}; expected one number")
-        scale = float(own) / rank if own is not None else 1.0 if alpha is None else alpha
+        up, down = (tuple(self.parts[role].shape) for role in ("up", "down"))
+        whole = tuple(self.module.weight.shape)
+        fits = min(len(up), len(down)) > 1 and up[1] == down[0] > 0
         # Convolutions of one pixel are written as matrices by some and as convolutions by others.
-        if up.flatten(1).shape[1] != rank or up.shape[0] != shape[0] or down.flatten(1).shape[1] != shape[1:].numel():
-            raise ValueError(
-                f"{self.name} has shape {tuple(shape)}, its up and down are {tuple(up.shape)} and {tuple(down.shape)}"
-            )
-        return scale * (up.flatten(1) @ down.flatten(1)).reshape(shape)
+        if not (fits and _flat(up) == (whole[0], up[1]) and _flat(down)[1:] == _flat(whole)[1:]):
+            raise ValueError(f"{self.name} has shape {whole}, its up and down are {up} and {down}")
+        return down[0]
+
+    def delta(self, scale: float | None) -> Tensor:
+        """What its weight changes by, of the weight's shape, in fp64; `scale` is alpha / rank where the file has no alpha.
+
+        Raises:
+            ValueError: the layer's alpha is no number.
+        """
+        if (alpha := self.parts.get("alpha")) is not None:
+            if alpha.numel() != 1:
+                raise ValueError(f"{self.name} has an alpha of shape {tuple(alpha.shape)}; expected one number")
+            scale = float(alpha) / self.rank
+        up, down = self.parts["up"].double().flatten(1), self.parts["down"].double().flatten(1)
+        return (1.0 if scale is None else scale) * (up @ down).reshape(self.module.weight.shape)
 
 
 def fuse_lora(pipeline: Any, path: Path, scale: float) -> str:
@@ -116,13 +123,15 @@ def fuse_lora(pipeline: Any, path: Path, scale: float) -> str:
     deltas = {}
     for key, layer in layers.items():
         try:
-            deltas[key] = layer.delta(alphas.scale(key[0], layer))
-        except ValueError as error:
+            deltas[key] = scale * layer.delta(alphas.scale(key[0], layer))
+            if not deltas[key].float().isfinite().all():
+                raise ValueError(f"what {layer.name} changes by is not finite")
+        except (ValueError, TypeError, AttributeError, re.error) as error:  # of what a configuration says, the latter ones
             raise RequestError(f"{path} cannot be used as a LoRA here: {error}") from error
     with torch.no_grad():
         for key, delta in deltas.items():
             weight = layers[key].module.weight
-            weight.copy_(weight.double() + scale * delta)
+            weight.copy_(weight.double() + delta)
     counts = {part: sum(key[0] == part for key in layers) for part in ("unet", "text_encoder")}
     return (
         f"{path}: added {scale:g} times to {counts['unet']} layers of the UNet and {counts['text_encoder']} of the text encoder"
@@ -131,7 +140,7 @@ def fuse_lora(pipeline: Any, path: Path, scale: float) -> str:
 
 def _check_kind(path: Path, tensors: Mapping[str, Any]) -> None:
     for mark, kind in OTHERS.items():
-        if any(mark in str(name) for name in tensors):
+        if any(re.search(mark, str(name)) for name in tensors):
             raise RequestError(
                 f"{path} holds {kind}, which is not known here; expected a LoRA, of which each layer has an up and a down"
             )
@@ -176,6 +185,11 @@ def _normal(name: str) -> str:
     return name.replace(".processor.", ".").replace(".", "_").removeprefix("text_model_")
 
 
+def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape without a kernel of one pixel."""
+    return shape[:2] if all(size == 1 for size in shape[2:]) else shape
+
+
 def _find(name: str, modules: Mapping[str, Mapping[str, Any]]) -> tuple[str, str] | None:
     """The part and the name of the layer that a file calls `name`; None where there is none."""
     prefix, parts = next((prefix, parts) for prefix, parts in PREFIXES if name.startswith(prefix))
@@ -213,7 +227,7 @@ class _Alphas:
                 return cls({})
             for config in configs.values():
                 _check_config(path, config)
-        except (OSError, ValueError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
             raise RequestError(f"{path} does not say its alpha, nor does {beside}, which PEFT writes: {error}") from error
         if stated:
             raise RequestError(f"{path} says alpha twice, in its tensors and in its metadata; leave one out")
@@ -221,14 +235,18 @@ class _Alphas:
 
     def scale(self, part: str, layer: LoraLayer) -> float | None:
         """alpha / rank of a layer, as PEFT has it; None where nothing is said."""
-        config = self.configs.get(part)
-        if not config:
+        rank = layer.rank
+        if not self.configs:
             return None
-        patterns = config.get("alpha_pattern") or {}
+        if not (config := self.configs[part]):
+            raise ValueError(f"its metadata says nothing of the {part.replace('_', ' ')}")
         names = (layer.name, f"text_model.{layer.name}")
-        found = next((key for key in patterns if any(re.match(rf"(.*\.)?({key})$", name) for name in names)), None)
-        alpha = float(config.get("lora_alpha", 8) if found is None else patterns[found])
-        rank = layer.parts["down"].shape[0] if "down" in layer.parts else 1
+        own = [
+            value
+            for key, value in (config.get("alpha_pattern") or {}).items()
+            if any(re.match(rf"(.*\.)?({key})$", name) for name in names)
+        ]
+        alpha = float(own[0] if own else config.get("lora_alpha", 8))
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from saferedir.engines.manifest import sized
-from saferedir.export.engine_graph import DRAWN_OUTPUTS, EXAMPLE_BATCH, Graph, graph, step_example
+from saferedir.engines.step import Form, engine_outputs
+from saferedir.export.engine_graph import EXAMPLE_BATCH, Graph, StepModule, graph, step_example, step_graph
 
 Size = tuple[int, int]
 
@@ -93,39 +94,31 @@ class VaeDecoderGraph(nn.Module):
         return image
 
 
-class PlainStepGraph(nn.Module):
+class PlainStepGraph(StepModule):
     """The same step without safety, for an operator who switched it off, and to prove what safety leaves untouched."""
 
     def __init__(self, unet: Any, *, guided: bool, part: str = "unet") -> None:
-        super().__init__()
+        super().__init__(Form.PLAIN)
         self.unet = unet_graph(unet, part)
         self.guided = guided
         self.told = isinstance(self.unet, GuidedUNetGraph)
 
-    def forward(
-        self,
-        latent: Tensor,
-        timestep: Tensor,
-        input_scale: Tensor,
-        coefficients: Tensor,
-        history: Tensor,
-        noise: Tensor,
-        negative: Tensor,
-        guidance_scale: Tensor,
-        prompt: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        seen = latent * per_request(input_scale)
+    def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        latent, timestep, prompt = (tensors[name] for name in ("latent", "timestep", "prompt"))
+        seen = latent * per_request(tensors["input_scale"])
         if self.told:
-            model_output = self.unet(seen, timestep, prompt, guidance_scale)
+            model_output = self.unet(seen, timestep, prompt, tensors["guidance_scale"])
         elif self.guided:
-            both = self.unet(torch.cat([seen, seen]), torch.cat([timestep, timestep]), torch.cat([negative, prompt]))
+            embeds = torch.cat([tensors["negative"], prompt])
+            both = self.unet(torch.cat([seen, seen]), torch.cat([timestep, timestep]), embeds)
             without, conditional = both.unflatten(0, (2, -1)).unbind(0)  # a slice at the batch would be host arithmetic
-            model_output = without + per_request(guidance_scale) * (conditional - without)
+            model_output = without + per_request(tensors["guidance_scale"]) * (conditional - without)
         else:
             model_output = self.unet(seen, timestep, prompt)
-        factors = [per_request(factor) for factor in coefficients.unbind(1)]
+        factors = [per_request(factor) for factor in tensors["coefficients"].unbind(1)]
         moved = factors[0] * latent + factors[1] * model_output
-        return moved + factors[2] * history + factors[3] * noise, model_output
+        moved = moved + factors[2] * tensors["history"] + factors[3] * tensors["noise"]
+        return {"next_latent": moved, "model_output": model_output}
 
 
 def per_request(values: Tensor) -> Tensor:
@@ -156,11 +149,11 @@ def model_graphs(pipeline: Any, size: Size | None = None) -> dict[str, Graph]:
     own = own_size(pipeline)
     size = size or own
     example, unet = pipeline_example(pipeline, size), sized("unet", size, own)
-    encoder = {"text_encoder": graph(TextEncoderGraph(pipeline.text_encoder), example, ("prompt_embeds",))}
+    encoder = {"text_encoder": graph(TextEncoderGraph(pipeline.text_encoder), example, engine_outputs("text_encoder"))}
     graphs = {
         "unet": graph(unet_graph(pipeline.unet, unet), example, ("model_output",)),
-        "vae_decoder": graph(VaeDecoderGraph(pipeline.vae), example, ("image",)),
-        "plain_step": graph(PlainStepGraph(pipeline.unet, guided=True, part=unet), example, DRAWN_OUTPUTS),
-        "plain_step_unguided": graph(PlainStepGraph(pipeline.unet, guided=False, part=unet), example, DRAWN_OUTPUTS),
+        "vae_decoder": graph(VaeDecoderGraph(pipeline.vae), example, engine_outputs("vae_decoder")),
+        "plain_step": step_graph(PlainStepGraph(pipeline.unet, guided=True, part=unet), example),
+        "plain_step_unguided": step_graph(PlainStepGraph(pipeline.unet, guided=False, part=unet), example),
     }
     return (encoder if size == own else {}) | {sized(name, size, own): made for name, made in graphs.items()}

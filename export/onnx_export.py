@@ -13,9 +13,9 @@ import torch
 from torch.onnx import OnnxExporterError
 
 from saferedir.engines.errors import ExportError
-from saferedir.engines.manifest import TensorInfo
+from saferedir.engines.manifest import LARGEST_BATCH, TensorInfo
 from saferedir.export.attention import attention_nodes, define_attention
-from saferedir.export.engine_graph import Graph
+from saferedir.export.engine_graph import Graph, StepModule
 from saferedir.export.parts import called_parts, calls_for_parts, write_in
 from saferedir.export.source_lines import keep_source_lines, untraceable, unwritable
 from saferedir.export.static_shapes import fix_shapes
@@ -26,8 +26,6 @@ OPSET = 18
 BF16_OPSET = 22
 #: Name of the dynamic dimension.
 BATCH = "batch"
-#: diffusers' upsampling branches at 64 rows, which guidance reaches with 32 requests.
-LARGEST_BATCH = 31
 #: Of PyTorch's tracing, which raises several types of its own below the first, and of the model's own code.
 TRACING_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError)
 DTYPES = {
@@ -71,13 +69,15 @@ def _traced(name: str, graph: Graph, opset: int) -> Any:
     with _quiet(), torch.no_grad(), attention_nodes():
         # Exported here and not by torch.onnx.export, which falls back to a fixed batch where tracing finds a constraint.
         try:
-            exported = torch.export.export(graph.module.eval(), (), dict(graph.inputs), dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(
+                graph.module.eval(), tuple(graph.inputs.values()), dynamic_shapes=_of_arguments(graph, shapes), strict=False
+            )
         except TRACING_ERRORS as error:
             raise ExportError(f"{name} cannot be traced: {untraceable(error)}") from error
         try:
             program = torch.onnx.export(
                 exported,
-                dynamic_shapes=shapes,
+                dynamic_shapes=_of_arguments(graph, shapes),
                 input_names=list(graph.inputs),
                 output_names=list(graph.outputs),
                 opset_version=opset,
@@ -91,6 +91,11 @@ def _traced(name: str, graph: Graph, opset: int) -> Any:
     model = program.model_proto
     _strip_metadata(model)
     return model
+
+
+def _of_arguments(graph: Graph, shapes: dict[str, Any]) -> Any:
+    """Shapes by name, as the module's arguments want them: a step takes all of its tensors as one."""
+    return {"tensors": tuple(shapes.values())} if isinstance(graph.module, StepModule) else shapes
 
 
 def _check_outputs(name: str, graph: Graph, model: Any) -> None:

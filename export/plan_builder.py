@@ -17,15 +17,14 @@ from typing import Any
 
 from saferedir.engines import Bundle
 from saferedir.engines.errors import MissingDependencyError, PlanError, RequestError
-from saferedir.engines.manifest import PLAIN_STEPS, kind
+from saferedir.engines.manifest import LARGEST_BATCH, kind
 from saferedir.engines.plan_cache import PlanCache, PlanKey
+from saferedir.engines.step import PLAIN_STEPS
 from saferedir.export.room import check_disk
 from saferedir.export.source_lines import source_line
 
 #: Builder -> distribution that brings it.
 BUILDERS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-#: Largest batch that the exported graphs allow.
-LARGEST_BATCH = 31
 #: A plan holds its weights in the precision it computes in, twice that of the bundle's files; as much again while it is
 #: being written.
 ROOM = 4
@@ -132,7 +131,6 @@ def _run_worker(bundle: Bundle, key: PlanKey, options: PlanOptions, out: Path) -
     info = bundle.manifest.engines[key.engine]
     job = {
         "builder": key.builder,
-        "onnx": str(bundle.engine_path(key.engine)),
         "plan": str(out),
         "inputs": [
             {"name": tensor.name, "shapes": [[size if isinstance(d, str) else d for d in tensor.shape] for size in key.batch]}
@@ -143,8 +141,10 @@ def _run_worker(bundle: Bundle, key: PlanKey, options: PlanOptions, out: Path) -
         "options": options.named,
     }
     with tempfile.TemporaryDirectory() as place:
+        # Parsers take paths: a copy for this build alone is what was hashed, whatever happens to the bundle meanwhile.
+        graph = bundle.copy_engine(key.engine, Path(place))
         job_file = Path(place) / "plan.job"
-        job_file.write_text(json.dumps(job))
+        job_file.write_text(json.dumps({**job, "onnx": str(graph)}))
         portable = "1" if key.builder == "tensorrt-rtx" else "0"
         done = subprocess.run(
             [sys.executable, "-m", "saferedir.export.plan_worker", str(job_file)],
@@ -156,11 +156,9 @@ def _run_worker(bundle: Bundle, key: PlanKey, options: PlanOptions, out: Path) -
         )
         result_file = job_file.with_suffix(".result")
         if done.returncode != 0 or not result_file.exists():
-            reason = _reason(done.stdout, done.returncode, bundle.engine_path(key.engine))
+            reason = _reason(done.stdout, done.returncode, graph)
             raise PlanError(f"{key.engine} cannot be built by {key.builder}: {reason}")
         result: dict[str, Any] = json.loads(result_file.read_text())
-    if result["onnx_sha256"] != key.onnx_sha256:
-        raise PlanError(f"{bundle.engine_path(key.engine)} changed while its plan was built; restore the bundle")
     return result
 
 

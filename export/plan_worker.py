@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from saferedir.engines.bundle import file_sha256
-
 
 def main(job_file: Path) -> None:
     job = json.loads(job_file.read_text())
@@ -66,7 +64,6 @@ def main(job_file: Path) -> None:
     ]
     result = {
         "version": trt.__version__,
-        "onnx_sha256": file_sha256(Path(job["onnx"])),
         "layers": network.num_layers,
         "tensors": tensors,
         "profiles": {tensor["name"]: tensor["shapes"] for tensor in job["inputs"]},

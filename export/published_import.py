@@ -64,6 +64,7 @@ def import_published(
         # A checkpoint does not say which model it was trained with; its shapes fit this one.
         text_encoder_sha256="" if pipeline is None else encoder_hashes(pipeline).through_fp16,
         unet_sha256="" if pipeline is None else parameters_sha256(pipeline.unet),
+        prompt_tokens=network.pos_embed.shape[1],
         prompt_width=network.pos_embed.shape[2],
         latent_channels=network.channels,
         cooldown=options.cooldown,

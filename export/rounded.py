@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from saferedir.engines import Bundle
+from saferedir.engines.bundle import EngineBytes
 from saferedir.engines.errors import ExportError
 from saferedir.export.attention import define_attention, inlined
 from saferedir.runtime.ort import OrtBackend
@@ -51,13 +52,14 @@ class RoundedBackend(OrtBackend):
         self.name = "rounded"
         self._exact = exact
 
-    def _source(self, engine: str) -> bytes:
-        return bytes(load_rounded(self._bundle, engine, exact=self._exact).SerializeToString())
+    def _bytes(self, engine: str) -> EngineBytes:
+        graph, weights = super()._bytes(engine)
+        return EngineBytes(bytes(rounded(onnx.load_from_string(graph), exact=self._exact).SerializeToString()), weights)
 
 
 def load_rounded(bundle: Bundle, engine: str, *, exact: Collection[str] = ()) -> Any:
     """The rounded graph of an engine as an `onnx.ModelProto`; its weights stay in the bundle's files."""
-    return rounded(onnx.load(str(bundle.engine_path(engine)), load_external_data=False), exact=exact)
+    return rounded(onnx.load_from_string(bundle.engine(engine).graph), exact=exact)
 
 
 def rounded(model: Any, *, exact: Collection[str] = ()) -> Any:

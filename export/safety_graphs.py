@@ -5,49 +5,43 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from saferedir.export.engine_graph import STATE_OUTPUTS, VERDICT_OUTPUTS, Graph, graph
-from saferedir_torch.controller import Controller, Policy, State
+from saferedir.engines.step import Form, Role, step_tensors
+from saferedir.export.engine_graph import StepModule
+from saferedir_torch.controller import Controller, Policy, State, Verdict
 from saferedir_torch.safety_module import SafetyModule
 
 
-class SafetyGraph(nn.Module):
+class SafetyGraph(StepModule):
     """The controller: what the UNet is about to see, and the request's state, in and out."""
 
     def __init__(self, module: SafetyModule, part: str = "safety") -> None:
-        super().__init__()
+        super().__init__(Form.SAFETY)
         self.controller = Controller(module)
         self.part = part
 
-    def forward(
-        self,
-        latent: Tensor,
-        timestep: Tensor,
-        history: Tensor,
-        prompt: Tensor,
-        original: Tensor,
-        cooldown: Tensor,
-        period: Tensor,
-        active: Tensor,
-        ok: Tensor,
-        enabled: Tensor,
-        threshold: Tensor,
-        alpha_scale: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         state, verdict = self.controller(
-            latent, timestep, original, State(prompt, cooldown, active, ok), Policy(period, enabled, threshold, alpha_scale),
-            history,
-        )  # fmt: skip
-        return (*state, *verdict)
+            *(tensors[name] for name in ("latent", "timestep", "original")),
+            State(*(tensors[name] for name in State._fields)),
+            Policy(*(tensors[name] for name in Policy._fields)),
+            tensors["history"],
+        )
+        return named(state, verdict)
 
     def output_shapes(self, *inputs: Tensor) -> list[tuple[torch.dtype, Any]]:
-        _, _, _, prompt, _, cooldown, _, active, ok, enabled, *_ = inputs
-        masks = (*enabled.shape, prompt.shape[1])
-        state = [(tensor.dtype, tensor.shape) for tensor in (prompt, cooldown, active, ok)]
-        return [*state, (torch.float32, enabled.shape), (torch.bool, enabled.shape), (torch.float32, masks)]
+        declared = step_tensors(self.form)
+        sizes: dict[int | str, Any] = {}
+        for tensor, given in zip((own for own in declared if own.role is not Role.RECORD), inputs, strict=True):
+            sizes |= dict(zip(tensor.shape, given.shape, strict=True))
+        return [
+            (getattr(torch, tensor.dtype), tuple(sizes[size] for size in tensor.shape))
+            for tensor in declared
+            if tensor.role in (Role.STATE, Role.RECORD)
+        ]
 
 
-def safety_graph(module: SafetyModule, example: dict[str, Tensor], part: str = "safety") -> Graph:
-    """The safety alone; `example` is that of a step."""
-    return graph(SafetyGraph(module, part), example, (*STATE_OUTPUTS, *VERDICT_OUTPUTS))
+def named(state: Any, verdict: Verdict) -> dict[str, Tensor]:
+    """What a controller gives, by the names of a step's outputs."""
+    return {f"next_{name}": tensor for name, tensor in state._asdict().items()} | verdict._asdict()

@@ -34,11 +34,11 @@ class TorchBackend:
     def bind(self, engine: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> Callable[[], None]:
         graph = self._graphs[engine]
         module = graph.module.eval()
-        arguments = {name: inputs[name] for name in graph.inputs}
+        arguments = [inputs[name] for name in graph.inputs]
 
         def call() -> None:
             with torch.no_grad():
-                results = module(**arguments)
+                results = module(*arguments)
             results = results if isinstance(results, tuple) else (results,)
             for name, result in zip(graph.outputs, results, strict=True):
                 outputs[name].copy_(result)

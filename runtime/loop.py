@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from saferedir.engines import Manifest
 from saferedir.engines.errors import CancelledError, NonFiniteError, SafeRedirError, SafetyEngineError
 from saferedir.engines.manifest import PUBLISHED
+from saferedir.engines.step import LATENT, PROMPT, Role, form_of_step, step_tensors
 from saferedir.runtime.backend import Backend, Call, DeviceTensor
 from saferedir.runtime.policy import ResolvedPolicy
 from saferedir.runtime.schedulers import Schedule
@@ -93,104 +95,74 @@ def denoise(
 
 
 class _StepTensors:
-    """Device tensors of one run: constants, two alternating sets of state, and one record a step."""
+    """Device tensors of one run, written from the declaration of the step.
+
+    What a step gives is nothing until it has given it: NaN, false or -1, in every buffer that a step writes. The state that the
+    host hands in is read by the first step and by nobody else, so that a step that leaves something out ends in `ok` being
+    false, and no picture.
+    """
 
     def __init__(self, backend: Backend, manifest: Manifest, schedule: Schedule, batch: Batch, *, protected: bool) -> None:
         self.backend = backend
-        self.protected, self.stochastic = protected, batch.noise is not None
-        self.predicts_noise = manifest.model is None or manifest.model.prediction_type == "epsilon"
+        self.protected, self.steps = protected, len(schedule.timesteps)
         name = ("step" if protected else "plain_step") + ("" if batch.guided else "_unguided")
         self.engine = name if manifest.model is None else manifest.model.engine(name, *batch.latent.shape[2:])
-        self.steps = len(schedule.timesteps)
-        requests, concepts = len(batch.latent), len(manifest.safety.concepts)
-        tokens = batch.prompt.shape[1]
-        float32, int32, boolean = np.dtype(np.float32), np.dtype(np.int32), np.dtype(np.bool_)
-        prompt = backend.upload(batch.prompt)
-        zeros = backend.upload(np.zeros_like(batch.latent))
-        self.constants: dict[str, DeviceTensor] = {
-            "negative": backend.upload(batch.negative),
-            "guidance_scale": backend.upload(np.full(requests, batch.guidance_scale, np.float32)),
-            "original": prompt,
-            "period": backend.upload(np.array([policy.cooldown for policy in batch.policies], np.int32)),
-            "enabled": backend.upload(np.stack([policy.enabled for policy in batch.policies])),
-            "threshold": backend.upload(np.stack([policy.threshold for policy in batch.policies])),
-            "alpha_scale": backend.upload(np.stack([policy.alpha_scale for policy in batch.policies])),
-        }
-        self.per_step = [
-            {
-                "timestep": backend.upload(np.full(requests, schedule.timesteps[step], np.float32)),
-                "input_scale": backend.upload(np.full(requests, schedule.input_scale[step], np.float32)),
-                "coefficients": backend.upload(np.tile(schedule.coefficients[step], (requests, 1))),
-                "noise": zeros if batch.noise is None else backend.upload(batch.noise[step]),
-            }
-            for step in range(self.steps)
-        ]
-        self.states = [
-            {
-                "latent": backend.upload(batch.latent),
-                "prompt": backend.upload(batch.prompt) if protected else prompt,
-                "active": backend.upload(np.zeros((requests, concepts), np.bool_)),
-                "ok": backend.upload(np.ones(requests, np.bool_)),
-            },
-            {
-                "latent": backend.empty(batch.latent.shape, float32),
-                "prompt": backend.empty(batch.prompt.shape, float32) if protected else prompt,
-                "active": backend.empty((requests, concepts), boolean),
-                "ok": backend.empty((requests,), boolean),
-            },
-        ]
-        if protected and manifest.controller == PUBLISHED:  # moves both halves of guidance
-            self.constants["original_negative"] = self.constants.pop("negative")
-            self.states[0]["negative"] = backend.upload(batch.negative)
-            self.states[1]["negative"] = backend.empty(batch.negative.shape, float32)
-        self.cooldowns = [backend.upload(np.zeros(requests, np.int32))]
-        self.cooldowns += [backend.empty((requests,), int32) for _ in range(self.steps)]
-        self.records = [
-            {
-                "score": backend.empty((requests, concepts), float32),
-                "fired": backend.empty((requests, concepts), boolean),
-            }
-            for _ in range(self.steps)
-        ]
-        self.mask_shape = (requests, concepts, tokens)
-        self.token_mask = backend.empty(self.mask_shape, float32)
-        # What the model gave before is the next step's history; there is none before the first.
-        self.model_outputs = [zeros, *(backend.empty(batch.latent.shape, float32) for _ in range(min(2, self.steps)))]
+        tensors = step_tensors(form_of_step(name, published=manifest.controller == PUBLISHED))
+        self.mask_shape = (len(batch.latent), len(manifest.safety.concepts), batch.prompt.shape[1])
+        host = _host_arrays(schedule, batch, self.mask_shape[1])
+        shapes = dict(zip((*LATENT, *PROMPT[1:]), (*batch.latent.shape, *batch.prompt.shape[1:]), strict=True))
+        shapes["concepts"] = self.mask_shape[1]
+        self.constants = {t.name: backend.upload(host[t.name]) for t in tensors if t.role is Role.CONSTANT}
+        self.per_step = {t.name: self._of_steps(host[t.name]) for t in tensors if t.role is Role.PER_STEP}
+        #: Of states and records: before the first step, and after each.
+        self.states = {t.name: [backend.upload(host[t.name])] for t in tensors if t.role is Role.STATE}
+        self.outputs: dict[str, list[DeviceTensor]] = {}
+        for tensor in tensors:
+            if tensor.role in (Role.STATE, Role.RECORD):
+                shape = tuple(shapes[size] if isinstance(size, str) else size for size in tensor.shape)
+                blanks = [self._blank(shape, tensor.dtype) for _ in range(self.steps if tensor.every_step else 2)]
+                self.outputs[tensor.output] = [blanks[step % len(blanks)] for step in range(self.steps)]
+            if tensor.role is Role.STATE:
+                self.states[tensor.name] += self.outputs[tensor.output]
+        if batch.noise is not None:
+            self.states["history"] = self._history_of_noise(manifest)
 
     def bind_all(self) -> list[Call]:
-        calls = []
-        for step in range(self.steps):
-            before, after = self.states[step % 2], self.states[(step + 1) % 2]
-            history, model_output = self._history(step), self._model_output(step + 1)
-            inputs = self.constants | self.per_step[step] | before
-            inputs |= {"cooldown": self.cooldowns[step], "history": history}
-            outputs = {f"next_{name}": tensor for name, tensor in after.items()}
-            outputs |= {"next_cooldown": self.cooldowns[step + 1], "model_output": model_output}
-            outputs |= self.records[step] | {"token_mask": self.token_mask}
-            calls.append(self.backend.bind(self.engine, inputs, outputs))
-        return calls
+        return [
+            self.backend.bind(
+                self.engine,
+                self.constants | {name: tensors[step] for name, tensors in (self.per_step | self.states).items()},
+                {name: tensors[step] for name, tensors in self.outputs.items()},
+            )
+            for step in range(self.steps)
+        ]
 
-    def _history(self, step: int) -> DeviceTensor:
-        """What `step` is told that came before it, which with its latent tells the picture to be expected.
+    def _of_steps(self, values: npt.NDArray[Any]) -> list[DeviceTensor]:
+        """One tensor a step; of values that are the same in all, [1, ...], one for all."""
+        tensors = [self.backend.upload(value) for value in values]
+        return tensors * self.steps if len(tensors) == 1 else tensors
 
-        Of a sampler that adds fresh noise that is the noise, where the model predicts such: what the latent holds beside it is
-        the last step's estimate. Where the model predicts velocity it is told nothing.
+    def _blank(self, shape: tuple[int, ...], dtype: str) -> DeviceTensor:
+        return self.backend.upload(np.full(shape, {"float32": np.nan, "int32": -1, "bool": False}[dtype], dtype))
+
+    def _history_of_noise(self, manifest: Manifest) -> list[DeviceTensor]:
+        """What a step of a sampler that adds fresh noise is told that came before it, which with its latent tells the picture
+        to be expected.
+
+        That is the noise, where the model predicts such: what the latent holds beside it is the last step's estimate. Where the
+        model predicts velocity it is told nothing.
         """
-        if not self.stochastic or step == 0:
-            return self._model_output(step)
-        return self.per_step[step - 1]["noise"] if self.predicts_noise else self._model_output(0)
-
-    def _model_output(self, step: int) -> DeviceTensor:
-        """What the model gave in the step before `step`: two buffers in turn, and zeros before the first."""
-        return self.model_outputs[0 if step == 0 else 2 - step % 2]
+        nothing = self.states["history"][0]
+        if manifest.model is not None and manifest.model.prediction_type != "epsilon":
+            return [nothing] * (self.steps + 1)
+        return [nothing, *self.per_step["noise"]]
 
     def collect(self) -> Denoised:
         """Download once, and read `ok` before anything else is made of it: nothing of a run that is not ok leaves."""
-        final = self.states[self.steps % 2]
-        latent = self.backend.download(final["latent"])
+        latent = self.backend.download(self.states["latent"][-1])
         ok = np.isfinite(latent).reshape(len(latent), -1).all(axis=1)
         if self.protected:
-            ok &= self.backend.download(final["ok"])
+            ok &= self.backend.download(self.states["ok"][-1])
         if not ok.all():
             rows = ", ".join(str(row) for row in np.flatnonzero(~ok))
             raise NonFiniteError(f"NaN or infinity in request {rows} of the batch; no picture is drawn")
@@ -198,11 +170,15 @@ class _StepTensors:
             return self._unrecorded(latent)
         return Denoised(
             latent=latent,
-            score=np.stack([self.backend.download(record["score"]) for record in self.records]),
-            fired=np.stack([self.backend.download(record["fired"]) for record in self.records]),
-            cooldown=np.stack([self.backend.download(tensor) for tensor in self.cooldowns[1:]]),
-            token_mask=self.backend.download(self.token_mask),
+            score=self._recorded("score"),
+            fired=self._recorded("fired"),
+            cooldown=self._recorded("next_cooldown"),
+            token_mask=self.backend.download(self.outputs["token_mask"][-1]),
         )
+
+    def _recorded(self, output: str) -> npt.NDArray[Any]:
+        """What every step gave."""
+        return np.stack([self.backend.download(tensor) for tensor in self.outputs[output]])
 
     def _unrecorded(self, latent: Float32) -> Denoised:
         requests, concepts, _ = self.mask_shape
@@ -213,3 +189,29 @@ class _StepTensors:
             cooldown=np.zeros((0, requests), np.int32),
             token_mask=np.zeros(self.mask_shape, np.float32),
         )
+
+
+def _host_arrays(schedule: Schedule, batch: Batch, concepts: int) -> dict[str, npt.NDArray[Any]]:
+    """What the host gives of a step's tensors: constants, first states, and of what differs between steps one row a step."""
+    requests, policies = len(batch.latent), batch.policies
+    nothing = np.zeros_like(batch.latent)
+    return {
+        "latent": batch.latent,
+        "timestep": np.repeat(schedule.timesteps[:, None], requests, axis=1),
+        "input_scale": np.repeat(schedule.input_scale[:, None], requests, axis=1),
+        "coefficients": np.repeat(schedule.coefficients[:, None], requests, axis=1),
+        "history": nothing,
+        "noise": nothing[None] if batch.noise is None else batch.noise,
+        "prompt": batch.prompt,
+        "negative": batch.negative,
+        "guidance_scale": np.full(requests, batch.guidance_scale, np.float32),
+        "original": batch.prompt,
+        "original_negative": batch.negative,
+        "cooldown": np.zeros(requests, np.int32),
+        "period": np.array([policy.cooldown for policy in policies], np.int32),
+        "active": np.zeros((requests, concepts), np.bool_),
+        "ok": np.ones(requests, np.bool_),
+        "enabled": np.stack([policy.enabled for policy in policies]),
+        "threshold": np.stack([policy.threshold for policy in policies]),
+        "alpha_scale": np.stack([policy.alpha_scale for policy in policies]),
+    }

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from saferedir.engines import Bundle
+from saferedir.engines.bundle import EngineBytes, check_tensors
 from saferedir.engines.errors import BackendError, ProviderMismatchError
+from saferedir.engines.manifest import TensorInfo
 from saferedir.runtime.backend import Array, Call, DeviceTensor
 from saferedir.runtime.cuda import device_count
 from saferedir.runtime.installation import import_onnxruntime, installed_distributions
@@ -48,8 +50,16 @@ PROVIDERS = {
 }  # fmt: skip
 #: `auto` takes the first of these that this installation offers.
 PREFERENCE = ("ort-cuda", "ort-cpu")
-#: Where a graph that comes as bytes has its weights.
-WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+#: ONNX Runtime's names of types -> numpy's.
+TYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
+#: A file that no graph reads. Once files are given in memory, ONNX Runtime reads the weights of a graph from no others.
+NO_FILE = {".": b"\0"}
 
 
 def resolve_provider(name: str) -> str:
@@ -133,9 +143,9 @@ class OrtBackend:
     def _provider_options(self, engine: str) -> dict[str, str]:
         return dict(self._provider.options)
 
-    def _source(self, engine: str) -> str | bytes:
-        """The graph's path, or the graph."""
-        return str(self._bundle.engine_path(engine))
+    def _bytes(self, engine: str) -> EngineBytes:
+        """Graph and weights, as they were hashed."""
+        return self._bundle.engine(engine)
 
     def _reason(self, error: Exception) -> str:
         if self.name == "ort-cpu" and self._bundle.manifest.precision.compute == "bfloat16":
@@ -144,9 +154,9 @@ class OrtBackend:
             )
         return _first_line(error)
 
-    def _open(self, source: str | bytes, options: Any, provider_options: dict[str, str]) -> Any:
+    def _open(self, graph: bytes, options: Any, provider_options: dict[str, str]) -> Any:
         """A session on the provider."""
-        return self._ort.InferenceSession(source, options, providers=[(self._provider.ort_name, provider_options)])
+        return self._ort.InferenceSession(graph, options, providers=[(self._provider.ort_name, provider_options)])
 
     def _load(self, engine: str) -> Any:
         options = self._ort.SessionOptions()
@@ -156,16 +166,29 @@ class OrtBackend:
         if wanted != "CPUExecutionProvider":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         path = self._bundle.engine_path(engine)
-        source = self._source(engine)
-        if isinstance(source, bytes):
-            options.add_session_config_entry(WEIGHTS_FOLDER, str(path.resolve().parent))
+        graph, weights = self._bytes(engine)
         try:
-            session = self._open(source, options, self._provider_options(engine))
+            give_weights(options, weights)
+            session = self._open(graph, options, self._provider_options(engine))
         except Exception as error:  # ONNX Runtime raises several types of its own
             raise BackendError(f"{path} cannot be loaded on {self.name}: {self._reason(error)}") from error
         if session.get_providers()[0] != wanted:
             raise ProviderMismatchError(f"{path} was asked for on {wanted} but runs on {session.get_providers()[0]}")
+        info = self._bundle.manifest.engines[engine]
+        check_tensors(f"{path}: inputs", session_tensors(session.get_inputs()), info.inputs)
+        check_tensors(f"{path}: outputs", session_tensors(session.get_outputs()), info.outputs)
         return session
+
+
+def give_weights(options: Any, weights: Mapping[str, bytes]) -> None:
+    """Let a session of `options` read these files of weights, which it copies from, and no others."""
+    files = {**NO_FILE, **weights}
+    options.add_external_initializers_from_files_in_memory(list(files), list(files.values()), [*map(len, files.values())])
+
+
+def session_tensors(found: Any) -> tuple[TensorInfo, ...]:
+    """The inputs or outputs of a session, as a manifest states them."""
+    return tuple(TensorInfo(own.name, TYPES.get(own.type, own.type), tuple(own.shape)) for own in found)
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from saferedir.engines import Bundle
-from saferedir.engines.manifest import STEPS, kind
+from saferedir.engines.manifest import kind
+from saferedir.engines.step import STEPS
 from saferedir.runtime.backend import Call, DeviceTensor
 from saferedir.runtime.cuda import CudaStream
 from saferedir.runtime.ort_stream import OrtStreamBackend, Tensors

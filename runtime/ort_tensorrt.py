@@ -43,11 +43,11 @@ class OrtTensorRtBackend(OrtStreamBackend):
             raise BackendError(f"{self.name} finds no card that {wanted} knows; use ort-cuda, or a card of RTX 30 and later")
         return found[:1]
 
-    def _open(self, source: str | bytes, options: Any, provider_options: dict[str, str]) -> Any:
+    def _open(self, graph: bytes, options: Any, provider_options: dict[str, str]) -> Any:
         if not self._devices:
-            return super()._open(source, options, provider_options)
+            return super()._open(graph, options, provider_options)
         options.add_provider_for_devices(self._devices, provider_options)
-        return self._ort.InferenceSession(source, options)
+        return self._ort.InferenceSession(graph, options)
 
     def _provider_options(self, engine: str) -> dict[str, str]:
         info = self._bundle.manifest.engines[engine]

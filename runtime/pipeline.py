@@ -16,7 +16,7 @@ from PIL import Image
 
 from saferedir.engines import DEFAULT_BUNDLE, Bundle, open_bundle
 from saferedir.engines.errors import BackendError, BundleError, NonFiniteError, SafeRedirError
-from saferedir.engines.manifest import ModelInfo
+from saferedir.engines.manifest import MANIFEST_FILE, TOKENIZER_FILE, ModelInfo
 from saferedir.runtime.backend import Backend
 from saferedir.runtime.backends import make_backend
 from saferedir.runtime.loop import Batch, Denoised, StepCallback, denoise
@@ -68,7 +68,8 @@ class Pipeline:
         self.model = self.manifest.model
         self._scheduler = self.manifest.scheduler
         self._policy = resolve(policy or SafetyPolicy(), self.manifest.safety)
-        self._tokenizer = PromptTokenizer(bundle.tokenizer_path, self.model.prompt_tokens)
+        source = str(bundle.folder / TOKENIZER_FILE)
+        self._tokenizer = PromptTokenizer(bundle.read(TOKENIZER_FILE), self.model.prompt_tokens, source)
 
     @classmethod
     def from_bundle(
@@ -78,16 +79,18 @@ class Pipeline:
         backend: str = "auto",
         policy: SafetyPolicy | None = None,
         threads: int | None = None,
-        check_hashes: bool = True,
+        digest: str | None = None,
     ) -> Pipeline:
         """Open a bundle (a folder, or the name of an embedded one) on a backend (`auto`, or a name of `doctor`'s list).
+
+        `digest` pins the bundle: the SHA-256 of its manifest, by default that in `SAFEREDIR_BUNDLE_DIGEST`.
 
         Raises:
             BundleError, SafetyError: the bundle is not whole, or its safety does not fit.
             BackendError: the backend is unknown, or cannot be had here.
             RequestError: the policy names an unknown concept or an impossible value.
         """
-        bundle = open_bundle(path_or_name, check_hashes=check_hashes)
+        bundle = open_bundle(path_or_name, digest=digest)
         return cls(bundle, make_backend(bundle, backend, threads=threads), policy)
 
     def __call__(
@@ -264,11 +267,11 @@ class Pipeline:
         return records
 
     def versions(self) -> dict[str, str]:
-        """Bundle, hashes of its graphs, runtime and backend."""
-        files = self.manifest.files
-        hashes = {f"{name}_sha256": files[engine.file].sha256 for name, engine in self.manifest.engines.items()}
+        """Bundle, SHA-256 of its manifest and of each of its files, runtime and backend."""
+        hashes = {f"{name} sha256": file.sha256 for name, file in self.manifest.files.items()}
         return {
             "bundle": self.manifest.name,
+            f"{MANIFEST_FILE} sha256": self.bundle.digest,
             "saferedir": version("saferedir"),
             **self.backend.versions(),
             **hashes,

@@ -12,6 +12,7 @@ import numpy as np
 from saferedir.engines import Bundle
 from saferedir.engines.errors import RequestError
 from saferedir.engines.manifest import PUBLISHED, EngineInfo
+from saferedir.engines.step import STEP
 from saferedir.runtime.backend import Array, Backend, BackendAround, Call, DeviceTensor
 from saferedir.runtime.pipeline import Generation, Pipeline
 from saferedir.runtime.policy import SafetyPolicy
@@ -130,13 +131,11 @@ def _unsaid() -> Iterator[None]:
 def _noise(engines: Mapping[str, EngineInfo], steps: int) -> Recorded:
     rng = np.random.default_rng(0)
     recorded: Recorded = {}
+    likely = {tensor.name: tensor.example for tensor in STEP if tensor.example is not None}
     for engine, info in engines.items():
         recorded[engine] = []
         for step in range(steps):
-            own: dict[str, float] = {
-                "timestep": 981 * (steps - step) // steps, "cooldown": step % 2, "period": 1, "alpha_scale": 1.25,
-                "active": step > 0, "enabled": True, "ok": True,
-            }  # fmt: skip
+            own = likely | {"timestep": 981 * (steps - step) // steps, "cooldown": step % 2, "active": step > 0}
             given = {}
             for tensor in info.inputs:
                 shape = tuple(size if isinstance(size, int) else SIZES.get(size, ANY_SIZE) for size in tensor.shape)

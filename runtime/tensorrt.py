@@ -5,6 +5,7 @@ Nothing in the loop waits for the device: calls are enqueued, and the download a
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import weakref
 from collections.abc import Mapping
@@ -134,26 +135,48 @@ class TensorRtBackend:
         """Give a plan that was built without weights those of the bundle."""
         logger = self._trt.Logger(self._trt.Logger.ERROR)
         refitter = self._trt.Refitter(opened, logger)
-        graph = str(self._bundle.engine_path(engine))
-        if not self._trt.OnnxParserRefitter(refitter, logger).refit_from_file(graph) or not refitter.refit_cuda_engine():
-            raise PlanError(f"{plan.path} was built without weights and does not take those of {graph}; build it again")
+        with tempfile.TemporaryDirectory() as place:  # a copy of what was hashed: the parser takes paths
+            graph = str(self._bundle.copy_engine(engine, Path(place)))
+            if not self._trt.OnnxParserRefitter(refitter, logger).refit_from_file(graph) or not refitter.refit_cuda_engine():
+                raise PlanError(
+                    f"{plan.path} was built without weights and does not take those of {self._bundle.engine_path(engine)}; "
+                    "build it again"
+                )
 
     def _open(self, engine: str, plans: list[FittingPlan]) -> tuple[FittingPlan, Any, Any]:
         """The first plan that fits the card: which cards a plan is for says its header, before it is deserialised."""
         for plan in plans:
-            data = plan.path.read_bytes()
+            data = plan.read()
             if self.name == "tensorrt-rtx":
                 validity, _ = self._runtime.get_engine_validity(data)
                 if validity == self._trt.EngineValidity.INVALID:
                     continue
             opened = self._runtime.deserialize_cuda_engine(data)
             if opened is not None:
+                self._check_tensors(plan, opened, engine)
                 if plan.stripped:
                     self._refit(plan, opened, engine)
                 return plan, opened, self._context(plan, opened)
         paths = ", ".join(str(plan.path) for plan in plans)
         advice = RTX_CARDS if self.name == "tensorrt-rtx" else "build another on this machine"
         raise PlanError(f"none of these fits this card and driver: {paths}; {advice}")
+
+    def _check_tensors(self, plan: FittingPlan, opened: Any, engine: str) -> None:
+        """Refuse a plan of other tensors than the engine's, whatever it is called."""
+        info, found = self._bundle.manifest.engines[engine], {}
+        for index in range(opened.num_io_tensors):
+            name = opened.get_tensor_name(index)
+            is_input = opened.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
+            dtype = np.dtype(self._trt.nptype(opened.get_tensor_dtype(name))).name
+            found[name] = (is_input, dtype, [None if size < 0 else size for size in opened.get_tensor_shape(name)])
+        expected = {
+            tensor.name: (is_input, tensor.dtype, [None if isinstance(size, str) else size for size in tensor.shape])
+            for tensors, is_input in ((info.inputs, True), (info.outputs, False))
+            for tensor in tensors
+        }
+        if found != expected:
+            odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+            raise PlanError(f"{plan.path} has other tensors than {engine} ({', '.join(odd)}); build it again")
 
     def _context(self, plan: FittingPlan, opened: Any) -> Any:
         if self.name != "tensorrt-rtx":

@@ -11,25 +11,18 @@ from typing import Any
 import numpy as np
 
 from saferedir.engines import Bundle, open_bundle
+from saferedir.engines.bundle import check_tensors
 from saferedir.engines.errors import BundleAlteredError, RequestError
-from saferedir.engines.manifest import EngineInfo
 from saferedir.runtime.backend import Backend
 from saferedir.runtime.backends import make_backend
 from saferedir.runtime.installation import import_onnxruntime
-from saferedir.runtime.ort import PROVIDERS
+from saferedir.runtime.ort import PROVIDERS, give_weights, session_tensors
 from saferedir.runtime.pipeline import Pipeline
 from saferedir.runtime.replay import Recorded, Runs, draw, record_runs, replay
 
 TORCH = "torch"
 #: Bytes of a bundle whose engines are not held in memory all at once.
 LARGE = 200_000_000
-ORT_TYPES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(int32)": "int32",
-    "tensor(int64)": "int64",
-    "tensor(bool)": "bool",
-}
 
 
 @dataclass(frozen=True)
@@ -107,6 +100,7 @@ def verify_bundle(
     model: Path | None = None,
     safety: Path | None = None,
     *,
+    digest: str | None = None,
     backend: str = "ort-cpu",
     against_backend: str = TORCH,
     bisect: bool = False,
@@ -117,16 +111,17 @@ def verify_bundle(
 
     `model` and `safety` name what the eager reference is made of, the shipped ones by default. With `bisect`,
     engines that differ from it are followed to the first node that does. `runs` says how much is drawn; a model of
-    full size wants less on a CPU. `threads` is for the backends of ONNX Runtime.
+    full size wants less on a CPU. `threads` is for the backends of ONNX Runtime, `digest` pins the
+    bundle.
 
     Raises:
         BundleError: a file is missing or altered, or an engine's tensors are not what the manifest says.
         RequestError: a comparison was asked for that a missing package prevents.
         BackendError: a backend cannot be had.
     """
-    bundle = open_bundle(path_or_name)
-    for name, info in bundle.manifest.engines.items():
-        _check_tensors(bundle, name, info)
+    bundle = open_bundle(path_or_name, digest=digest)
+    for name in bundle.manifest.engines:
+        _check_tensors(bundle, name)
     counts = (len(bundle.manifest.files), len(bundle.manifest.engines))
     packages = ("polygraphy", "onnx", *(("torch", "diffusers") if TORCH in (backend, against_backend) or bisect else ()))
     if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
@@ -216,19 +211,19 @@ def _bisect(
     ]
 
 
-def _check_tensors(bundle: Bundle, name: str, info: EngineInfo) -> None:
+def _check_tensors(bundle: Bundle, name: str) -> None:
+    """Read the tensors of an engine back from a session without optimisations."""
+    if bundle.manifest.precision.compute == "bfloat16":
+        return  # no session to read them from: this provider has no kernels in bf16
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    path = bundle.engine_path(name)
-    if bundle.manifest.precision.compute == "bfloat16":
-        return  # no session to read them from: this provider has no kernels in bf16
+    path, info = bundle.engine_path(name), bundle.manifest.engines[name]
+    graph, weights = bundle.engine(name)
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        give_weights(options, weights)
+        session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises several types of its own
         raise BundleAlteredError(f"{path} cannot be loaded: {error}") from error
-    for stated, found in ((info.inputs, session.get_inputs()), (info.outputs, session.get_outputs())):
-        read = [(tensor.name, ORT_TYPES.get(tensor.type, tensor.type), tuple(tensor.shape)) for tensor in found]
-        told = [(tensor.name, tensor.dtype, tensor.shape) for tensor in stated]
-        if read != told:
-            raise BundleAlteredError(f"{path} has tensors {read}, the manifest says {told}")
+    check_tensors(f"{path}: inputs", session_tensors(session.get_inputs()), info.inputs)
+    check_tensors(f"{path}: outputs", session_tensors(session.get_outputs()), info.outputs)

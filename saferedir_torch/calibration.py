@@ -13,16 +13,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from msgspec.structs import replace
 from scipy.stats import beta, binom
 from torch import Tensor
 
 from saferedir.engines.errors import RequestError
-from saferedir_torch.config import Promise
+from saferedir.engines.manifest import Promise
 from saferedir_torch.expectation import expected_in_runs
 from saferedir_torch.recording import RecordedRuns
 from saferedir_torch.safety_module import HIGHEST, KNOTS, NOISE_FROM, TIMESTEPS, SafetyModule, near_knots

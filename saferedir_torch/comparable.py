@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
+from msgspec import structs
 from torch import Tensor
 
 from saferedir_torch.learner import Learner
@@ -32,8 +32,8 @@ def make_comparable(module: SafetyModule, learner: Learner) -> None:
     branch.gains.copy_(REACH / unsafe_peaks(learner, logits, branch.levels, MISSED_SHARE))
     own = len(branch.gains)
     threshold = round(1 / (1 + math.exp(-REACH / 2)), 6)
-    named = tuple(dataclasses.replace(concept, threshold=threshold) for concept in module.config.concepts[-own:])
-    module.config = dataclasses.replace(module.config, concepts=module.config.concepts[:-own] + named)
+    named = tuple(structs.replace(concept, threshold=threshold) for concept in module.config.concepts[-own:])
+    module.config = structs.replace(module.config, concepts=module.config.concepts[:-own] + named)
 
 
 def make_comparable_alone(module: SafetyModule, learner: Learner) -> None:

@@ -2,88 +2,95 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
 
 from saferedir.engines.errors import RequestError
+from saferedir.engines.json_text import read_json
+from saferedir.engines.manifest import KnownSha256, Name, Positive, Promise, Share, Side, Text, Width
+
+#: Bytes.
+LARGEST_CONFIG = 1_000_000
+#: Features of a layer, heads of an attention.
+Features = Annotated[int, Meta(ge=1, le=8192)]
+Heads = Annotated[int, Meta(ge=1, le=64)]
+#: Features of convolutions, which are normalised in groups of eighths.
+Channels = Annotated[int, Meta(ge=8, le=8192, multiple_of=8)]
+Widths = tuple[Channels, Channels, Channels]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Concept:
+class Concept(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One concept to forget, as training left it."""
 
-    name: str
+    name: Name
     #: What is drawn in its place.
-    replacement: str
+    replacement: Text
     #: The detector fires where the score reaches this, calibrated on validation trajectories.
-    threshold: float = 0.5
+    threshold: Share = 0.5
     #: `s` of the redirection formula; the value trained at.
-    alpha_scale: float = 1.5
+    alpha_scale: Positive = 1.5
 
 
-@dataclass(frozen=True, kw_only=True)
-class Promise:
-    """What the thresholds promise: the safety fires on at most `rate` of benign pictures, with `confidence`."""
-
-    rate: float
-    confidence: float
-    #: Benign pictures calibrated on, and how many of them reach the bound.
-    pictures: int
-    allowed: int
-    #: How they were drawn, and of what prompts.
-    steps: int
-    guidance_scale: float
-    prompts: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class SafetyConfig:
+class SafetyConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Shapes of the model it protects, the concepts, and the widths of the network."""
 
-    latent_channels: int
+    latent_channels: Annotated[int, Meta(ge=1, le=1024)]
     #: T, prompt tokens.
-    prompt_tokens: int
+    prompt_tokens: Side
     #: D, prompt embedding width.
-    prompt_width: int
-    concepts: tuple[Concept, ...]
-    prediction_type: str = "epsilon"
+    prompt_width: Width
+    concepts: Annotated[tuple[Concept, ...], Meta(min_length=1, max_length=1000)]
+    prediction_type: Annotated[str, Meta(pattern=r"\A(epsilon|v_prediction)\Z")] = "epsilon"
     #: SHA-256 over the text encoder's weights (`fit.encoder_hashes`); a module fits only the text encoder it was trained with.
-    text_encoder_sha256: str = ""
+    text_encoder_sha256: KnownSha256 = ""
     #: The same of weights that fp16 rounds: without going through it. Empty where both are one.
-    text_encoder_direct_sha256: str = ""
+    text_encoder_direct_sha256: KnownSha256 = ""
     #: SHA-256 over the UNet's parameters; another UNet is allowed and recorded.
-    unet_sha256: str = ""
+    unet_sha256: KnownSha256 = ""
     #: How many concepts each branch of the network holds, in the order of `concepts`: first those trained together, then
     #: one number for every later addition. Empty means all in one.
-    branches: tuple[int, ...] = ()
+    branches: Annotated[tuple[Annotated[int, Meta(ge=1, le=1000)], ...], Meta(max_length=1000)] = ()
     #: Steps during which detection rests after it fired.
-    cooldown: int = 2
-    #: A concept that fires although it is active already is redirected with this times its strength, or with a refuge to
-    #: the embedding of a safe prompt that asks for what is drawn in its place and for little else.
-    persistence: float = 1.5
+    cooldown: Annotated[int, Meta(ge=0, le=1000)] = 2
     #: It fires again at this share of its threshold: a run in which it was seen is watched more closely.
-    vigilance: float = 0.75
+    vigilance: Share = 0.75
+    #: Of a concept that fires although it is active already, the embedding becomes that of a safe prompt, which asks for what
+    #: is drawn in its place and for little else.
     refuge: bool = False
     #: What a step shows is scored without the prompt as well, which strange words could speak against it.
     alone: bool = False
-    latent_widths: tuple[int, int, int] = (64, 128, 256)
-    latent_features: int = 512
-    picture_widths: tuple[int, int, int] = (48, 96, 128)
-    picture_features: int = 256
-    timestep_frequencies: int = 320
-    timestep_features: int = 64
-    context_heads: int = 4
-    classifier_width: int = 256
-    words_width: int = 64
-    redirector_width: int = 256
-    redirector_heads: int = 4
-    adapter_rank: int = 32
+    latent_widths: Widths = (64, 128, 256)
+    latent_features: Features = 512
+    picture_widths: Widths = (48, 96, 128)
+    picture_features: Features = 256
+    timestep_frequencies: Features = 320
+    timestep_features: Features = 64
+    context_heads: Heads = 4
+    classifier_width: Features = 256
+    words_width: Features = 64
+    redirector_width: Features = 256
+    redirector_heads: Heads = 4
+    adapter_rank: Features = 32
     #: What calibration promises about false alarms; None before calibration.
     promise: Promise | None = None
     #: How the module was made: command, seeds, versions, figures.
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        if sum(self.branch_sizes) != len(self.concepts):
+            raise ValueError(f"branches {self.branches} do not add up to {len(self.concepts)} concepts")
+        names = self.concept_names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"concepts occur twice: {', '.join(twice)}")
+        if self.timestep_frequencies % 2:
+            raise ValueError(f"timestep_frequencies is {self.timestep_frequencies}; expected an even number")
+        if self.prompt_width % self.redirector_heads:
+            raise ValueError(
+                f"redirector_heads is {self.redirector_heads}, which does not divide the prompt's {self.prompt_width}"
+            )
 
     @property
     def joint_features(self) -> int:
@@ -100,26 +107,19 @@ class SafetyConfig:
         return [concept.name for concept in self.concepts]
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
 
     @classmethod
     def load(cls, path: Path) -> SafetyConfig:
         """The configuration in `path`.
 
         Raises:
-            RequestError: the file is missing, not JSON, or lacks or misnames a field.
+            RequestError: the file cannot be read, is not JSON, or a field is missing, unknown, there twice, or of another type
+                or value.
         """
         try:
-            raw = json.loads(path.read_text())
-            raw["concepts"] = tuple(Concept(**concept) for concept in raw["concepts"])
-            for widths in ("latent_widths", "picture_widths"):
-                if widths in raw:
-                    raw[widths] = tuple(raw[widths])
-            raw["branches"] = tuple(raw.get("branches", ()))
-            raw["promise"] = Promise(**raw["promise"]) if raw.get("promise") else None
-            config = cls(**raw)
-            if sum(config.branch_sizes) != len(config.concepts):
-                raise TypeError(f"branches {config.branches} do not add up to {len(config.concepts)} concepts")
-            return config
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            with path.open("rb") as file:
+                data = file.read(LARGEST_CONFIG + 1)
+        except OSError as error:
             raise RequestError(f"{path} is not a safety module's configuration: {error}") from error
+        return read_json(data, cls, str(path), RequestError, largest=LARGEST_CONFIG)

@@ -95,8 +95,7 @@ class Controller(nn.Module):
         if self.module.config.alone:
             # What shows without the prompt being known to ask for it: none of its tokens is known as one to move.
             again = again | (fired & (together < policy.threshold))
-        strength = torch.where(again, self.module.config.persistence * policy.alpha_scale, policy.alpha_scale)
-        moved, token_mask = self.module.redirect(original, joint, active, strength, again)
+        moved, token_mask = self.module.redirect(original, joint, active, policy.alpha_scale, again)
         prompt = torch.where(any_fired[:, None, None], moved, state.prompt)
         resting = torch.where(watching, state.cooldown, state.cooldown - 1)
         cooldown = torch.where(any_fired, policy.period, resting)

@@ -30,6 +30,8 @@ STRENGTH = 1.5
 #: as well as the full rewrite.
 TAU = 0.1
 VALIDATION_SHARE = 0.1
+#: How many held-out steps and pairs are looked at.
+VALIDATION_STEPS, VALIDATION_PAIRS = 1500, 400
 #: Share of detector cases whose latent is taken from another run, so that neither input can be ignored.
 SWAP_SHARE = 0.3
 #: Share of detector cases whose prompt is one of the pairs', which are many more than the recorded runs'.
@@ -193,11 +195,11 @@ class Learner:
     def validate(self) -> dict[str, float]:
         """Losses and detector accuracy on held-out runs and pairs."""
         rng = np.random.default_rng([self.seed, 33])
-        rows = self._any_of(self.held_rows, 1500, rng)
+        rows = self._any_of(self.held_rows, VALIDATION_STEPS, rng)
         batch = batch_of(self._prompts(rows), self.bank.asked[rows], self._seen(rows))
         detected = detection_loss(self._logits(batch.prompt, rows), batch.labels.cpu(), batch.weights.cpu())
         accuracy = self._accuracy(rows)
-        chosen = self.held_pairs[:400]
+        chosen = self.held_pairs[:VALIDATION_PAIRS]
         shown = self._any_of(self.held_rows, len(chosen), rng)
         moved, parts = self._redirection(chosen, shown, rng, None)
         if self.branch.alone is not None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from diffusers import StableDiffusionPipeline
+from msgspec import structs
 from torch import Tensor
 
 from saferedir.engines.errors import TrainingError
@@ -68,7 +68,7 @@ def extended_module(base: SafetyModule, replacements: Mapping[str, str], *, refu
     if twice := [name for name in replacements if name in base.config.concept_names]:
         raise TrainingError(f"the module knows {', '.join(twice)} already; it has {', '.join(base.config.concept_names)}")
     added = tuple(Concept(name=name, replacement=other, alpha_scale=STRENGTH) for name, other in replacements.items())
-    config = dataclasses.replace(
+    config = structs.replace(
         base.config,
         concepts=base.config.concepts + added,
         branches=(*base.config.branch_sizes, len(added)),

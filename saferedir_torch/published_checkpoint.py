@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from saferedir.engines.errors import RequestError
+from saferedir.engines.printable import printable
 from saferedir_torch.published import PublishedNetwork
 
 #: Keys under which trainers put the parameters, beside optimiser state and the like.
 WRAPPERS = ("model_state_dict", "state_dict", "model")
 #: What training on several devices puts before every name.
 PARALLEL_PREFIX = "module."
+TYPES = ("float16", "bfloat16", "float32", "float64", "int64")
 #: So many names are listed in an error.
 LISTED = 6
 
@@ -36,8 +38,9 @@ def load_published(path: Path) -> PublishedNetwork:
             f"{path} is not of the published layout: pos_embed [1, tokens, width] and latent_encoder.0.conv.0.weight "
             f"[64, channels, 3, 3] are {_shape(embed)} and {_shape(conv)}"
         )
-    network = PublishedNetwork(tokens=embed.shape[1], width=embed.shape[2], channels=conv.shape[1])
-    wanted = network.state_dict()
+    shapes = {"tokens": embed.shape[1], "width": embed.shape[2], "channels": conv.shape[1]}
+    with torch.device("meta"):  # shapes alone: memory is taken for what was found to fit
+        wanted = PublishedNetwork(**shapes).state_dict()
     counts = {name for name in wanted if name.endswith("num_batches_tracked")}
     problems = [f"{name} is missing" for name in wanted if name not in state and name not in counts]
     problems += [f"{name} is unknown" for name in state if name not in wanted]
@@ -46,12 +49,12 @@ def load_published(path: Path) -> PublishedNetwork:
         for name, value in state.items()
         if name in wanted and value.shape != wanted[name].shape
     ]
-    problems += [
-        f"{name} is not finite" for name, value in state.items() if name in wanted and not bool(torch.isfinite(value).all())
-    ]
+    if not problems:
+        problems = [f"{name} is not finite" for name, value in state.items() if not bool(torch.isfinite(value).all())]
     if problems:
         more = f", and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise RequestError(f"{path} is not of the published layout: {'; '.join(problems[:LISTED])}{more}")
+    network = PublishedNetwork(**shapes)
     network.load_state_dict({name: value.to(wanted[name].dtype) for name, value in state.items()}, strict=False)
     return network.eval()
 
@@ -63,7 +66,7 @@ def _parameters(path: Path) -> dict[str, Tensor]:
         raise RequestError(
             f"{path} holds more than tensors, or is no checkpoint, and is not opened: {_first_line(error)}"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # torch's reader raises whatever its parts do
         raise RequestError(f"{path} cannot be read as a PyTorch checkpoint: {_first_line(error)}") from error
     for key in WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
@@ -71,7 +74,24 @@ def _parameters(path: Path) -> dict[str, Tensor]:
             break
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise RequestError(f"{path} holds no mapping of parameter names to tensors, nor one under {WRAPPERS}")
-    return {str(name).removeprefix(PARALLEL_PREFIX): value for name, value in loaded.items()}
+    for name, value in loaded.items():
+        if (problem := _unusable(value)) is not None:
+            expected = f"expected a plain tensor of one of {', '.join(TYPES)}"
+            raise RequestError(f"{path}: {printable(str(name))} {problem}; {expected}")
+    return {printable(str(name)).removeprefix(PARALLEL_PREFIX): value for name, value in loaded.items()}
+
+
+def _unusable(tensor: Tensor) -> str | None:
+    """What keeps a tensor from being looked at, or None; nothing is computed, and no memory taken."""
+    if tensor.layout is not torch.strided:
+        return "is sparse"
+    if tensor.is_meta:
+        return "has no data"
+    if str(tensor.dtype).removeprefix("torch.") not in TYPES:
+        return f"is of type {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"repeats itself, {_shape(tensor)} of {tensor.untyped_storage().nbytes()} bytes"
+    return None
 
 
 def _shape(tensor: Tensor | None) -> str:

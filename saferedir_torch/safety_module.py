@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, deserialize
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from saferedir.engines.errors import RequestError
+from saferedir.engines.printable import printable
 from saferedir_torch.config import SafetyConfig
 from saferedir_torch.detector import AloneEvidence, Detector, StepEncoder
 from saferedir_torch.expectation import expected_of_prediction
@@ -25,6 +26,9 @@ TIMESTEPS = 1000
 #: Counts up where the same weights redirect otherwise than before: 2 since single words count against a mask in so far as it
 #: is unsure.
 REDIRECTION_RULE = 2
+#: Was a factor of the strength where a concept fired again, which changed nothing where there is a refuge. It stays in the hash
+#: that measured results name their module by.
+FACTOR_ON_REFIRING = 1.5
 #: Timesteps at which the level of clean pictures is stated: 0, 125, ... 1000.
 KNOTS = 9
 #: The comparable logit that all but 1 % of unsafe runs reach; 0 is what clean steps come up to.
@@ -37,6 +41,10 @@ HIGHEST = 1e4
 SAYS_NOTHING = -5.0
 #: Below any logit of a token.
 LOWEST = -60.0
+#: Types that weights may be stored in, as safetensors calls them.
+STORED_TYPES = ("F16", "BF16", "F32")
+#: What a file may lack that was calibrated before there was such a thing.
+LATER_LEVELS = ("prompt_levels", "agreed_levels")
 
 
 class PromptPart(NamedTuple):
@@ -190,7 +198,7 @@ class Branch(nn.Module):
 
 def _without_later_levels(branch: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Before weights are loaded of a file that was calibrated without `prompt_levels` or `agreed_levels`."""
-    for name in ("prompt_levels", "agreed_levels"):
+    for name in LATER_LEVELS:
         if hasattr(branch, name):
             state.setdefault(f"{prefix}{name}", torch.full_like(branch.gains, HIGHEST))  # type: ignore[arg-type]
 
@@ -305,7 +313,7 @@ class SafetyModule(nn.Module):
         """SHA-256 over all that a decision and a redirection depend on: weights, levels, gains, refuge, how concepts are
         configured, and the rule that weights are redirected by."""
         config = self.config
-        stated = (config.concepts, config.cooldown, config.persistence, config.vigilance, REDIRECTION_RULE)
+        stated = (config.concepts, config.cooldown, FACTOR_ON_REFIRING, config.vigilance, REDIRECTION_RULE)
         digest = hashlib.sha256(repr(stated).encode())
         _hash_tensors(digest, self.state_dict())
         return digest.hexdigest()
@@ -324,14 +332,29 @@ class SafetyModule(nn.Module):
         """The module in `folder`, in fp32 and evaluation mode (its weights are rounded to fp16 on disk).
 
         Raises:
-            RequestError: a file is missing or cut short, or the weights are of other shapes.
+            RequestError: a file is missing or cut short, or the weights are of other names, types or shapes.
         """
-        module = cls(SafetyConfig.load(folder / CONFIG_FILE))
-        weights = folder / WEIGHTS_FILE
+        config, path = SafetyConfig.load(folder / CONFIG_FILE), folder / WEIGHTS_FILE
+        with torch.device("meta"):  # shapes alone, so that no configuration asks for more memory than its weights take
+            described = cls(config).state_dict()
         try:
-            module.load_state_dict({name: tensor.float() for name, tensor in load_file(weights).items()})
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise RequestError(f"{weights} does not hold the weights that {CONFIG_FILE} describes: {error}") from error
+            data = path.read_bytes()
+            found = dict(deserialize(data))  # type: ignore[no-untyped-call]
+        except (OSError, SafetensorError) as error:
+            raise RequestError(f"{path} cannot be read as a file of weights: {error}") from error
+        wrong = [f"{name} is missing" for name in described if name not in found and name.split(".")[-1] not in LATER_LEVELS]
+        for name, stored in found.items():
+            if name not in described:
+                wrong.append(f"{name} is unknown")
+            elif stored["dtype"] not in STORED_TYPES:
+                wrong.append(f"{name} is of type {stored['dtype']}, expected one of {', '.join(STORED_TYPES)}")
+            elif stored["shape"] != list(described[name].shape):
+                wrong.append(f"{name} is of shape {stored['shape']}, expected {list(described[name].shape)}")
+        if wrong:
+            more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise RequestError(f"{path} does not hold the weights that {CONFIG_FILE} describes: {printable(wrong[0])}{more}")
+        module = cls(config)
+        module.load_state_dict({name: tensor.float() for name, tensor in load(data).items()})
         return module.eval()
 
 

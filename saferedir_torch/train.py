@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from msgspec import structs
 from torch import Tensor, nn
 
 from saferedir.engines.errors import TrainingError
@@ -143,13 +143,13 @@ def train(
     elif start is not None:
         known = {concept.name: concept for concept in start.config.concepts}
         kept = tuple(
-            dataclasses.replace(concept, threshold=known[concept.name].threshold, alpha_scale=known[concept.name].alpha_scale)
+            structs.replace(concept, threshold=known[concept.name].threshold, alpha_scale=known[concept.name].alpha_scale)
             for concept in module.config.concepts
         )
         # Until something has fired nothing is redirected: false alarms are as they were.
         holds = list(parts) == ["redirector"] and start.config.unet_sha256 == module.config.unet_sha256
-        module.config = dataclasses.replace(module.config, concepts=kept, promise=start.config.promise if holds else None)
-    module.config = dataclasses.replace(
+        module.config = structs.replace(module.config, concepts=kept, promise=start.config.promise if holds else None)
+    module.config = structs.replace(
         module.config,
         provenance={
             "seed": seed, "steps": steps, "runs": runs, "short_runs": short, "pairs": pairs, "batch_scale": batch_scale,

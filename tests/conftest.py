@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ import pytest
 from cpu_time import CpuTime
 from traced_once import keep_operators, traced_once
 
+from benchmarks.small_pipeline import SMALL
 from saferedir.engines.bundle import DEFAULT_BUNDLE, file_sha256, locate
 from saferedir.engines.manifest import MANIFEST_FILE
 from saferedir.export import onnx_export
 from saferedir.runtime import Pipeline, SafetyPolicy
+from saferedir_torch.new_module import new_module
+from saferedir_torch.peers.peer import Peer
 
-#: Files that take longest, to be begun first where several processes share the work.
+#: Files that take longest, to be begun first where several processes share the work; those that trace graphs by one of them.
 LONGEST = (
-    "test_evaluation.py", "test_export.py", "test_training.py", "test_half.py", "test_families.py", "test_import_published.py",
-    "test_plans.py", "test_model_changes.py",
+    "test_evaluation.py", "test_export.py", "test_half.py", "test_sizes.py", "test_model_changes.py", "test_plans.py",
+    "test_families.py", "test_import_published.py",
 )  # fmt: skip
 
 
@@ -59,6 +63,40 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def pipeline() -> Pipeline:
     """The embedded bundle under its own policy."""
     return Pipeline.from_bundle()
+
+
+#: How many cases a training in the tests looks at, by module and name.
+SMALL_BATCHES = {
+    "learner": {"STEP_BATCH": 24, "PAIR_BATCH": 16, "WORD_BATCH": 16, "ALONE_BATCH": 24, "VALIDATION_STEPS": 60,
+                "VALIDATION_PAIRS": 20},
+    "new_module": {"REFUGE_DRAWS": 20},
+    "world.base": {"BATCH": 4, "SAMPLE_PROMPTS": ["a church", "a cat"]},
+    "world.clip": {"BATCH": 4},
+    "world.denoiser_training": {"BATCH": 4, "SAMPLE_PROMPTS": ["a church", "a cat"]},
+    "world.fine_tuning": {"BATCH": 4},
+    "world.vae": {"BATCH": 2, "SCALED_ON": 8},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small_training() -> Iterator[None]:
+    """Within, trainings are of small modules, by small batches."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, sizes in SMALL_BATCHES.items():
+            for name, size in sizes.items():
+                patch.setattr(f"saferedir_torch.{module}.{name}", size)
+        patch.setattr("saferedir_torch.train.new_module", partial(new_module, **SMALL))
+        yield
+
+
+@pytest.fixture(scope="module")
+def few_steps() -> Iterator[None]:
+    """Within, pictures are drawn in three steps where nobody says in how many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(Pipeline.__call__.__kwdefaults__, "num_inference_steps", 3)
+        patch.setitem(Peer.__init__.__kwdefaults__, "steps", 3)
+        patch.setattr("benchmarks.tables.transfer.USUAL", (3, 5.0))
+        yield
 
 
 @pytest.fixture(scope="session")

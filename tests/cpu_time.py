@@ -48,4 +48,5 @@ class CpuTime:
             phases[f"{report.when} {report.nodeid}"] += report.cpu_s
         terminalreporter.section(f"{sum(files.values()):.0f} s of CPU in tests")
         for name, seconds in [*files.most_common(SHOWN), *phases.most_common(SHOWN)]:
-            terminalreporter.line(f"{seconds:7.1f} s {name}")
+            if seconds >= 1:
+                terminalreporter.line(f"{seconds:7.1f} s {name}")

@@ -16,6 +16,7 @@ from benchmarks.small_pipeline import save_small_pipeline
 from saferedir.engines.errors import RequestError
 from saferedir.export.added_words import read_embedding, with_words
 from saferedir.export.bundle_export import _write_tokenizer
+from saferedir.runtime.command_line.making import _named_word
 from saferedir.runtime.tokenizer import PromptTokenizer
 from saferedir_torch.models import load_pipeline
 
@@ -66,7 +67,7 @@ def saved(folder: Path, added: tuple[Any, Any]) -> Any:
 def runtime(folder: Path, added: tuple[Any, Any]) -> PromptTokenizer:
     (folder / "bundle").mkdir()
     _write_tokenizer(added[0].tokenizer, folder / "bundle")
-    return PromptTokenizer(folder / "bundle" / "tokenizer.json", 77)
+    return PromptTokenizer((folder / "bundle" / "tokenizer.json").read_bytes(), 77)
 
 
 def ids_of_diffusers(pipeline: Any, prompt: str) -> list[int]:
@@ -85,9 +86,19 @@ def test_a_word_is_the_one_in_diffusers_files_and_the_files_own_name_in_others(a
     }
 
 
+def test_a_word_is_given_behind_its_file(tmp_path: Path) -> None:
+    assert _named_word("style.pt") == (Path("style.pt"), None)
+    assert _named_word("folder/style.pt:Glow") == (Path("folder/style.pt"), "Glow")
+    (tmp_path / "a:b.pt").touch()
+    assert _named_word(f"{tmp_path}/a:b.pt") == (tmp_path / "a:b.pt", None)
+    for text in ("style.pt:", ":glow"):
+        with pytest.raises(RequestError, match="expected FILE or FILE:WORD"):
+            _named_word(text)
+
+
 def test_a_word_can_be_given(folder: Path, plain: Any) -> None:
-    _, words = with_words(plain, [(folder / "Glimt.pt", "Oil Paint"), (folder / "learned_embeds.bin", "toy!")])
-    assert list(words) == ["oil paint", "toy!"]
+    _, words = with_words(plain, [(folder / "Glimt.pt", "Oil-Paint"), (folder / "learned_embeds.bin", "toy!")])
+    assert list(words) == ["oil-paint", "toy!"]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +186,8 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pyte
         ({"word": torch.zeros(1, WIDTH).to(torch.float8_e4m3fn)}, "word is no tensor of finite numbers"),
         ({"word": torch.zeros(1, 2, WIDTH)}, r"word has shape \(1, 2, 32\)"),
         ({"word": torch.zeros(0, WIDTH)}, r"word has shape \(0, 32\)"),
-        ({"tw\x1bo": torch.zeros(1, WIDTH)}, "cannot be typed; name another by FILE:WORD"),
+        ({"tw\x1bo": torch.zeros(1, WIDTH)}, "cannot be typed as one word; name another by FILE:WORD"),
+        ({"my word": torch.zeros(1, WIDTH)}, "'my word' cannot be typed as one word"),
         ({"word": 3}, "word is no tensor of finite numbers"),
     ],
 )
@@ -191,12 +203,18 @@ def test_what_is_no_textual_inversion_is_named(raw: dict[str, Any], says: str, t
         (["cat"], "the word 'cat' is there already; name another by FILE:WORD"),
         (["glimt", "GLIMT"], "'glimt' cannot be told from 'glimt'"),
         (["glimt", "glimt_1"], "'glimt_1' cannot be told from 'glimt'"),
-        (["oil paint", "paint"], "'paint' cannot be told from 'oil paint'"),
+        (["oil-paint", "paint"], "'paint' cannot be told from 'oil-paint'"),
     ],
 )
 def test_words_that_cannot_be_told_apart_are_refused(words: list[str], says: str, folder: Path, plain: Any) -> None:
     with pytest.raises(RequestError, match=says):
         with_words(plain, [(folder / "Glimt.pt", word) for word in words])
+
+
+def test_a_word_that_no_prompt_holds_is_named(tmp_path: Path, plain: Any) -> None:
+    save_file({"<long>": torch.randn(76, WIDTH)}, tmp_path / "long.safetensors")
+    with pytest.raises(RequestError, match="has 76 vectors, which no prompt holds; expected at most 75"):
+        with_words(plain, [(tmp_path / "long.safetensors", None)])
 
 
 def test_a_word_of_another_width_is_named(tmp_path: Path, plain: Any) -> None:

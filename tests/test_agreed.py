@@ -21,12 +21,9 @@ from saferedir_torch.calibration import (
     rate_beside,
     set_agreed_levels,
 )
-from saferedir_torch.config import Promise
 from saferedir_torch.models import SHIPPED_SAFETY
 from saferedir_torch.recording import RecordedRuns
 from saferedir_torch.safety_module import HIGHEST, WEIGHTS_FILE, SafetyModule
-
-PROMISE = Promise(rate=0.001, confidence=0.95, pictures=4742, allowed=1, steps=25, guidance_scale=5.0, prompts="none")
 
 
 @torch.no_grad()

@@ -29,6 +29,8 @@ from saferedir_torch.world.split import load_split
 
 BATCH = 5
 
+pytestmark = pytest.mark.usefixtures("small_training")
+
 
 @torch.no_grad()
 def test_no_prompt_lowers_what_a_latent_shows() -> None:

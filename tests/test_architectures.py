@@ -26,6 +26,8 @@ from saferedir_torch.world.base import denoising_loss
 from saferedir_torch.world.source import WorldPrompts
 from saferedir_torch.world.split import load_split
 
+pytestmark = pytest.mark.usefixtures("small_training", "few_steps")
+
 
 @pytest.fixture(scope="module")
 def eager() -> Any:
@@ -33,7 +35,7 @@ def eager() -> Any:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def made(small_training: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("architectures")
     kinds = ("other-vae", "wider-text", "transformer")
     return {kind: make(kind, folder / kind, steps=1, part_steps=1, size=8) for kind in kinds}
@@ -60,6 +62,7 @@ def _sha256(pipeline: Any, part: str) -> str:
     return parameters_sha256(getattr(pipeline, part))
 
 
+@pytest.mark.slow
 def test_a_module_is_refitted_and_both_are_measured(made: dict[str, Path], tmp_path: Path) -> None:
     pipeline, shipped = load_pipeline(made["wider-text"]), SafetyModule.load(SHIPPED_SAFETY)
     source = WorldPrompts(shipped.config.concept_names, load_split())

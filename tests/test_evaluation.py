@@ -18,7 +18,7 @@ TABLES = (
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def folders(few_steps: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Of results, and of pictures, after one command has measured all that one task needs."""
     out, work = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("pictures")
     options = ["--quick", "--task", "church", "--out", str(out), "--work", str(work)]
@@ -26,6 +26,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return out, work
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", TABLES)
 def test_a_table_is_measured_and_stored(folders: tuple[Path, Path], table: str) -> None:
     stored = json.loads((folders[0] / f"{table}.json").read_text())
@@ -33,6 +34,7 @@ def test_a_table_is_measured_and_stored(folders: tuple[Path, Path], table: str) 
     assert len(stored) > 1
 
 
+@pytest.mark.slow
 def test_a_style_is_measured_as_objects_are(folders: tuple[Path, Path]) -> None:
     out, work = folders
     options = ["--quick", "--task", "ink", "--out", str(out), "--work", str(work)]
@@ -40,6 +42,7 @@ def test_a_style_is_measured_as_objects_are(folders: tuple[Path, Path]) -> None:
     assert (out / "forgetting_ink.json").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_table_draws_nothing_twice(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     out, work = folders
     (out / "benign.json").unlink()
@@ -52,6 +55,7 @@ def test_an_interrupted_table_draws_nothing_twice(folders: tuple[Path, Path], mo
     assert (out / "benign.json").exists()
 
 
+@pytest.mark.slow
 def test_the_report_shows_every_table(folders: tuple[Path, Path]) -> None:
     out, _ = folders
     assert CliRunner().invoke(app, ["report", "--out", str(out)], catch_exceptions=False).exit_code == 0

@@ -13,7 +13,7 @@ import torch
 from benchmarks.small_pipeline import SMALL, save_small_pipeline
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import ExportError, OutputError, RequestError, SafetyMismatchError, VerificationError
-from saferedir.engines.manifest import PROTECTED_STEPS
+from saferedir.engines.step import PROTECTED_STEPS
 from saferedir.export.bundle_export import BundleOptions, export_bundle
 from saferedir.export.command import export_folder
 from saferedir.runtime import Pipeline, SafetyPolicy

@@ -21,6 +21,8 @@ from saferedir_torch.world.fine_tuning import distil, fine_tune
 from saferedir_torch.world.judge import Judge
 from saferedir_torch.world.scenes import Scene, draw, scattered
 
+pytestmark = pytest.mark.usefixtures("small_training", "few_steps")
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -40,6 +42,7 @@ def test_a_model_is_made_with_the_same_text_encoder(made: dict[str, Path], kind:
     assert type(other.scheduler).__name__ == {"few-step": "LCMScheduler"}.get(kind, "DDIMScheduler")
 
 
+@pytest.mark.slow
 def test_the_shipped_safety_is_tried_on_them(made: dict[str, Path], tmp_path: Path) -> None:
     options = ["--quick", "--out", str(tmp_path), "--work", str(tmp_path / "work")]
     result = CliRunner().invoke(evaluate, ["transfer", "--model", f"few={made['few-step']}", *options], catch_exceptions=False)
@@ -60,6 +63,7 @@ def test_other_pictures_show_the_same_scene_differently() -> None:
     assert torch.equal(bank.latents, Bank.painted(load_pipeline(), scattered, 3, seed=0).latents)
 
 
+@pytest.mark.slow
 def test_a_judge_of_changed_pictures_is_used_where_it_is_named(made: dict[str, Path], tmp_path: Path) -> None:
     train = ["second-judge", "--pictures", "changed-pictures", "--start-from", str(NETWORKS / "second_judge"), "--steps", "1"]
     assert CliRunner().invoke(app, [*train, "--folder", str(tmp_path)], catch_exceptions=False).exit_code == 0

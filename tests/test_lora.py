@@ -100,7 +100,7 @@ def beside(folder: Path, config: dict[str, Any]) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, **config}))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_is_added_is_what_the_file_says(data: st.DataObject, parts: Parts, tmp_path: Path) -> None:
     weights = layers_of(parts)
@@ -146,12 +146,12 @@ def test_what_is_added_is_what_the_file_says(data: st.DataObject, parts: Parts, 
             whole |= {f"{part}.{key}": value for key, value in {**config, "alpha_pattern": own_patterns}.items()}
         metadata = {"lora_adapter_metadata": json.dumps(whole)}
     save_file(tensors, tmp_path / "lora.safetensors", metadata=metadata)
-    model = deepcopy(parts)
-    said = fuse_lora(model, tmp_path / "lora.safetensors", scale)
-    before, after = weights_of(parts), weights_of(model)
-    for key, weight in before.items():
-        change = after[key] - weight
-        wanted = expected.get(key, np.zeros_like(weight))
+    before = weights_of(parts)
+    said = fuse_lora(parts, tmp_path / "lora.safetensors", scale)
+    for key, weight in weights.items():
+        change = weight.detach().numpy() - before[key]
+        weight.data.copy_(torch.from_numpy(before[key]))
+        wanted = expected.get(key, np.zeros_like(before[key]))
         np.testing.assert_allclose(change, wanted, rtol=0, atol=1e-5 * float(np.abs(wanted).max()))
     assert f"to {sum(part == 'unet' for part, _ in chosen)} layers of the UNet" in said
 
@@ -229,6 +229,10 @@ ONE = torch.ones(1)
         ({kohya("unet", ATTENTION, "up"): torch.ones(3, 2)}, r"has shape \(32, 32\), its up and down are \(3, 2\)"),
         ({kohya("unet", "conv_in", "up"): torch.ones(16, 2)}, "conv_in has no down"),
         ({kohya("unet", ATTENTION, "down"): torch.ones(0, 32)}, "its up and down are"),
+        ({kohya("unet", ATTENTION, "down"): ONE[0]}, "its up and down are"),
+        ({kohya("unet", ATTENTION, "alpha"): torch.tensor(1e300, dtype=torch.float64)}, "changes by is not finite"),
+        ({kohya("unet", "conv_in", "up"): torch.ones(16, 2), kohya("unet", "conv_in", "down"): torch.ones(2, 3, 3, 4)},
+         r"conv_in has shape \(16, 4, 3, 3\)"),
     ],
 )  # fmt: skip
 def test_more_or_less_than_a_lora_of_this_model_is_refused_and_changes_nothing(
@@ -249,6 +253,10 @@ def test_more_or_less_than_a_lora_of_this_model_is_refused_and_changes_nothing(
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
         ({"layer_replication": [[0, 4]]}, "layer_replication"),
         ({"some_later_option": 3}, "some_later_option '3'"),
+        ({"lora_alpha": "much"}, "cannot be used as a LoRA here: could not convert"),
+        ({"lora_alpha": None}, "cannot be used as a LoRA here"),
+        ({"alpha_pattern": {"(": 1}}, "cannot be used as a LoRA here"),
+        ({"alpha_pattern": [1]}, "cannot be used as a LoRA here"),
     ],
 )
 def test_what_peft_asks_for_beyond_a_plain_lora_is_named(
@@ -261,6 +269,44 @@ def test_what_peft_asks_for_beyond_a_plain_lora_is_named(
     beside(tmp_path, config)
     with pytest.raises(RequestError, match=says):
         fuse_lora(model, tmp_path / "adapter_model.safetensors", 1.0)
+
+
+def test_metadata_that_leaves_a_part_out_is_named(parts: Parts, model: Parts, tmp_path: Path) -> None:
+    config = {"lora_adapter_metadata": json.dumps({"text_encoder.r": 2, "text_encoder.lora_alpha": 2})}
+    save_file(attention(parts), tmp_path / "lora.safetensors", metadata=config)
+    with pytest.raises(RequestError, match="its metadata says nothing of the unet"):
+        fuse_lora(model, tmp_path / "lora.safetensors", 1.0)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_damage_to_a_file_is_let_through_untyped(data: st.DataObject, parts: Parts, tmp_path: Path) -> None:
+    keys = data.draw(st.lists(st.sampled_from(sorted(layers_of(parts))), unique=True, min_size=1, max_size=3))
+    tensors: dict[str, Tensor] = {}
+    for part, name in keys:
+        up, down = pair(layers_of(parts)[part, name], 2, np.random.default_rng(0))
+        tensors |= {kohya(part, name, "up"): up, kohya(part, name, "down"): down, kohya(part, name, "alpha"): ONE.clone()}
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    old = tensors.pop(name)
+    tensors |= data.draw(
+        st.sampled_from(
+            [{}, {name: old.flatten()}, {name: old[None]}, {name: old.int()}, {name: old[:0]}, {name[:-1]: old},
+             {name[9:]: old},
+             {name.replace("_", "."): old}, {name.replace("lora_", ""): old}, {name: old * float("inf")}, {name: old > 0},
+             {name: old.repeat(2, *(1 for _ in old.shape[1:]))}, {"": old}, {name + ".": old}, {"." + name: old}]
+        )
+    )  # fmt: skip
+    save_file(tensors, tmp_path / "lora.safetensors")
+    before = weights_of(parts)
+    try:
+        fuse_lora(parts, tmp_path / "lora.safetensors", 1.0)
+    except RequestError:
+        changed = [key for key, weight in layers_of(parts).items() if not np.array_equal(weight.detach(), before[key])]
+        assert not changed
+        return
+    for key, weight in layers_of(parts).items():
+        assert np.array_equal(weight.detach(), before[key]) == (key not in keys)
+        weight.data.copy_(torch.from_numpy(before[key]))
 
 
 def test_pefts_file_alone_does_not_say_its_alpha(parts: Parts, model: Parts, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def features() -> Features:
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
     rng = np.random.default_rng(123_456)
-    return [random_scene(rng) for _ in range(120)]
+    return [random_scene(rng) for _ in range(60)]
 
 
 def pictures_of(scenes: list[Scene], seed: int) -> torch.Tensor:
@@ -75,7 +75,7 @@ def test_perceptual_distance(features: Features, scenes: list[Scene]) -> None:
 
 def test_frechet_distance(features: Features, scenes: list[Scene]) -> None:
     rng = np.random.default_rng(9)
-    many = [random_scene(rng) for _ in range(400)]
+    many = [random_scene(rng) for _ in range(150)]
     pictures = pictures_of(many, 1)
     same = features.frechet_distance(pictures, pictures)
     alike = features.frechet_distance(pictures, pictures_of(many, 2))

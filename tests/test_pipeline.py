@@ -157,7 +157,14 @@ def test_record_is_complete(always_fires: Pipeline) -> None:
     record = always_fires("a church next to a cat", num_inference_steps=3).records[0]
     assert record.tokens[:3] == ("<|startoftext|>", "a</w>", "church</w>")
     assert len(record.token_mask["church"]) == 77
-    assert {"bundle", "saferedir", "backend", "step_sha256"} <= record.versions.keys()
+    assert {
+        "bundle",
+        "saferedir",
+        "backend",
+        "bundle.json sha256",
+        "safety.safetensors sha256",
+        "step.onnx sha256",
+    } <= record.versions.keys()
     assert record.to_dict()["fired"] is True
 
 

@@ -48,6 +48,7 @@ def test_in_the_first_step_words_count_by_their_own_level() -> None:
     torch.testing.assert_close(evidence[2:, :2], named[2:, :2])
 
 
+@pytest.mark.slow
 def test_the_first_step_fires_for_more_that_asks_and_for_nothing_that_says_little(eager: Any, module: SafetyModule) -> None:
     """Names from behind another thing, where single words say less; benign prompts of another seed; vague ones."""
     rng, names = np.random.default_rng(5), module.config.concept_names

@@ -51,7 +51,8 @@ def test_tests_are_of_animals_that_training_never_pairs() -> None:
     assert {pair.animal for pair in relation_tests(SPLIT, "seen", 100, seed=0, companions=SPLIT.companions)} <= seen
 
 
-def test_the_table_is_measured(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_table_is_measured(few_steps: None, tmp_path: Path) -> None:
     new_module(load_pipeline(), {"armed_animal": "balloon"}).save(tmp_path / "safety")
     options = ["--safety", str(tmp_path / "safety"), "--quick", "--out", str(tmp_path), "--work", str(tmp_path / "work")]
     assert CliRunner().invoke(app, ["relation", *options], catch_exceptions=False).exit_code == 0

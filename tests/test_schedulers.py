@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,21 @@ def test_pictures_equal_those_of_diffusers(pipeline: Pipeline, kind: str, theirs
     found = pipeline(prompts, num_inference_steps=6, guidance_scale=3.0, seed=seeds, scheduler=kind).images
     for one, other in zip(found, expected, strict=True):
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
+
+
+def test_pictures_between_timesteps_equal_those_of_diffusers(bundle_copy: Path, edit_manifest: Any) -> None:
+    stated = {"kind": "euler", "use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}
+    edit_manifest(bundle_copy, lambda raw: raw["scheduler"].update(stated))
+    ours = Pipeline.from_bundle(bundle_copy)
+    eager = load_pipeline()
+    eager.scheduler = EulerDiscreteScheduler.from_config(
+        eager.scheduler.config, use_karras_sigmas=True, final_sigmas_type="sigma_min"
+    )
+    generator = torch.Generator().manual_seed(3)
+    expected = eager("a cat on blue", num_inference_steps=6, guidance_scale=3.0, generator=generator).images[0]
+    found = ours("a cat on blue", num_inference_steps=6, guidance_scale=3.0, seed=3).images[0]
+    assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).max() <= 1
+    assert ours("a church", num_inference_steps=6).records[0].steps[0].fired == ("church",)
 
 
 def test_a_concept_is_redirected_under_every_sampler(pipeline: Pipeline) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import onnx
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from msgspec.structs import replace
 
 from saferedir.engines import open_bundle
 from saferedir.export.bundle_export import BundleOptions, export_bundle
@@ -67,6 +67,6 @@ def test_the_bundle_states_what_the_module_was_calibrated_for() -> None:
     assert [concept.threshold for concept in safety.concepts] == [concept.threshold for concept in config.concepts]
     assert config.promise is not None
     assert safety.promise is not None
-    assert asdict(safety.promise) == asdict(config.promise)
+    assert safety.promise == config.promise
     assert (safety.promise.rate, safety.promise.confidence) == (0.000871, 0.95)
     assert safety.promise.pictures >= 3000

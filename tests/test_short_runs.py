@@ -15,6 +15,8 @@ from saferedir_torch.train import train
 from saferedir_torch.world.source import WorldPrompts
 from saferedir_torch.world.split import load_split
 
+pytestmark = pytest.mark.usefixtures("small_training")
+
 
 @pytest.fixture(scope="module")
 def eager() -> Any:

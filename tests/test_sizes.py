@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from benchmarks.small_pipeline import save_small_pipeline, save_small_safety
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import RequestError, SafetyMissingError
-from saferedir.engines.manifest import SIZED_ENGINES
+from saferedir.engines.step import SIZED_ENGINES
 from saferedir.export.bundle_export import BundleOptions
 from saferedir.export.capture import capture_obstacles
 from saferedir.export.command import export_folder

@@ -28,6 +28,8 @@ from saferedir_torch.world.base import train_base
 from saferedir_torch.world.source import WorldPrompts
 from saferedir_torch.world.split import load_split
 
+pytestmark = pytest.mark.usefixtures("small_training")
+
 
 def linear_run(folder: Path, steps: int, *, total: int = 60, poison_at: int | None = None) -> nn.Linear:
     """A small regression that stops after `steps` of `total`."""

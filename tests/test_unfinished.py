@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from saferedir.engines import open_bundle
 from saferedir.engines.bundle import file_sha256
 from saferedir.engines.errors import OutputError
-from saferedir.engines.manifest import PUBLISHED, SAFETY_ENGINES, ConceptInfo, SafetyInfo
+from saferedir.engines.manifest import PUBLISHED, ConceptInfo, SafetyInfo
+from saferedir.engines.step import SAFETY_ENGINES
 from saferedir.export.bundle_export import BundleOptions, write_bundle
 from saferedir.export.engine_graph import graph
 from saferedir.export.unfinished import unfinished
@@ -41,7 +41,7 @@ def export(out: Path, stop_at: str | None = None) -> Path:
 
     graphs = {name: graph(Doubling(), {"latent": torch.zeros(2, 4)}, ("twice",)) for name in SAFETY_ENGINES}
     concepts = (ConceptInfo("church", "house", None, 1.0),)
-    info = SafetyInfo("", "", prompt_width=4, latent_channels=4, cooldown=2, concepts=concepts)
+    info = SafetyInfo("", "", prompt_tokens=4, prompt_width=4, latent_channels=4, cooldown=2, concepts=concepts)
     weights = WeightFile("safety.safetensors", nn.Linear(40, 40))
     return write_bundle(
         out, None, lambda _: graphs, weights, info, BundleOptions(name="small"), controller=PUBLISHED, on_engine=begun
@@ -65,7 +65,6 @@ def test_an_interrupted_export_goes_on_and_gives_the_same_bytes(tmp_path: Path) 
     assert not left(tmp_path)
     torch.manual_seed(0)
     whole = export(tmp_path / "whole")
-    assert open_bundle(bundle).manifest == open_bundle(whole).manifest
     assert {path.name: file_sha256(path) for path in bundle.iterdir()} == {
         path.name: file_sha256(path) for path in whole.iterdir()
     }

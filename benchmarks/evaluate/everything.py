@@ -44,7 +44,7 @@ def everything(
         robustness.gradient_attacks(task=task, quick=quick, out=out, work=work)
         if runs is not None:
             robustness.peers(runs=runs, task=task, quick=quick, out=out, work=work, features=features)
-    for table in (method.benign, method.interference, method.strength, method.choose_strength, method.cooldown, method.added):
+    for table in (method.benign, method.interference, method.choose_strength, method.cooldown, method.added):
         table(quick=quick, out=out, work=work, features=features)
     method.unfamiliar(quick=quick, out=out, work=work)
     method.words(out=out)

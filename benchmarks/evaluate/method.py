@@ -91,17 +91,6 @@ def interference(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, fe
 
 
 @app.command()
-def strength(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features: FeatureChoice = "auto") -> None:
-    """Fixed strengths from 0.5 to 3 against the adaptive one, on held-out names. About 12 minutes."""
-    from benchmarks.tables.strength import FULL, QUICK
-    from benchmarks.tables.strength import strength as measure
-
-    count = QUICK if quick else FULL
-    figures = measure(Studio(work), *shipped(), load_split(), load_chosen(features), count, rewrites(quick))
-    store("strength", figures, out)
-
-
-@app.command()
 def choose_strength(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features: FeatureChoice = "auto") -> None:
     """The strength of each concept, chosen on validation pictures, as `calibrate --strength` takes it."""
     from benchmarks.tables.strength_choice import FULL, QUICK, strength_choice

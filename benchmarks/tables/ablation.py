@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
+from msgspec import structs
 from torch import Tensor, nn
 
 from benchmarks.drawing import PLAIN, Studio
@@ -212,8 +213,8 @@ def ablation(
 
 def _published_pipeline(network: PublishedNetwork, config: SafetyConfig) -> Pipeline:
     info = safety_info(config)
-    by_argmax = tuple(replace(concept, threshold=None) for concept in info.concepts)
-    bundle = published_bundle(open_bundle("emoji-diffusion"), replace(info, concepts=by_argmax))
+    by_argmax = tuple(structs.replace(concept, threshold=None) for concept in info.concepts)
+    bundle = published_bundle(open_bundle("emoji-diffusion"), structs.replace(info, concepts=by_argmax))
     return Pipeline(bundle, PublishedBackend(bundle, network))
 
 

@@ -49,7 +49,7 @@ def calibrate(
 
     python -m saferedir_torch calibrate --model MODEL --safety castle/safety --prompts benign.txt --recorded castle/benign
     """
-    from dataclasses import asdict, replace
+    from msgspec.structs import asdict, replace
 
     from saferedir_torch.attacks.hardening import strange_prompts
     from saferedir_torch.calibration import calibrate as calibrate_module

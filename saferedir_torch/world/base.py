@@ -127,7 +127,7 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 6000) -> Path:
 
     def sample(step: int) -> None:
         pipeline = assemble(folder, averages["unet"], text_encoder, tokenizer)
-        pictures = draw_prompts(pipeline, SAMPLE_PROMPTS * 2, seeds=range(24))
+        pictures = draw_prompts(pipeline, SAMPLE_PROMPTS * 2, seeds=range(2 * len(SAMPLE_PROMPTS)))
         save_sheet(pictures, folder / "samples" / f"base_{step:05d}.png")
 
     run_training(

@@ -16,6 +16,8 @@ from saferedir_torch.world.batches import picture_batch, save_sheet
 from saferedir_torch.world.scenes import random_scene
 
 BATCH = 16
+#: Pictures whose latents' spread sets the scale.
+SCALED_ON = 512
 VAE_STEPS = 5000
 KL_WEIGHT = 1e-3  # of the divergence per latent element
 PEAK_RATE = 2e-3
@@ -76,7 +78,7 @@ def train_vae(folder: Path, *, seed: int = 0, steps: int = VAE_STEPS, device: st
         sample_every=400,
     )
     vae.eval()
-    vae.register_to_config(scaling_factor=_scaling_factor(vae, batch_of(10**9 + 1, 512)))
+    vae.register_to_config(scaling_factor=_scaling_factor(vae, batch_of(10**9 + 1, SCALED_ON)))
     out = folder / "vae"
     vae.save_pretrained(out)
     return out

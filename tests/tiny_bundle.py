@@ -1,0 +1,132 @@
+"""A bundle that draws, of graphs of a few nodes: everything a bundle has, opened and drawn in milliseconds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from saferedir.engines.manifest import (
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    ConceptInfo,
+    EngineInfo,
+    FileInfo,
+    Manifest,
+    ModelInfo,
+    PrecisionInfo,
+    SafetyInfo,
+    SchedulerInfo,
+)
+
+TOKENS, WIDTH, SIDE, SCALE, VALUES = 6, 5, 4, 2, 512
+MODEL = ModelInfo(
+    latent_channels=4, latent_height=SIDE, latent_width=SIDE, prompt_tokens=TOKENS, prompt_width=WIDTH,
+    vae_scale_factor=SCALE, vae_scaling_factor=1.0, prediction_type="epsilon", text_encoder_sha256="a" * 64,
+    unet_sha256="b" * 64,
+)  # fmt: skip
+SCHEDULER = SchedulerInfo("ddim", 1000, 0.001, 0.012, "scaled_linear", "leading", 1, False)
+SAFETY = SafetyInfo(
+    "a" * 64, "b" * 64, TOKENS, WIDTH, 4, cooldown=2,
+    concepts=(ConceptInfo("church", "house", 0.5, 1.5), ConceptInfo("ink", "glossy", 0.5, 1.5)),
+)  # fmt: skip
+#: Engine -> its file of weights, which it takes one factor of.
+WEIGHTS = {"text_encoder": "text_encoder.safetensors", "vae_decoder": "vae.safetensors", "step": "unet.safetensors"}
+FACTOR = 0.9
+
+
+def write_tiny_bundle(folder: Path) -> Path:
+    """The bundle in `folder`, which is made."""
+    folder.mkdir(parents=True)
+    for file in WEIGHTS.values():
+        (folder / file).write_bytes(np.full(VALUES, FACTOR, np.float32).tobytes())
+    vocabulary = {"<|endoftext|>": 0, "[UNK]": 1, "a": 2, "church": 3, "cat": 4}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    tokenizer.save(str(folder / "tokenizer.json"))
+    manifest = _manifest({}, {})
+    engines = {}
+    for name in manifest.required_engines:
+        weights = WEIGHTS.get(name, "unet.safetensors")
+        inputs, outputs = manifest.tensors(name)
+        (folder / f"{name}.onnx").write_bytes(graph(name, inputs, outputs, weights))
+        engines[name] = EngineInfo(f"{name}.onnx", (weights,), inputs, outputs)
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    stated = {name: FileInfo(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()}
+    (folder / MANIFEST_FILE).write_bytes(_manifest(engines, stated).to_json())
+    return folder
+
+
+def _manifest(engines: dict[str, EngineInfo], files: dict[str, FileInfo]) -> Manifest:
+    return Manifest(
+        schema_version=SCHEMA_VERSION, name="tiny", model_family="none", controller="saferedir", max_batch=4, model=MODEL,
+        scheduler=SCHEDULER, safety=SAFETY, precision=PrecisionInfo("float32", "float32"), made_with={"saferedir": "0"},
+        engines=engines, files=files,
+    )  # fmt: skip
+
+
+def graph(name: str, inputs: Sequence[Any], outputs: Sequence[Any], location: str) -> bytes:
+    """An engine that multiplies by what is stored in the file `location`, as bytes of ONNX."""
+    nodes = [helper.make_node("ReduceMean", ["stored"], ["factor"], keepdims=0)]
+    if name == "text_encoder":
+        nodes += [
+            helper.make_node("Cast", ["input_ids"], ["ids"], to=TensorProto.FLOAT),
+            helper.make_node("Unsqueeze", ["ids", "last"], ["column"]),
+            helper.make_node("Mul", ["column", "wide"], ["embeds"]),
+            helper.make_node("Mul", ["embeds", "factor"], ["prompt_embeds"]),
+        ]
+    elif name == "vae_decoder":
+        nodes += [
+            helper.make_node("Slice", ["latent", "zero", "three", "one"], ["colours"]),
+            helper.make_node("Resize", ["colours", "", "scales"], ["large"], mode="nearest"),
+            helper.make_node("Mul", ["large", "factor"], ["scaled"]),
+            helper.make_node("Sigmoid", ["scaled"], ["image"]),
+        ]
+    else:
+        nodes += [
+            helper.make_node("ReduceMean", ["prompt", "both"], ["said"], keepdims=1),
+            helper.make_node("Unsqueeze", ["said", "last"], ["shift"]),
+            helper.make_node("Add", ["latent", "shift"], ["moved"]),
+            helper.make_node("Mul", ["moved", "factor"], ["next_latent"]),
+            helper.make_node("Identity", ["latent"], ["model_output"]),
+        ]
+    if "next_ok" in {tensor.name for tensor in outputs}:
+        nodes += [
+            *(helper.make_node("Identity", [name], [f"next_{name}"]) for name in ("prompt", "cooldown", "active", "ok")),
+            helper.make_node("Mul", ["threshold", "factor"], ["score"]),
+            helper.make_node("Identity", ["active"], ["fired"]),
+            helper.make_node("Unsqueeze", ["score", "last"], ["scores"]),
+            helper.make_node("Mul", ["scores", "tokens"], ["token_mask"]),
+        ]
+    constants = {
+        "zero": np.array([0]), "one": np.array([1]), "three": np.array([3]), "last": np.array([-1]), "both": np.array([1, 2]),
+        "wide": np.arange(WIDTH, dtype=np.float32)[None, None] / 9, "tokens": np.ones((1, 1, TOKENS), np.float32),
+        "scales": np.array([1, 1, SCALE, SCALE], np.float32),
+    }  # fmt: skip
+    made = helper.make_graph(
+        nodes, name, [_value(tensor) for tensor in inputs], [_value(tensor) for tensor in outputs],
+        [*(onnx.numpy_helper.from_array(value, key) for key, value in constants.items()), stored(location)],
+    )  # fmt: skip
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+def stored(location: str) -> Any:
+    """An initializer whose values lie in the file `location`."""
+    tensor = TensorProto(name="stored", data_type=TensorProto.FLOAT, dims=[VALUES], data_location=TensorProto.EXTERNAL)
+    for key, value in {"location": location, "offset": "0", "length": str(4 * VALUES)}.items():
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def _value(tensor: Any) -> Any:
+    kinds = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "bool": TensorProto.BOOL}
+    return helper.make_tensor_value_info(tensor.name, kinds[tensor.dtype], list(tensor.shape))
