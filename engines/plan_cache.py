@@ -201,12 +201,10 @@ class PlanCache:
             if not differs and (problem := _damage(plan, statement)) is not None:
                 differs.append(problem)
             if not differs:
-                profiles = {
-                    name: (tuple(low), tuple(likely), tuple(high))
-                    for name, (low, likely, high) in statement["details"]["profiles"].items()
-                }
-                stripped = ["strip_plan", "True"] in statement["key"]["options"]
-                fitting.append(FittingPlan(plan, statement["sha256"], profiles, stripped))
+                try:
+                    fitting.append(_fitting(plan, statement))
+                except (KeyError, TypeError, ValueError, AttributeError):
+                    differs.append("what is stated beside it does not say which shapes it takes")
             near.append(differs)
         if fitting:
             return fitting
@@ -268,10 +266,18 @@ def _statement(plan: Path) -> dict[str, Any] | None:
     """What is stated beside `plan`, or None where plan or a readable statement is missing."""
     try:
         raw = json.loads(plan.with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     whole = isinstance(raw, dict) and isinstance(raw.get("key"), dict) and {"bytes", "sha256", "details"} <= raw.keys()
     return raw if whole and plan.is_file() else None
+
+
+def _fitting(plan: Path, statement: Mapping[str, Any]) -> FittingPlan:
+    profiles = {
+        str(name): (tuple(map(int, low)), tuple(map(int, likely)), tuple(map(int, high)))
+        for name, (low, likely, high) in statement["details"]["profiles"].items()
+    }
+    return FittingPlan(plan, str(statement["sha256"]), profiles, ["strip_plan", "True"] in statement["key"]["options"])
 
 
 def _damage(plan: Path, statement: Mapping[str, Any]) -> str | None:

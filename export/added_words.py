@@ -21,7 +21,7 @@ from saferedir.export.tensor_files import check_numbers, read_tensors
 
 #: Names of the one tensor in a file that is not the word's, in which case the file's own name is.
 NAMELESS = ("emb_params", "*")
-LONGEST_WORD = 100
+LONGEST_WORD = 80
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -75,6 +75,8 @@ def with_words(pipeline: Any, files: Sequence[tuple[Path, str | None]]) -> tuple
         word, found = read_embedding(path, given)
         if found.shape[1] != width:
             raise RequestError(f"{path} has vectors of width {found.shape[1]}; the text encoder's words have {width}")
+        if len(found) > (room := pipeline.tokenizer.model_max_length - 2):
+            raise RequestError(f"{path} has {len(found)} vectors, which no prompt holds; expected at most {room}")
         tokens = (word,) if len(found) == 1 else tuple(f"{word}_{index}" for index in range(len(found)))
         _check_new(path, word, tokens, words, pipeline.tokenizer)
         words[word] = tokens

@@ -9,9 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import onnx
 import torch
+from msgspec import structs
 from torch import nn
 
 import saferedir_torch
@@ -107,7 +107,7 @@ def export_bundle(
     """
     check_match(pipeline, safety)
     # It fits, so that both name the encoder alike, whatever precision the module met it in.
-    info = msgspec.structs.replace(safety_info(safety.config), text_encoder_sha256=encoder_hashes(pipeline).through_fp16)
+    info = structs.replace(safety_info(safety.config), text_encoder_sha256=encoder_hashes(pipeline).through_fp16)
     sizes = latent_sizes(pipeline, options.further_sizes)
     return write_bundle(
         out, pipeline, lambda computing: all_graphs(computing, safety, sizes), WeightFile("safety.safetensors", safety),

@@ -27,11 +27,14 @@ class Family:
     gives: int = 1
 
 
-#: Those that begin with a picture have the same parts; an inpainting UNet is told by its channels.
-STABLE_DIFFUSION = (
-    "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
-    "StableDiffusionInpaintPipelineLegacy", "LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline",
-)  # fmt: skip
+STABLE_DIFFUSION = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+#: Pipelines that begin with a picture, and those of the same parts; an inpainting UNet is told by its channels.
+ALIKE = {
+    "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
+    "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
+    "StableDiffusionInpaintPipelineLegacy": "StableDiffusionPipeline",
+    "LatentConsistencyModelImg2ImgPipeline": "LatentConsistencyModelPipeline",
+}
 FAMILIES = (
     Family("pixart", tuple(PROMPT_TOKENS), lambda config: bool(config.get("caption_channels")), "transformer", gives=2),
     Family("latent-consistency", STABLE_DIFFUSION, lambda unet: bool(unet.get("time_cond_proj_dim"))),
@@ -55,6 +58,7 @@ def family_of(folder: Path) -> Family:
     """
     index = _read(folder / "model_index.json", folder)
     kind = str(index.get("_class_name"))
+    kind = ALIKE.get(kind, kind)
     if kind in REFUSED:
         raise RequestError(f"{folder} is a {kind}, which is refused: {REFUSED[kind]}")
     names = {name for family in FAMILIES for name in family.pipelines}

@@ -81,7 +81,7 @@ UNDERSTOOD: dict[str, Rule] = {
     "trained_betas": one_of(None, why="betas are described by their schedule, start and end"),
     "prediction_type": one_of("epsilon", "v_prediction", why="the safety reads predictions of noise or velocity alone"),
     "timestep_spacing": one_of("leading", "trailing", "linspace"),
-    "steps_offset": number(-1, 10_000, whole=True),
+    "steps_offset": number(-1, 1_001, whole=True),
     "rescale_betas_zero_snr": FLAG,
     "set_alpha_to_one": FLAG,
     "clip_sample": one_of(False, why=CLIPPED),
@@ -92,15 +92,15 @@ UNDERSTOOD: dict[str, Rule] = {
     "use_karras_sigmas": FLAG,
     "use_exponential_sigmas": FLAG,
     "use_beta_sigmas": one_of(False, why="noise levels spaced by a beta distribution are not known here"),
-    "sigma_min": optional(number(0, math.inf)),
-    "sigma_max": optional(number(0, math.inf)),
+    "sigma_min": optional(number(0, 1e6)),
+    "sigma_max": optional(number(0, 1e6)),
     "use_flow_sigmas": one_of(False, why=OWN_LEVELS),
     "use_dynamic_shifting": one_of(False, why=OWN_LEVELS),
     "shift_terminal": one_of(None, why=OWN_LEVELS),
     "variance_type": one_of(None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", why="the model's output "
                             "then holds a variance"),
     "original_inference_steps": number(0, 10_001, whole=True),
-    "timestep_scaling": number(-math.inf, math.inf),
+    "timestep_scaling": number(0, 1e6),
 }  # fmt: skip
 #: What a sampler that is replaced does differently. It is lost, and said to be.
 OF_REPLACED = (

@@ -39,9 +39,12 @@ def run_demo(
     backend: str = "auto",
     threads: int | None = None,
     seed: int | None = 7,
+    digest: str | None = None,
     on_step: StepCallback | None = None,
 ) -> tuple[Path, Path]:
     """Draw `DEMO_PROMPTS` both ways, write `contact-sheet.png` and `index.html` to `out`, return both paths.
+
+    `digest` pins the bundle.
 
     Raises:
         OutputError: `out` cannot be written, or holds files of these names that are not a demonstration's.
@@ -49,7 +52,7 @@ def run_demo(
     with output_folder(out) as folder:
         sheet, page = folder / "contact-sheet.png", folder / "index.html"
         _refuse_strange(sheet, page)
-        protected = Pipeline.from_bundle(bundle, backend=backend, threads=threads)
+        protected = Pipeline.from_bundle(bundle, backend=backend, threads=threads, digest=digest)
         plain = Pipeline(protected.bundle, protected.backend, SafetyPolicy(unprotected=True))
         prompts = [prompt for _, prompt in DEMO_PROMPTS]
         half = (lambda done, total: on_step(done, 2 * total)) if on_step else None

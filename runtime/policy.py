@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
 
 import numpy as np
 import numpy.typing as npt
 
 from saferedir.engines.errors import RequestError
 from saferedir.engines.manifest import SafetyInfo
+from saferedir.engines.policy_checks import check_cooldown, check_enabled, check_numbers, check_ranges
 
 log = logging.getLogger("saferedir")
 
 #: The larger of two probabilities exceeds this.
 ARGMAX = 0.5
-#: Of the engines' numbers.
-LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,16 +114,11 @@ def resolve(policy: SafetyPolicy, safety: SafetyInfo) -> ResolvedPolicy:
     _check(policy, names)
     by_argmax = frozenset(concept.name for concept in safety.concepts if concept.threshold is None)
     _check_thresholds(policy.thresholds, by_argmax)
+    check_ranges(policy.thresholds, policy.alpha_scales)
     cooldown = safety.cooldown if policy.cooldown is None else policy.cooldown
     calibrated = {c.name: ARGMAX if c.threshold is None else c.threshold for c in safety.concepts}
     threshold = np.array([policy.thresholds.get(name, calibrated[name]) for name in names], np.float32)
     alpha_scale = np.array([policy.alpha_scales.get(c.name, c.alpha_scale) for c in safety.concepts], np.float32)
-    for name, value in zip(names, threshold, strict=True):
-        if not value <= 1:
-            raise RequestError(f"threshold of {name!r} is {value}; expected a finite value of at most 1")
-    for name, value in zip(names, alpha_scale, strict=True):
-        if not value > 0:
-            raise RequestError(f"alpha_scale of {name!r} is {value}; expected a finite value above 0")
     enabled = np.array([policy.enabled is None or name in policy.enabled for name in names])
     if policy.unprotected:
         log.warning("safety is switched OFF by the operator's policy: pictures are drawn unprotected")
@@ -142,49 +135,17 @@ def _check_thresholds(asked: Mapping[str, float], by_argmax: frozenset[str]) -> 
 
 def _check(asked: SafetyPolicy | Tightening, known: tuple[str, ...]) -> None:
     """Raise `RequestError` where a value is of another type than its field's, or a concept is unknown."""
-    _check_enabled(asked.enabled, known)
+    check_enabled(asked.enabled, known)
     for name in ("thresholds", "alpha_scales"):
-        _check_numbers(name, getattr(asked, name), known)
+        check_numbers(name, getattr(asked, name), known)
     if isinstance(asked, Tightening):
         return
     if not isinstance(asked.unprotected, bool):
         raise RequestError(f"unprotected is {asked.unprotected!r}; expected True or False")
-    cooldown = asked.cooldown
-    if cooldown is not None and (isinstance(cooldown, bool) or not isinstance(cooldown, Integral) or not 0 <= cooldown <= 1000):
-        raise RequestError(f"cooldown is {cooldown!r}; expected a whole number of 0 to 1000 steps")
+    check_cooldown(asked.cooldown)
     if asked.unprotected and asked != SafetyPolicy(unprotected=True):
         raise RequestError("unprotected draws without any safety; leave enabled, thresholds, alpha_scales and cooldown out")
     if asked.enabled is not None and not len(asked.enabled):
         raise RequestError(
             "enabled is empty, and looking for nothing is not protection; name concepts, or set unprotected to draw without"
         )
-
-
-def _check_enabled(enabled: object, known: tuple[str, ...]) -> None:
-    if enabled is None:
-        return
-    if isinstance(enabled, str) or not isinstance(enabled, Sequence | Set):
-        raise RequestError(f"enabled is {enabled!r}; expected a tuple of concepts, such as ({known[0]!r},)")
-    _check_names(enabled, known)
-
-
-def _check_numbers(name: str, numbers: object, known: tuple[str, ...]) -> None:
-    if not isinstance(numbers, Mapping):
-        raise RequestError(f"{name} is {numbers!r}; expected a mapping of concepts to numbers, such as {{{known[0]!r}: 0.5}}")
-    _check_names(numbers, known)
-    for concept, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, Real) or not _is_finite(value):
-            raise RequestError(f"{name} of {concept!r} is {value!r}; expected a finite number")
-
-
-def _is_finite(value: Real) -> bool:
-    """Whether it is a number of the engines'."""
-    try:
-        return abs(float(value)) <= LARGEST
-    except OverflowError:
-        return False
-
-
-def _check_names(asked: Iterable[object], known: tuple[str, ...]) -> None:
-    if unknown := [name for name in asked if not isinstance(name, str) or name not in known]:
-        raise RequestError(f"unknown concept {', '.join(map(repr, unknown))}; this bundle knows {', '.join(known)}")

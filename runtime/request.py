@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set, Sized
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -100,10 +100,9 @@ def build_requests(
 
 
 def _length(field: str, value: Any) -> int:
-    try:
-        return len(value)
-    except TypeError:
-        raise RequestError(f"{field} is {type(value).__name__}; expected text, or a list of texts") from None
+    if isinstance(value, Mapping | Set | bytes) or not isinstance(value, Sized):
+        raise RequestError(f"{field} is {type(value).__name__}; expected text, or a list of texts")
+    return len(value)
 
 
 def check_count(prompts: int, num_images_per_prompt: int) -> None:

@@ -115,6 +115,8 @@ def dpm_solver(info: SchedulerInfo, prediction_type: str, num_inference_steps: i
     output of the step before. The first step is of first order, the last one too where there are fewer than 15."""
     if prediction_type != "epsilon":
         raise RequestError(f"dpm-solver needs a model that predicts noise; this one's prediction type is {prediction_type}")
+    if info.use_karras_sigmas or info.use_exponential_sigmas:
+        raise RequestError("dpm-solver visits noise levels by timesteps, this model's are spaced otherwise; take euler")
     count, total = num_inference_steps, info.num_train_timesteps
     if info.timestep_spacing == "linspace":
         steps = np.linspace(0, total - 1, count + 1).round()[::-1][:-1].astype(np.int64)

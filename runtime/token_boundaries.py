@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from functools import cached_property
+from collections.abc import Iterator
+from itertools import chain, pairwise
+from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 #: What CLIP's pattern takes as one piece although its letters are of several kinds.
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
-#: CLIP's normalisation, under which every letter is read by itself, but for what is composed.
+#: CLIP's normalisation, under which every letter is read by itself, but for what is composed. Words that were added as several
+#: tokens are replaced by these thereafter.
 CLIP_NORMALIZERS = ["NFC", "Replace", "Lowercase"]
 END_OF_WORD = "</w>"
 #: A letter has four bytes at most, and NFC writes none by more than three.
@@ -26,40 +29,39 @@ class TokenBoundaries:
     """The sure ends of tokens in prompts for one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        stated = json.loads(tokenizer.to_str())
-        pieces = _types(stated.get("pre_tokenizer"), "pretokenizers")
-        normalizers = _types(stated.get("normalizer"), "normalizers")
-        by_bytes = stated["model"].get("type") == "BPE" and "ByteLevel" in pieces
+        pieces, normalizers = _types(tokenizer.pre_tokenizer), _types(tokenizer.normalizer)
+        by_letters = normalizers[:3] == CLIP_NORMALIZERS and set(normalizers[3:]) <= {"Replace"}
         #: Whether letters can be told apart by their bytes.
-        self._has_pairs = by_bytes and normalizers == CLIP_NORMALIZERS
-        self._added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
-        self._begin_added = {text[:1] for text in self._added}
-        self._splits_at_spaces = self._has_pairs or "Metaspace" in pieces
+        self._has_pairs = isinstance(tokenizer.model, models.BPE) and "ByteLevel" in pieces and by_letters
+        added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+        self._begin_added = {text[:1].lower() for text in added}
+        self._splits_at_spaces = (self._has_pairs or "Metaspace" in pieces) and not any(" " in text for text in added)
+        #: Two neighbouring bytes of any token, in the byte-level alphabet.
+        self._pairs: frozenset[str] = frozenset()
+        if self._has_pairs:
+            texts = [*(token.removesuffix(END_OF_WORD) for token in tokenizer.get_vocab()), *added, *CONTRACTIONS]
+            self._pairs = frozenset(map("".join, chain.from_iterable(pairwise(text) for text in texts)))
 
     def beginning(self, prompt: str, least: int) -> str:
-        """`prompt` up to the first letter behind a sure end of a token after `least` characters.
+        """`prompt` up to the first letter behind a sure end of a token after `least` characters; all of it where the tokenizer
+        is of a kind whose ends are not known.
 
         That letter stays, so that the one before it ends a word where it does in the whole prompt. Its own tokens, `LAST` at
         most, may be others. Where half as many characters more hold no sure end, as one letter repeated may, it ends there: for
         a token before `least` to be another by that, a chain of merges of different ranks would have to lie on all of them.
         """
+        if not self._splits_at_spaces:
+            return prompt
         most = least + least // 2
         for index in range(least, min(most, len(prompt))):
             if self._is_sure(prompt[index - 1], prompt[index]):
                 return prompt[: index + 1]
         return prompt[:most]
 
-    @cached_property
-    def _pairs(self) -> frozenset[str]:
-        """Two neighbouring bytes of any token, in the byte-level alphabet."""
-        texts = [*(token.removesuffix(END_OF_WORD) for token in self._tokenizer.get_vocab()), *self._added, *CONTRACTIONS]
-        return frozenset(text[index : index + 2] for text in texts for index in range(len(text) - 1))
-
     def _is_sure(self, before: str, after: str) -> bool:
         if after == " ":
             return self._splits_at_spaces
-        if not self._has_pairs or after in self._begin_added or not (_stands_alone(before) and _stands_alone(after)):
+        if not self._has_pairs or after.lower() in self._begin_added or not (_stands_alone(before) and _stands_alone(after)):
             return False
         first, second = (unicodedata.normalize("NFC", letter).lower().encode() for letter in (before, after))
         return _ALPHABET[first[-1]] + _ALPHABET[second[0]] not in self._pairs
@@ -70,12 +72,16 @@ def _stands_alone(letter: str) -> bool:
     return unicodedata.category(letter)[0] in "LNPSZ" and not "\u1100" <= letter <= "\u11ff"
 
 
-def _types(stated: dict[str, object] | None, members: str) -> list[str]:
-    """The types of a part of a tokenizer's file, of each of its members where it is a sequence."""
-    if stated is None:
-        return []
-    listed = stated.get(members)
-    return [member["type"] for member in listed] if isinstance(listed, list) else [str(stated["type"])]
+def _types(part: Any) -> list[str]:
+    """The types of a part of a tokenizer, in turn, of each of its members where it is a sequence."""
+    return [] if part is None else list(_each_type(json.loads(part.__getstate__())))
+
+
+def _each_type(stated: dict[str, Any]) -> Iterator[str]:
+    if stated["type"] != "Sequence":
+        yield stated["type"]
+    for member in stated.get("pretokenizers", stated.get("normalizers", ())):
+        yield from _each_type(member)
 
 
 #: The letter that stands for a byte in byte-level vocabularies: itself where it can be seen, the next free one otherwise.

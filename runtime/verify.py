@@ -100,6 +100,7 @@ def verify_bundle(
     model: Path | None = None,
     safety: Path | None = None,
     *,
+    digest: str | None = None,
     backend: str = "ort-cpu",
     against_backend: str = TORCH,
     bisect: bool = False,
@@ -110,14 +111,15 @@ def verify_bundle(
 
     `model` and `safety` name what the eager reference is made of, the shipped ones by default. With `bisect`,
     engines that differ from it are followed to the first node that does. `runs` says how much is drawn; a model of
-    full size wants less on a CPU. `threads` is for the backends of ONNX Runtime.
+    full size wants less on a CPU. `threads` is for the backends of ONNX Runtime, `digest` pins the
+    bundle.
 
     Raises:
         BundleError: a file is missing or altered, or an engine's tensors are not what the manifest says.
         RequestError: a comparison was asked for that a missing package prevents.
         BackendError: a backend cannot be had.
     """
-    bundle = open_bundle(path_or_name)
+    bundle = open_bundle(path_or_name, digest=digest)
     for name in bundle.manifest.engines:
         _check_tensors(bundle, name)
     counts = (len(bundle.manifest.files), len(bundle.manifest.engines))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
 from saferedir.engines.errors import RequestError
+from saferedir.engines.policy_checks import check_cooldown, check_enabled, check_numbers, check_ranges
 from saferedir_torch.config import SafetyConfig
 from saferedir_torch.controller import Policy
 from saferedir_torch.safety_module import SafetyModule
-
-#: Steps of rest after firing, at most.
-LONGEST_COOLDOWN = 1000
 
 
 class Choices(NamedTuple):
@@ -46,7 +43,7 @@ class EagerPolicy:
     """The operator's choices; what is left out comes from the safety module's configuration."""
 
     #: Concepts to look for, at least one; None means all.
-    enabled: tuple[str, ...] | None = None
+    enabled: Sequence[str] | None = None
     #: Concept name -> threshold, finite, at most 1.
     thresholds: Mapping[str, float] = field(default_factory=dict)
     #: Concept name -> alpha_scale, finite, above 0.
@@ -61,24 +58,18 @@ class EagerPolicy:
             RequestError: a concept is unknown, a value is out of range, or nothing is looked for.
         """
         known = tuple(config.concept_names)
-        if unknown := sorted({*(self.enabled or ()), *self.thresholds, *self.alpha_scales} - set(known)):
-            raise RequestError(f"unknown concept {', '.join(map(repr, unknown))}; this module knows {', '.join(known)}")
-        if self.enabled is not None and not self.enabled:
-            raise RequestError(f"enabled is empty, so that nothing is looked for; name some of {', '.join(known)}")
-        for concept, threshold in self.thresholds.items():
-            if not (_finite(threshold) and threshold <= 1):
-                raise RequestError(f"threshold of {concept!r} is {threshold!r}; expected a finite value of at most 1")
-        for concept, alpha_scale in self.alpha_scales.items():
-            if not (_finite(alpha_scale) and alpha_scale > 0):
-                raise RequestError(f"alpha_scale of {concept!r} is {alpha_scale!r}; expected a finite value above 0")
-        cooldown = config.cooldown if self.cooldown is None else self.cooldown
-        if type(cooldown) is not int or not 0 <= cooldown <= LONGEST_COOLDOWN:
-            raise RequestError(f"cooldown is {cooldown!r}; expected 0 to {LONGEST_COOLDOWN} steps")
+        check_enabled(self.enabled, known)
+        if self.enabled is not None and not len(self.enabled):
+            raise RequestError("enabled is empty, and looking for nothing is not protection; name concepts, or leave it out")
+        for name in ("thresholds", "alpha_scales"):
+            check_numbers(name, getattr(self, name), known)
+        check_ranges(self.thresholds, self.alpha_scales)
+        check_cooldown(self.cooldown)
         return Choices(
             enabled=tuple(name for name in known if self.enabled is None or name in self.enabled),
             thresholds={own.name: float(self.thresholds.get(own.name, own.threshold)) for own in config.concepts},
             alpha_scales={own.name: float(self.alpha_scales.get(own.name, own.alpha_scale)) for own in config.concepts},
-            cooldown=cooldown,
+            cooldown=config.cooldown if self.cooldown is None else int(self.cooldown),
         )
 
     def resolve(self, module: SafetyModule, batch: int, device: torch.device) -> Policy:
@@ -88,7 +79,3 @@ class EagerPolicy:
             RequestError: as `choices` does.
         """
         return self.choices(module.config).tensors(batch, device)
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

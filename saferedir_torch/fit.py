@@ -30,7 +30,8 @@ class EncoderHashes(NamedTuple):
 
     Rounding twice is not rounding once, so there is one hash of weights that were fp16 on their way and one of weights that
     were not. Two encoders of which one was cast from the other, in whatever steps through fp32, fp16 and bf16, share a hash.
-    Weights that differ in anything else share none, but for a difference that no rounding shows.
+    Two that were cast from a third, which neither fp16 nor bf16 holds, one to each, share none. Nor do weights that differ in
+    anything else, but for a difference that rounding to bf16 takes from every one of them.
     """
 
     through_fp16: str

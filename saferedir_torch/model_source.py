@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ OTHERS = {
 }
 #: Embeddings that some checkpoints bring along, which are no part of the model.
 BUNDLED = "bundle_emb."
-#: Names of files of weights begin so.
-WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
+#: Names of files of weights, whole or in pieces, with the variant that they are of.
+WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.([^.]+?))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 
 
 def locate(model: str | Path) -> Path:
@@ -74,7 +75,7 @@ def open_part(kind: Any, folder: Path) -> Any:
         if named not in (None, kind.__name__):
             raise ValueError(f"it is a {named}; expected a {kind.__name__}")
         part, info = kind.from_pretrained(
-            folder, torch_dtype=torch.float32, variant=_variant_of(folder), output_loading_info=True
+            folder, torch_dtype=torch.float32, variant=variant_of(folder), output_loading_info=True
         )
         lacking = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
         strange = [key for key in info["unexpected_keys"] if not key.endswith("position_ids")]
@@ -86,10 +87,11 @@ def open_part(kind: Any, folder: Path) -> Any:
     return part
 
 
-def _variant_of(folder: Path) -> str | None:
-    """`fp16` where a folder's weights are there in half precision alone; None elsewhere."""
-    names = [path.name for path in folder.iterdir() if path.name.split(".")[0] in WEIGHTS]
-    return "fp16" if names and all(".fp16." in name or ".fp16-" in name for name in names) else None
+def variant_of(folder: Path) -> str | None:
+    """`fp16`, or another variant, where the weights in a folder are there in that alone; None where there are plain ones."""
+    matches = [match for path in folder.iterdir() if (match := WEIGHTS.fullmatch(path.name))]
+    variants = {match[1] for match in matches}
+    return None if None in variants or not variants else "fp16" if "fp16" in variants else min(variants)
 
 
 def bundled_words(path: Path) -> list[str]:

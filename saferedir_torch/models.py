@@ -15,7 +15,7 @@ from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
 from saferedir.engines.errors import RequestError
-from saferedir_torch.model_source import locate, open_part, open_single_file, pipeline_class
+from saferedir_torch.model_source import locate, open_part, open_single_file, pipeline_class, variant_of
 from saferedir_torch.pixart import PROMPT_TOKENS, PixArt
 
 SHIPPED = Path(__file__).with_name("shipped")
@@ -29,7 +29,9 @@ DEVICES = ("auto", "cpu", "cuda")
 def _open_folder(place: Path) -> Any:
     if pipeline_class(place) in PROMPT_TOKENS:
         # The precision is named, since the components' own default is the one they were saved in.
-        return PixArt.of(DiffusionPipeline.from_pretrained(place, torch_dtype=torch.float32))
+        variants = {variant_of(part) for part in place.iterdir() if part.is_dir()}
+        variant = "fp16" if "fp16" in variants else None
+        return PixArt.of(DiffusionPipeline.from_pretrained(place, torch_dtype=torch.float32, variant=variant))
     # Part by part, since what is not needed need not be there: many folders list a safety checker that they lack.
     try:
         parts = {name: open_part(kind, place / name) for name, kind in PARTS.items()}

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from saferedir.engines.errors import SafetyError
@@ -65,6 +66,7 @@ class _Watch:
             network.register_forward_hook(self.after, with_kwargs=True),
         )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # what is compiled is the network
     def before(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.network() is not network:
             return None
@@ -81,6 +83,7 @@ class _Watch:
             return (*args[:2], moved), kwargs
         return args, kwargs | {"encoder_hidden_states": moved}
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def after(self, network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = current_call.get()
         if self.network() is network and call is not None:

@@ -25,6 +25,7 @@ from saferedir_torch.fit import check_match
 from saferedir_torch.guard import Guard
 from saferedir_torch.network_hooks import current_call, networks_of, watched
 from saferedir_torch.safety_run import CallRecord, SafetyRun, check_embeddings
+from saferedir_torch.shared_tokenizer import taking_turns
 
 #: Pipelines whose every step calls each network that is given the prompt once.
 KNOWN_PIPELINES = (
@@ -141,9 +142,7 @@ def _protected_class(plain: Any, protection: _Protection) -> type:
 
     @functools.wraps(plain.encode_prompt)
     def encode_prompt(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        # A tokenizer is told how to pad in one step and reads in the next: threads that share one must take turns.
-        with _turns(self.tokenizer):
-            return plain.encode_prompt(self, _in_plain_letters(prompt), *args, **kwargs)
+        return plain.encode_prompt(self, _in_plain_letters(prompt), *args, **kwargs)
 
     namespace = {
         "__call__": call, "encode_prompt": encode_prompt, "_unprotected": plain,
@@ -165,10 +164,10 @@ def _draw(pipeline: Any, plain_call: Callable[..., Any], guard: Guard, args: tup
         asked["prompt"] = _in_plain_letters(prompt)
     prompts = len(prompt) if isinstance(prompt, list) else 1 if embeds is None else len(embeds)
     run = guard.run(prompts * (asked.get("num_images_per_prompt") or 1))
-    call = _PipelineCall(pipeline, run, networks_of(pipeline), eta=asked.get("eta") or 0.0)
     # A pipeline object holds what one call needs, its guidance for one, so that its own calls take turns.
-    with _turns(pipeline), _own_scheduler(pipeline), _own_encoding(pipeline), watched(call.networks):
+    with _turns(pipeline), watched(networks_of(pipeline)), taking_turns(pipeline.tokenizer), _own_scheduler(pipeline):
         check_match(pipeline, guard.safety)
+        call = _PipelineCall(pipeline, run, networks_of(pipeline), eta=asked.get("eta") or 0.0)
         token = current_call.set(call)
         try:
             output = call.finish(plain_call(*bound.args, **bound.kwargs))
@@ -188,42 +187,18 @@ def _own_scheduler(pipeline: Any) -> Iterator[None]:
         return
     own = copy.copy(shared)
     vars(own).update({name: copy.copy(value) for name, value in vars(own).items() if isinstance(value, list | dict)})
-    with _lent(pipeline, "scheduler", own):
-        yield
-
-
-@contextmanager
-def _own_encoding(pipeline: Any) -> Iterator[None]:
-    """Let an `encode_prompt` of the pipeline's user take turns as the class's does."""
-    users = vars(pipeline).get("encode_prompt")
-    if users is None:
-        yield
-        return
-
-    @functools.wraps(users)
-    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-        with _turns(pipeline.tokenizer):
-            return users(*args, **kwargs)
-
-    with _lent(pipeline, "encode_prompt", encode_prompt):
-        yield
-
-
-@contextmanager
-def _lent(pipeline: Any, name: str, value: Any) -> Iterator[None]:
-    before = vars(pipeline)[name]
-    vars(pipeline)[name] = value
+    vars(pipeline)["scheduler"] = own
     try:
         yield
     finally:
-        if vars(pipeline).get(name) is value:  # else somebody assigned another meanwhile
-            vars(pipeline)[name] = before
+        if pipeline.scheduler is own:  # else somebody assigned another meanwhile
+            vars(pipeline)["scheduler"] = shared
 
 
-def _turns(shared: Any) -> threading.RLock:
-    """The lock of those who use `shared`."""
+def _turns(pipeline: Any) -> threading.RLock:
+    """The lock of those who call `pipeline`."""
     with _lock:
-        return _locks.setdefault(shared, threading.RLock())
+        return _locks.setdefault(pipeline, threading.RLock())
 
 
 def _in_plain_letters(prompt: Any) -> Any:

@@ -12,6 +12,7 @@ from saferedir_torch.guard import Guard
 from saferedir_torch.network_hooks import networks_of, watched
 from saferedir_torch.pipeline_calls import check_kind, guarded
 from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.shared_tokenizer import taking_turns
 
 __all__ = ["EagerPolicy", "Guard", "protect"]
 
@@ -48,5 +49,5 @@ def protect(pipeline: Any, safety: SafetyModule, policy: EagerPolicy | None = No
     check_kind(pipeline)
     guard = Guard(safety, policy or EagerPolicy())
     check_match(pipeline, safety)
-    with watched(networks_of(pipeline)), guarded(pipeline, guard):
+    with watched(networks_of(pipeline)), taking_turns(pipeline.tokenizer), guarded(pipeline, guard):
         yield guard

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saferedir_torch.detector import sinusoid_frequencies
-
 JOINT, TIME, LATENT = 576, 64, 512
 ATTENTION_SCALE = math.sqrt(768)
 #: Guards the division by a direction's length.
@@ -127,7 +125,9 @@ class PublishedNetwork(nn.Module):
         self.gate_linear = nn.Linear(width, 1)
         self.mask_predictor = _MaskPredictor(width)
         self.alpha_predictor = _AlphaPredictor(width)
-        self.register_buffer("frequencies", sinusoid_frequencies(160), persistent=False)
+        exponents = torch.arange(160, dtype=torch.float64) / 160
+        # In double and then rounded, so that it is the same on every processor.
+        self.register_buffer("frequencies", torch.exp(-math.log(10_000) * exponents).float(), persistent=False)
 
     def forward(self, latent: Tensor, prompt: Tensor, timestep: Tensor) -> PublishedOutput:
         """latent [B, C, h, w], conditional prompt embedding [B, T, D], timestep [B]."""

@@ -185,5 +185,7 @@ def _truncate_log(path: Path, step: int) -> None:
     """Drop rows later than the checkpoint that training resumes from."""
     if not path.exists():
         return
-    header, *rows = path.read_text().splitlines(keepends=True)
+    header, *rows = path.read_text().splitlines(keepends=True) or [""]
+    if not header.startswith("step,"):
+        raise TrainingError(f"{path} is no log of a training, and is left as it is; name another folder")
     path.write_text("".join([header, *(row for row in rows if int(row.partition(",")[0]) <= step)]))

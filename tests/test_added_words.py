@@ -16,6 +16,7 @@ from benchmarks.small_pipeline import save_small_pipeline
 from saferedir.engines.errors import RequestError
 from saferedir.export.added_words import read_embedding, with_words
 from saferedir.export.bundle_export import _write_tokenizer
+from saferedir.runtime.command_line.making import _named_word
 from saferedir.runtime.tokenizer import PromptTokenizer
 from saferedir_torch.models import load_pipeline
 
@@ -83,6 +84,16 @@ def test_a_word_is_the_one_in_diffusers_files_and_the_files_own_name_in_others(a
         "easyneg": ("easyneg_0", "easyneg_1", "easyneg_2"),
         "glimt": ("glimt",),
     }
+
+
+def test_a_word_is_given_behind_its_file(tmp_path: Path) -> None:
+    assert _named_word("style.pt") == (Path("style.pt"), None)
+    assert _named_word("folder/style.pt:Glow") == (Path("folder/style.pt"), "Glow")
+    (tmp_path / "a:b.pt").touch()
+    assert _named_word(f"{tmp_path}/a:b.pt") == (tmp_path / "a:b.pt", None)
+    for text in ("style.pt:", ":glow"):
+        with pytest.raises(RequestError, match="expected FILE or FILE:WORD"):
+            _named_word(text)
 
 
 def test_a_word_can_be_given(folder: Path, plain: Any) -> None:
@@ -198,6 +209,12 @@ def test_what_is_no_textual_inversion_is_named(raw: dict[str, Any], says: str, t
 def test_words_that_cannot_be_told_apart_are_refused(words: list[str], says: str, folder: Path, plain: Any) -> None:
     with pytest.raises(RequestError, match=says):
         with_words(plain, [(folder / "Glimt.pt", word) for word in words])
+
+
+def test_a_word_that_no_prompt_holds_is_named(tmp_path: Path, plain: Any) -> None:
+    save_file({"<long>": torch.randn(76, WIDTH)}, tmp_path / "long.safetensors")
+    with pytest.raises(RequestError, match="has 76 vectors, which no prompt holds; expected at most 75"):
+        with_words(plain, [(tmp_path / "long.safetensors", None)])
 
 
 def test_a_word_of_another_width_is_named(tmp_path: Path, plain: Any) -> None:

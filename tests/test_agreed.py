@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from safetensors.torch import load_file, save_file
 from small_module import TOKENS, WIDTH, small_module
 
@@ -60,8 +60,8 @@ def test_nothing_benign_fires_by_both_that_does_not_by_one() -> None:
     alone = highest_logits(module, runs)
     bounds = torch.quantile(torch.from_numpy(alone), 0.9, dim=0)  # some fire as it is
     concepts = zip(module.config.concepts, bounds, strict=True)
-    named = tuple(dataclasses.replace(one, threshold=float(torch.sigmoid(at))) for one, at in concepts)
-    module.config = dataclasses.replace(module.config, concepts=named)
+    named = tuple(structs.replace(one, threshold=float(torch.sigmoid(at))) for one, at in concepts)
+    module.config = structs.replace(module.config, concepts=named)
     thresholds = torch.tensor([logit_of(one.threshold) for one in named])
     firing = (torch.from_numpy(alone) >= thresholds).any(dim=1)
     assert set_agreed_levels(module, runs) == int(firing.sum()) > 0

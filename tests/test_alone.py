@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 from small_module import TOKENS, WIDTH, small_module
 
 from saferedir.engines.errors import TrainingError
@@ -123,7 +123,7 @@ def bank_of(runs: int, steps: int) -> LatentBank:
 
 def test_it_learns_what_shows_and_is_levelled_by_what_is_clean(tmp_path: Path) -> None:
     config = small_module(alone=True).config
-    module = SafetyModule(dataclasses.replace(config, concepts=config.concepts[:1])).eval()
+    module = SafetyModule(structs.replace(config, concepts=config.concepts[:1])).eval()
     bank, empty = bank_of(80, 8), torch.zeros(20, TOKENS, WIDTH)
     pairs = PairBank(empty, empty, torch.zeros(20, 1), torch.zeros(20, 1), torch.ones(empty.shape[:2], dtype=torch.bool))
     learner = Learner(module, bank, pairs, torch.linspace(0.999, 0.01, 1000), 0)
@@ -205,9 +205,9 @@ def test_the_shipped_module_sees_what_is_drawn_in_the_first_fifth_whatever_the_p
 def test_some_parts_are_taught_and_the_others_stay(eager: Any, tmp_path: Path) -> None:
     source, options = WorldPrompts(["church"], load_split()), {"runs": 4, "pairs": 12, "samplings": [(3, 5.0)]}
     start = train(eager, source, tmp_path / "whole", steps=1, **options)
-    start.config = dataclasses.replace(
+    start.config = structs.replace(
         start.config,
-        concepts=tuple(dataclasses.replace(concept, threshold=0.875, alpha_scale=1.8) for concept in start.config.concepts),
+        concepts=tuple(structs.replace(concept, threshold=0.875, alpha_scale=1.8) for concept in start.config.concepts),
         promise=SafetyModule.load(SHIPPED_SAFETY).config.promise,
     )
     taught = train(eager, source, tmp_path / "more", steps=2, start=start, only=["redirector"], **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from scipy.stats import binom
 from typer.testing import CliRunner
 
@@ -160,8 +160,8 @@ def test_the_joint_rate_holds_as_often_as_it_says() -> None:
 
 def test_calibrating_an_addition_leaves_the_others_as_they_were() -> None:
     base = SafetyModule.load(SHIPPED_SAFETY)
-    deaf = tuple(dataclasses.replace(concept, threshold=1 - 1e-10) for concept in base.config.concepts)
-    base.config = dataclasses.replace(base.config, concepts=deaf)  # noise is no picture: they would fire on it
+    deaf = tuple(structs.replace(concept, threshold=1 - 1e-10) for concept in base.config.concepts)
+    base.config = structs.replace(base.config, concepts=deaf)  # noise is no picture: they would fire on it
     module = extended_module(base, {"teddy": "gift"}, refuge=torch.zeros(1, 77, 128)).eval()
     generator = torch.Generator().manual_seed(0)
     pictures, prompt = 2995, torch.randn(1, 77, 128, generator=generator).half()
@@ -176,8 +176,8 @@ def test_calibrating_an_addition_leaves_the_others_as_they_were() -> None:
     highest, threshold = highest_logits(module, runs), module.config.concepts[-1].threshold
     assert highest[:, -1].max() < level(threshold) <= highest[:, -1].max() + 0.01
     assert module.config.promise is not None
-    eager = tuple(dataclasses.replace(concept, threshold=1e-6) for concept in base.config.concepts)
-    module.config = dataclasses.replace(module.config, concepts=eager + module.config.concepts[old:])
+    eager = tuple(structs.replace(concept, threshold=1e-6) for concept in base.config.concepts)
+    module.config = structs.replace(module.config, concepts=eager + module.config.concepts[old:])
     with pytest.raises(RequestError, match="church, ink, weapons fire on 2995"):
         calibrate(module, calm, runs, steps=1, guidance_scale=5.0, prompts="noise")
 

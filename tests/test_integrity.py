@@ -16,6 +16,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 from tiny_bundle import FACTOR, VALUES, stored, write_tiny_bundle
+from typer.testing import CliRunner
 
 from saferedir.engines import Bundle, open_bundle
 from saferedir.engines.bundle import DIGEST_VARIABLE, file_sha256
@@ -35,6 +36,7 @@ from saferedir.engines.step import Form, Role, step_tensors
 from saferedir.export.engine_graph import step_example
 from saferedir.runtime import Pipeline
 from saferedir.runtime.backend import BackendAround, Call, DeviceTensor
+from saferedir.runtime.command_line.app import app
 from saferedir.runtime.ort import OrtBackend
 
 STEPS = 3
@@ -284,6 +286,20 @@ def test_a_pinned_bundle_is_opened_and_another_is_refused(
     assert open_bundle(folder, digest=changed)
     with pytest.raises(RequestError, match="digest is 'abc'; expected the 64 hexadecimal digits"):
         open_bundle(folder, digest="abc")
+
+
+def test_the_command_line_prints_the_digest_and_opens_no_other_bundle(tiny: Path, tmp_path: Path) -> None:
+    digest, runner = file_sha256(tiny / MANIFEST_FILE), CliRunner()
+    assert f"digest {digest}" in runner.invoke(app, ["inspect", str(tiny)]).output
+    for command in (["generate", "a cat", "--steps", "1", "--out", str(tmp_path / "drawn"), "--bundle"], ["inspect"]):
+        assert runner.invoke(app, [*command, str(tiny), "--bundle-digest", digest]).exit_code == 0
+        for refused in (
+            runner.invoke(app, [*command, str(tiny), "--bundle-digest", "0" * 64]),
+            runner.invoke(app, [*command, str(tiny)], env={DIGEST_VARIABLE: "0" * 64}),
+        ):
+            assert isinstance(refused.exception, BundleAlteredError)
+            assert f"{digest}, pinned is {'0' * 64}" in str(refused.exception)
+    assert len(list((tmp_path / "drawn").iterdir())) == 1
 
 
 def test_a_record_names_graphs_weights_and_manifest(tiny: Path) -> None:

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionImg2ImgPipe
 from safetensors.torch import load_file, save_file
 
 from benchmarks.single_file import save_single_file
-from benchmarks.small_pipeline import save_small_pipeline, small_vae
+from benchmarks.small_pipeline import save_pixart, save_small_pipeline, small_vae
 from saferedir.engines.errors import RequestError
 from saferedir.export.command import _open
 from saferedir.export.model_changes import ModelChanges, change
@@ -225,3 +225,11 @@ def test_stock_diffusers_draws_with_what_training_saves(folder: Path, tmp_path: 
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path)
     assert {getattr(pipeline, part).dtype for part in PARTS} == {torch.float32}
     assert {tensor.dtype for tensor in load_file(tmp_path / "text_encoder" / "model.safetensors").values()} == {torch.float16}
+
+
+def test_a_transformer_in_half_alone_opens(tmp_path: Path) -> None:
+    save_pixart(tmp_path / "model")
+    expected = load_pipeline(tmp_path / "model").unet.state_dict()
+    in_half_alone(tmp_path / "model" / "transformer")
+    found = _open(tmp_path / "model").unet.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

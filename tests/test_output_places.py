@@ -58,7 +58,7 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
 def export(inputs: dict[str, Path], out: Path, save_model: Path | None = None) -> None:
     changes = ModelChanges(loras=((inputs["lora"], 1.0),), vae=inputs["vae"])
     export_folder(
-        inputs["model"], inputs["safety"], out, BundleOptions(name="small", words=(inputs["words"],)), changes,
+        inputs["model"], inputs["safety"], out, BundleOptions(name="small", words=((inputs["words"], None),)), changes,
         config=str(inputs["config"]), save_model=save_model, on_step=lambda *_: None,
     )  # fmt: skip
 

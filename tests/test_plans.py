@@ -135,12 +135,21 @@ def test_a_plan_under_anothers_name_is_not_taken(cache: PlanCache) -> None:
     assert "onnx_sha256" in found.message
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": {}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"key": {}}'])
 def test_a_plan_without_its_statement_is_no_plan(cache: PlanCache, text: str) -> None:
     path = cache.get_or_build(KEY, write())
     path.with_suffix(".json").write_text(text)
     assert cache.look_up(KEY).status is PlanStatus.MISS
     assert cache.get_or_build(KEY, write(b"anew")).read_bytes() == b"anew"
+
+
+@pytest.mark.parametrize("profiles", [None, [], {"latent": [[1]]}, {"latent": [[1], ["x"], [2]]}])
+def test_a_plan_whose_statement_lacks_its_shapes_is_not_taken(bundle: Bundle, cache: PlanCache, profiles: Any) -> None:
+    key = PlanKey.of(bundle, "step", builder="tensorrt-rtx", builder_version="1.7.1", batch=(1, 4, 8))
+    path = cache.get_or_build(key, write())
+    statement = json.loads(path.with_suffix(".json").read_text())
+    path.with_suffix(".json").write_text(json.dumps(statement | {"details": {"profiles": profiles}}))
+    assert "does not say which shapes" in str(cache.fitting(bundle, "step", "tensorrt-rtx", "1.7.1"))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, PlanError])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from saferedir.engines import plain_letters
 from saferedir.engines.bundle import DEFAULT_BUNDLE, locate
@@ -34,6 +34,33 @@ def plain(tokenizer_file: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+@pytest.fixture(scope="module")
+def with_words(plain: Tokenizer) -> Tokenizer:
+    """One that reads added words: a toy of one token, a scene of two."""
+    tokenizer = Tokenizer.from_str(plain.to_str())
+    spread = normalizers.Replace(Regex(r"(?<!\w)scene(?!\w)"), "scene_0 scene_1")
+    assert tokenizer.normalizer is not None
+    tokenizer.normalizer = normalizers.Sequence([tokenizer.normalizer, spread])
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in ("<toy>", "scene_0", "scene_1")])
+    return tokenizer
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    words=st.lists(st.sampled_from(["<toy>", "Scene", "scene", "scenes", " ", "!", "२", "x", "<", "TOY>", "e"]), max_size=20),
+    least=st.integers(1, 30),
+)
+def test_added_words_are_never_cut(with_words: Tokenizer, words: list[str], least: int) -> None:
+    assert len(TokenBoundaries(with_words).beginning("२" * 100, 50)) < 55
+    text = "".join(words)
+    beginning = TokenBoundaries(with_words).beginning(text, least)
+    if beginning == text or len(beginning) >= least + least // 2:
+        return  # no sure end
+    encoding, whole = with_words.encode(beginning), with_words.encode(text)
+    ids = [token for token, (_, end) in zip(encoding.ids[:-1], encoding.offsets, strict=False) if end < len(beginning)]
+    assert whole.ids[: len(ids)] == ids
 
 
 @settings(max_examples=400, deadline=None)
@@ -65,6 +92,30 @@ def test_a_tokenizer_of_pieces_has_its_sure_ends_at_spaces(text: str, least: int
     assert beginning[-1] == " "
     ids = whole.encode(beginning[:-1]).ids
     assert whole.encode(text).ids[: len(ids)] == ids
+
+
+def test_a_tokenizer_of_another_kind_is_given_everything() -> None:
+    other = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    assert TokenBoundaries(other).beginning("a b " * 10, 4) == "a b " * 10
+
+
+@pytest.mark.parametrize("words", ["a cat ", "२б", "\U0001d160\u11a8", "x", "  "])
+def test_what_the_tokenizer_is_given_grows_with_what_it_reads_alone(tokenizer_file: Path, words: str) -> None:
+    """Half as much again as is needed, or, of spaces, the whole at most twice."""
+
+    class Counting:
+        def __init__(self, tokenizer: Tokenizer) -> None:
+            self.tokenizer, self.given = tokenizer, 0
+
+        def encode(self, text: str) -> Encoding:
+            self.given += len(text)
+            return self.tokenizer.encode(text)
+
+    reader = PromptTokenizer(tokenizer_file.read_bytes(), 77)
+    counting = Counting(reader._tokenizer)
+    reader._tokenizer = counting  # type: ignore[assignment]
+    reader((words * LONGEST_PROMPT)[:LONGEST_PROMPT])
+    assert counting.given <= (3 * LONGEST_PROMPT if words.isspace() else tokenizer_module.READ * 3 // 2)
 
 
 def test_strange_letters_have_sure_ends(plain: Tokenizer) -> None:

@@ -52,7 +52,7 @@ def from_image(pipe: Any) -> Any:
 class Facts(NamedTuple):
     """What must be after a context as it was before."""
 
-    kind: type
+    kinds: list[type]
     attributes: dict[str, Any]
     hooks: list[Any]
 
@@ -61,7 +61,7 @@ class Facts(NamedTuple):
         unet = pipe.unet
         kinds = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
         attributes = {name: value for name, value in vars(pipe).items() if name in ("scheduler", "encode_prompt", "unet")}
-        return cls(type(pipe), attributes, [dict(getattr(unet, kind)) for kind in kinds])
+        return cls([type(pipe), type(pipe.tokenizer)], attributes, [dict(getattr(unet, kind)) for kind in kinds])
 
 
 def draw(pipe: Any, prompt: str = UNSAFE, seed: int = 1, **options: Any) -> Any:
@@ -373,6 +373,26 @@ def test_tasks_that_protect_one_pipeline_each_keep_to_their_own(pipe: Any, safet
 
     assert asyncio.run(all_requests()) == [("church",), ("ink",), ("weapons",)]
     assert Facts.of(pipe) == before
+
+
+def test_threads_that_share_a_tokenizer_read_as_each_alone(pipe: Any, safety: SafetyModule) -> None:
+    """Also where nobody protects the pipeline that reads beside a protected one."""
+    other, wrong = copy.copy(pipe), list[Any]()
+
+    def read(by: Any, words: int) -> None:
+        for _ in range(100):
+            ids = by.tokenizer("a cat " * words, padding="max_length", max_length=77, truncation=True).input_ids
+            if len(ids) != 77:
+                wrong.append(ids)
+            by.tokenizer("a cat " * words, padding="longest")
+
+    with protect(pipe, safety):
+        threads = [threading.Thread(target=read, args=(by, words)) for words in (1, 50) for by in (pipe, other) * 2]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
 
 
 def serve(threads: int, calls: int, prompts: list[str], pipe: Any, safety: SafetyModule) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from msgspec.structs import replace
 
 from benchmarks.published_backend import PublishedBackend, published_bundle
 from saferedir.engines import open_bundle
+from saferedir.engines.errors import RequestError
 from saferedir.engines.manifest import ConceptInfo
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir_torch.published import PublishedNetwork, published_step
+from saferedir_torch.published_checkpoint import load_published
 
 #: Some parameters of the released checkpoints, of each part.
 LAYOUT = {
@@ -73,3 +78,26 @@ def test_the_controller_acts_one_step_late_and_on_both_halves(network: Published
     four = pipeline("a church", seed=1, num_inference_steps=4)
     assert [bool(step.fired) for step in four.records[0].steps] == [True, False, False, True]
     assert four.images[0].tobytes() != plain("a church", seed=1, num_inference_steps=4).images[0].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "says"),
+    [
+        (lambda own: torch.zeros(1, 1, 1).expand(1, 10**9, 768), "pos_embed repeats itself, 1x1000000000x768 of 4 bytes"),
+        (lambda own: own.to(torch.float8_e4m3fn), "pos_embed is of type float8_e4m3fn"),
+        (lambda own: own.to_sparse(), "pos_embed is sparse"),
+        (lambda own: torch.empty_like(own, device="meta"), "pos_embed has no data"),
+        (lambda own: own.to(torch.complex64), "pos_embed is of type complex64"),
+        (lambda own: torch.zeros(1, 77, 4), "is 64x4x3x3|expected"),
+    ],
+)
+def test_a_hostile_tensor_is_refused_before_memory_is_taken(
+    network: PublishedNetwork, tmp_path: Path, tensor: Callable[[torch.Tensor], torch.Tensor], says: str
+) -> None:
+    state = dict(network.state_dict())
+    torch.save(state | {"pos_embed": tensor(state["pos_embed"])}, tmp_path / "best_model.pt")
+    with pytest.raises(RequestError, match=rf"best_model\.pt.*({says})"):
+        load_published(tmp_path / "best_model.pt")
+    torch.save(state | {"more": torch.zeros(1).expand(10**12)}, tmp_path / "best_model.pt")
+    with pytest.raises(RequestError, match="more repeats itself"):
+        load_published(tmp_path / "best_model.pt")

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -85,7 +86,7 @@ def assert_equal(info: SchedulerInfo, prediction: str, theirs: Any, steps: int, 
     try:
         ours = make_schedule(info, prediction, steps, kind)
     except RequestError as error:
-        assert "num_inference_steps is" in str(error)
+        assert str(error).startswith(("num_inference_steps is", "dpm-solver "))
         return False
     try:
         timesteps, expected = run_theirs(theirs, steps)
@@ -244,6 +245,10 @@ def test_what_is_known_equals_diffusers(scheduler: Any, steps: int) -> None:
         (EulerDiscreteScheduler(final_sigmas_type="half"), "final_sigmas_type 'half'"),
         (EulerDiscreteScheduler(beta_end=1.5), "beta_end 1.5.*above 0 and below 1"),
         (DDIMScheduler(clip_sample=False, steps_offset=-1), "steps_offset -1"),
+        (DDIMScheduler(clip_sample=False, steps_offset=5000), "steps_offset 5000.*below 1001"),
+        (LCMScheduler(timestep_scaling=0), "timestep_scaling 0.*above 0"),
+        (EulerDiscreteScheduler(use_karras_sigmas=True, sigma_min=0.0), r"sigma_min 0\.0.*or null"),
+        (EulerDiscreteScheduler(beta_start=0.02, beta_end=0.01), "beta_end 0.01 below beta_start 0.02"),
         (LCMScheduler(original_inference_steps=2000), "cannot be drawn with: .*at most 2000 of 1000"),
         (
             DDIMScheduler(clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"),
@@ -331,12 +336,82 @@ def test_what_stands_in_keeps_the_configuration() -> None:
     assert not scheduler_info(ancestral).use_karras_sigmas
 
 
-@pytest.mark.parametrize("theirs", [DDIMScheduler, EulerDiscreteScheduler, LCMScheduler])
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_another_sampler_than_the_bundles_is_diffusers_of_the_same_configuration(theirs: Any, spacing: str) -> None:
-    own = DDIMScheduler.from_config(LATENT.config, timestep_spacing=spacing)
-    for steps in STEPS:
-        assert assert_equal(scheduler_info(own), "epsilon", theirs.from_config(own.config), steps, SAMPLERS[theirs.__name__])
+BUNDLES = {
+    **{
+        spacing: DDIMScheduler.from_config(LATENT.config, timestep_spacing=spacing)
+        for spacing in ("leading", "trailing", "linspace")
+    },
+    "cosine": DDIMScheduler.from_config(LATENT.config, beta_schedule="squaredcos_cap_v2"),
+    "zero SNR": DDIMScheduler(
+        clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"
+    ),
+    "Karras": EulerDiscreteScheduler(use_karras_sigmas=True, beta_schedule="scaled_linear", timestep_spacing="trailing"),
+    "of another": EulerDiscreteScheduler.from_config(PNDMScheduler(set_alpha_to_one=False, steps_offset=1).config),
+    "few steps": LCMScheduler(original_inference_steps=25),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["ddim", "euler", "dpm-solver", "lcm"])
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_another_sampler_than_the_bundles_is_diffusers_of_the_same_configuration(bundle: str, kind: str) -> None:
+    own = BUNDLES[bundle]
+    further: dict[str, Any] = {"clip_sample": False} if kind == "ddim" else DPM_SOLVER if kind == "dpm-solver" else {}
+    other = {
+        "ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "lcm": LCMScheduler, "dpm-solver": DPMSolverMultistepScheduler,
+    }[kind]  # fmt: skip
+    # Not `from_config`, which takes the other class's defaults where this one's were taken.
+    theirs = other(**{key: own.config[key] for key in own_keys(other) if key in own.config} | further)
+    drawn = [assert_equal(scheduler_info(own), own.config.prediction_type, theirs, steps, kind) for steps in STEPS]
+    if kind == "dpm-solver" and bundle in ("zero SNR", "Karras"):
+        assert not any(drawn)  # it needs noise predictions, and timesteps
+    else:
+        assert drawn[:4] == [True] * 4
+
+
+def test_dpm_solver_does_not_leave_out_how_noise_levels_are_spaced() -> None:
+    with pytest.raises(RequestError, match=r"dpm-solver visits noise levels by timesteps.*take euler"):
+        make_schedule(scheduler_info(BUNDLES["Karras"]), "epsilon", 5, "dpm-solver")
+
+
+#: Scheduler configurations as models on the hub have them.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "PNDMScheduler": {  # Stable Diffusion 1.5
+        "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000,
+        "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False,
+    },
+    "DDIMScheduler": {  # Stable Diffusion 2.1
+        "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
+        "num_train_timesteps": 1000, "prediction_type": "v_prediction", "set_alpha_to_one": False, "skip_prk_steps": True,
+        "steps_offset": 1, "trained_betas": None,
+    },
+    "EulerDiscreteScheduler": {  # SD-Turbo
+        "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
+        "interpolation_type": "linear", "num_train_timesteps": 1000, "prediction_type": "epsilon", "sample_max_value": 1.0,
+        "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "timestep_spacing": "trailing",
+        "trained_betas": None, "use_karras_sigmas": False,
+    },
+    "LCMScheduler": {  # LCM Dreamshaper
+        "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "clip_sample": False,
+        "clip_sample_range": 1.0, "dynamic_thresholding_ratio": 0.995, "num_train_timesteps": 1000,
+        "original_inference_steps": 50, "prediction_type": "epsilon", "rescale_betas_zero_snr": False, "sample_max_value": 1.0,
+        "set_alpha_to_one": True, "steps_offset": 1, "thresholding": False, "timestep_scaling": 10.0,
+        "timestep_spacing": "leading", "trained_betas": None,
+    },
+    "DPMSolverMultistepScheduler": {  # PixArt
+        "algorithm_type": "dpmsolver++", "beta_end": 0.02, "beta_schedule": "linear", "beta_start": 0.0001,
+        "dynamic_thresholding_ratio": 0.995, "euler_at_final": False, "lambda_min_clipped": -math.inf,
+        "lower_order_final": True, "num_train_timesteps": 1000, "prediction_type": "epsilon", "sample_max_value": 1.0,
+        "solver_order": 2, "solver_type": "midpoint", "steps_offset": 0, "thresholding": False, "timestep_spacing": "linspace",
+        "trained_betas": None, "use_karras_sigmas": False, "use_lu_lambdas": False, "variance_type": None,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_configurations_of_published_models_are_understood(name: str) -> None:
+    info = scheduler_info(getattr(diffusers, name).from_config(PUBLISHED[name]))
+    replaced = {"PNDMScheduler": "ddim", "DPMSolverMultistepScheduler": "euler"}
+    assert (info.kind, info.in_place_of) == ((replaced[name], name) if name in replaced else (SAMPLERS[name], ""))
 
 
 def test_a_number_of_steps_that_a_spacing_cannot_do_is_named() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler
+from msgspec import structs
 
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import RequestError
@@ -24,7 +25,7 @@ INFO = SchedulerInfo("ddim", 1000, 0.00085, 0.012, "scaled_linear", "leading", 1
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("steps", [1, 2, 7, 25, 50])
 def test_equals_diffusers(spacing: str, prediction: str, steps: int) -> None:
-    info = dataclasses.replace(INFO, timestep_spacing=spacing, steps_offset=1 if spacing == "leading" else 0)
+    info = structs.replace(INFO, timestep_spacing=spacing, steps_offset=1 if spacing == "leading" else 0)
     theirs = DDIMScheduler(
         beta_start=info.beta_start, beta_end=info.beta_end, beta_schedule=info.beta_schedule, clip_sample=False,
         set_alpha_to_one=False, steps_offset=info.steps_offset, timestep_spacing=spacing, prediction_type=prediction,
@@ -62,7 +63,7 @@ def drawn(ours: Schedule, outputs: torch.Tensor, noises: torch.Tensor) -> list[n
 def test_a_whole_run_equals_diffusers(kind: str, steps: int, spacing: str) -> None:
     kind, _, prediction = kind.partition(" ")
     prediction = "v_prediction" if prediction else "epsilon"
-    info = dataclasses.replace(INFO, timestep_spacing=spacing, steps_offset=1 if spacing == "leading" else 0)
+    info = structs.replace(INFO, timestep_spacing=spacing, steps_offset=1 if spacing == "leading" else 0)
     common = {**NOISE_SCHEDULE, "prediction_type": prediction}
     spaced = {"timestep_spacing": spacing, "steps_offset": info.steps_offset}
     theirs = {
@@ -104,6 +105,21 @@ def test_pictures_equal_those_of_diffusers(pipeline: Pipeline, kind: str, theirs
         assert np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1
 
 
+def test_pictures_between_timesteps_equal_those_of_diffusers(bundle_copy: Path, edit_manifest: Any) -> None:
+    stated = {"kind": "euler", "use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}
+    edit_manifest(bundle_copy, lambda raw: raw["scheduler"].update(stated))
+    ours = Pipeline.from_bundle(bundle_copy)
+    eager = load_pipeline()
+    eager.scheduler = EulerDiscreteScheduler.from_config(
+        eager.scheduler.config, use_karras_sigmas=True, final_sigmas_type="sigma_min"
+    )
+    generator = torch.Generator().manual_seed(3)
+    expected = eager("a cat on blue", num_inference_steps=6, guidance_scale=3.0, generator=generator).images[0]
+    found = ours("a cat on blue", num_inference_steps=6, guidance_scale=3.0, seed=3).images[0]
+    assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).max() <= 1
+    assert ours("a church", num_inference_steps=6).records[0].steps[0].fired == ("church",)
+
+
 def test_a_concept_is_redirected_under_every_sampler(pipeline: Pipeline) -> None:
     for kind in SCHEDULERS:
         record = pipeline("a church", num_inference_steps=4, scheduler=kind).records[0]
@@ -128,7 +144,7 @@ def test_steps_out_of_range(steps: int) -> None:
 @pytest.mark.parametrize(("field", "value"), [("kind", "heun"), ("beta_schedule", "cosine"), ("timestep_spacing", "random")])
 def test_unknown_schedule_is_refused(field: str, value: str) -> None:
     with pytest.raises(RequestError, match=value):
-        make_schedule(dataclasses.replace(INFO, **{field: value}), "epsilon", 5)
+        make_schedule(structs.replace(INFO, **{field: value}), "epsilon", 5)
 
 
 def test_unknown_prediction_is_refused() -> None:

@@ -21,6 +21,7 @@ from saferedir.engines.manifest import MANIFEST_FILE
 from saferedir.engines.printable import printable
 from saferedir.runtime import Pipeline
 from saferedir.runtime.command_line import entry
+from saferedir.runtime.command_line.console import print_json
 from saferedir.runtime.command_line.entry import _OneLine, main
 from tests.conftest import Edit
 
@@ -224,3 +225,10 @@ def test_plans_of_a_user_without_a_home_are_refused(
 def test_a_reference_that_is_not_compared_with_is_refused(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", "--against", str(tmp_path), "--against-backend", "ort-cpu") == 2
     assert "--against and --safety name the reference in PyTorch" in capsys.readouterr().err
+
+
+def test_json_is_valid_whatever_it_states(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"psnr": float("inf"), "rows": [{"worst": float("nan")}], "pair": (1, 2.5), "name": ESCAPES})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "psnr": None, "rows": [{"worst": None}], "pair": [1, 2.5], "name": ESCAPES,
+    }  # fmt: skip

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from saferedir.engines.errors import OutputError, RequestError
+from saferedir.engines.errors import OutputError, RequestError, TrainingError
 from saferedir.engines.text_files import LARGEST, read_prompts, read_text
 from saferedir_torch.__main__ import app
 from saferedir_torch.attacks.__main__ import read_targets
-from saferedir_torch.benign_prompts import benign_prompts
+from saferedir_torch.command_line.benign_prompts import benign_prompts
 from saferedir_torch.pairs_file import FilePrompts
 from saferedir_torch.training_place import MARK, training_place
+from saferedir_torch.training_run import _truncate_log
 
 PAIRS = {"castle": [{"unsafe": "a castle \u2028 é", "safe": "a house \u2028 é"}]}
 TARGETS = [{"prompt": "a castle é", "words": "a castle"}]
@@ -125,3 +126,13 @@ def test_an_option_of_training_that_nothing_uses_is_refused(tmp_path: Path, opti
     assert result.exit_code == 2
     assert said in " ".join(result.output.replace("│", " ").split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_table_that_is_no_log_of_a_training_is_left(tmp_path: Path) -> None:
+    (tmp_path / "vae.csv").write_text("name,age\nx,3\n")
+    with pytest.raises(TrainingError, match=r"vae\.csv is no log of a training"):
+        _truncate_log(tmp_path / "vae.csv", 0)
+    assert (tmp_path / "vae.csv").read_text() == "name,age\nx,3\n"
+    (tmp_path / "vae.csv").write_text("step,loss\n1,3\n9,2\n")
+    _truncate_log(tmp_path / "vae.csv", 4)
+    assert (tmp_path / "vae.csv").read_text() == "step,loss\n1,3\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from msgspec import structs
 from torch import nn
 
 from saferedir.engines.errors import RequestError, TrainingError
@@ -168,9 +168,7 @@ def test_a_modules_hash_is_of_all_that_decides() -> None:
         getattr(module.last_branch, name).add_(1)
         seen.add(module.sha256())
     concepts = module.config.concepts
-    module.config = dataclasses.replace(
-        module.config, concepts=(dataclasses.replace(concepts[0], threshold=0.9), *concepts[1:])
-    )
+    module.config = structs.replace(module.config, concepts=(structs.replace(concepts[0], threshold=0.9), *concepts[1:]))
     seen.add(module.sha256())
     assert len(seen) == 4
 

@@ -19,6 +19,7 @@ from saferedir.engines.printable import printable
 from saferedir.runtime.command_line import making
 from saferedir.runtime.command_line.console import (
     BundleOption,
+    DigestOption,
     JsonOption,
     ThreadsOption,
     console,
@@ -60,6 +61,7 @@ def generate(
     ] = None,
     size: Annotated[str | None, typer.Option(help="SIDE or HEIGHTxWIDTH in pixels; `inspect` lists which.")] = None,
     bundle: BundleOption = DEFAULT_BUNDLE,
+    digest: DigestOption = None,
     backend: BackendOption = "auto",
     threads: ThreadsOption = None,
     concept: Annotated[
@@ -93,7 +95,7 @@ def generate(
         raise RequestError("--out - writes one PNG to stdout; ask for one picture, without --json")
     with nullcontext(None) if to_stdout else output_folder(Path(out)) as folder:
         policy = SafetyPolicy(enabled=tuple(concept) if concept else None, unprotected=unprotected)
-        pipeline = Pipeline.from_bundle(bundle, backend=backend, policy=policy, threads=threads)
+        pipeline = Pipeline.from_bundle(bundle, backend=backend, policy=policy, digest=digest, threads=threads)
         height, width = picture_size(size) if size else (None, None)
         with progress("drawing") as on_step:
             result = pipeline(
@@ -137,6 +139,7 @@ def _write(result: Generation, folder: Path | None) -> list[str]:
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the sheet and the page.")] = Path("demo-output"),
     bundle: BundleOption = DEFAULT_BUNDLE,
+    digest: DigestOption = None,
     backend: BackendOption = "auto",
     threads: ThreadsOption = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture; -1 for a random one.")] = 7,
@@ -149,7 +152,7 @@ def demo(
 
     with progress("drawing both ways") as on_step:
         sheet, page = run_demo(
-            out, bundle, backend=backend, threads=threads, seed=None if seed == -1 else seed, on_step=on_step
+            out, bundle, backend=backend, threads=threads, digest=digest, seed=None if seed == -1 else seed, on_step=on_step
         )
     console.print(f"contact sheet  {sheet.resolve()}\npage           {page.resolve()}", soft_wrap=True)
 
@@ -157,9 +160,11 @@ def demo(
 @app.command()
 def inspect(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, or an embedded one's name.")] = DEFAULT_BUNDLE,
+    digest: DigestOption = None,
     plans: Annotated[
         str | None, typer.Option(help="tensorrt-rtx or tensorrt: its plans instead, on a card that they fit.")
     ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of manifests instead.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a bundle holds: model, concepts, engines with their tensors, versions.
@@ -171,11 +176,16 @@ def inspect(
     `saferedir inspect bundle --plans tensorrt-rtx` (layers, what they compute in, shapes, memory)
     """
     if plans is not None:
-        _show_plans(bundle, plans, as_json)
+        _show_plans(bundle, digest, plans, as_json)
         return
     from saferedir.engines import open_bundle
 
-    opened = open_bundle(bundle)
+    if schema:
+        from saferedir.engines.schema import manifest_schema
+
+        print(json.dumps(manifest_schema(), indent=1))
+        return
+    opened = open_bundle(bundle, digest=digest)
     manifest = opened.manifest
     if as_json:
         print_json(json.loads(manifest.to_json()))
@@ -185,6 +195,7 @@ def inspect(
         f"{printable(manifest.name)}  {manifest.model_family}, {total / 1e6:.1f} MB in {opened.folder}",
         soft_wrap=True,
     )
+    console.print(f"digest {opened.digest}", highlight=False, soft_wrap=True)
     console.print(
         f"weights {manifest.precision.storage}, arithmetic {manifest.precision.compute}, batch up to {manifest.max_batch}"
     )
@@ -210,13 +221,13 @@ def inspect(
     console.print(table)
 
 
-def _show_plans(bundle: str, backend: str, as_json: bool) -> None:
+def _show_plans(bundle: str, digest: str | None, backend: str, as_json: bool) -> None:
     from saferedir.engines import open_bundle
     from saferedir.runtime.tensorrt import MODULES, TensorRtBackend
 
     if backend not in MODULES:
         raise RequestError(f"--plans is {backend!r}; expected one of {', '.join(MODULES)}")
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, digest=digest)
     seen = TensorRtBackend(opened, backend).inspect_all()
     if as_json:
         print_json([{**asdict(plan), "path": str(plan.path)} for plan in seen])
@@ -232,6 +243,7 @@ def _show_plans(bundle: str, backend: str, as_json: bool) -> None:
 @app.command()
 def verify(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, or an embedded one's name.")] = DEFAULT_BUNDLE,
+    digest: DigestOption = None,
     against: Annotated[Path | None, typer.Option(help="Diffusers folder of the reference; the shipped one by default.")] = None,
     safety: Annotated[
         Path | None, typer.Option(help="Safety module, or published checkpoint, of the reference; the shipped one by default.")
@@ -262,7 +274,7 @@ def verify(
     if (against or safety) and not bisect and TORCH not in (backend, against_backend):
         raise RequestError("--against and --safety name the reference in PyTorch, which neither backend is; leave them out")
     report = verify_bundle(
-        bundle, against, safety,
+        bundle, against, safety, digest=digest,
         backend=backend, against_backend=against_backend, bisect=bisect, runs=Runs(pictures, steps),
         threads=threads,
     )  # fmt: skip

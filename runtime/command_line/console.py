@@ -6,7 +6,8 @@ Names in bundles, files and requests are others' text: what a terminal would obe
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -19,6 +20,14 @@ from saferedir.engines.printable import printable
 from saferedir.runtime.loop import StepCallback
 
 BundleOption = Annotated[str, typer.Option("--bundle", help="Bundle folder, or the name of an embedded one.")]
+DigestOption = Annotated[
+    str | None,
+    typer.Option(
+        "--bundle-digest",
+        envvar="SAFEREDIR_BUNDLE_DIGEST",
+        help="SHA-256 of the bundle's manifest, as `inspect` prints it; no other bundle is opened.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 ThreadsOption = Annotated[
     int | None, typer.Option(help="Threads on the CPU; SAFEREDIR_THREADS, or the cores that may be used, by default.")
@@ -39,8 +48,16 @@ console = PlainConsole()
 
 
 def print_json(value: Any) -> None:
-    """Print `value` as JSON in ASCII, which is the same under every locale."""
-    print(json.dumps(value, indent=1))
+    """Print `value` as JSON in ASCII, which is the same under every locale; a number that is not finite is null."""
+    print(json.dumps(_finite(value), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def warn(text: str) -> None:

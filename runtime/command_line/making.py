@@ -11,7 +11,7 @@ from rich.table import Table
 
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import MissingDependencyError, RequestError
-from saferedir.runtime.command_line.console import JsonOption, console, print_json, progress
+from saferedir.runtime.command_line.console import DigestOption, JsonOption, console, print_json, progress
 from saferedir.runtime.command_line.picture_size import picture_size
 
 if TYPE_CHECKING:
@@ -136,6 +136,7 @@ def import_published(
 
 def build_plans(
     bundle: Annotated[str, typer.Argument(help="Bundle folder, or an embedded one's name.")] = DEFAULT_BUNDLE,
+    digest: DigestOption = None,
     target: Annotated[str, typer.Option(help="tensorrt-rtx (builds on any machine) or tensorrt (on the GPU it is for).")] = (
         "tensorrt-rtx"
     ),
@@ -170,7 +171,7 @@ def build_plans(
         builder=target, batch=_batch(batch), compute_capabilities=tuple(compute_capability or ()),
         strip_weights=strip_weights,
     )  # fmt: skip
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, digest=digest)
     folder = opened.folder / "plans" if in_bundle else user_cache() if out is None else out.resolve()
     cache = PlanCache(folder)
     with progress("building") as on_plan:
@@ -223,7 +224,11 @@ def _lora(text: str) -> tuple[Path, float]:
 
 def _named_word(text: str) -> tuple[Path, str | None]:
     path, colon, word = text.rpartition(":")
-    return (Path(text), None) if not colon or Path(text).exists() else (Path(path), word)
+    if not colon or Path(text).exists():
+        return Path(text), None
+    if not path or not word:
+        raise RequestError(f"--textual-inversion is {text!r}; expected FILE or FILE:WORD, such as embedding.pt:glow")
+    return Path(path), word
 
 
 def _say_size(size: int) -> None:
