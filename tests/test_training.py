@@ -94,7 +94,8 @@ def eager() -> Any:
 
 
 def test_a_short_training_makes_a_module_that_loads(eager: Any, tmp_path: Path) -> None:
-    module = train(eager, WorldPrompts(["church"], load_split()), tmp_path, steps=3, runs=8, pairs=12, batch_scale=2)
+    options: dict[str, Any] = {"runs": 4, "pairs": 12, "samplings": [(3, 5.0)], "batch_scale": 2}
+    module = train(eager, WorldPrompts(["church"], load_split()), tmp_path, steps=3, **options)
     torch.testing.assert_close(module.last_branch.refuge, encode(eager, ["a house"])[1])
     loaded = SafetyModule.load(tmp_path / "safety")
     assert loaded.config == module.config
