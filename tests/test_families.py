@@ -217,7 +217,7 @@ def test_families_are_known_by_their_files(tmp_path: Path) -> None:
         (
             "AudioLDMPipeline",
             {},
-            "is a AudioLDMPipeline, which is not known here; known: LatentConsistencyModelImg2ImgPipeline, Lat",
+            "is a AudioLDMPipeline, which is not known here; known: LatentConsistencyModelPipeline, Pix",
         ),
         ("StableDiffusionPipeline", {"in_channels": 9}, "takes 9 latent channels and gives 4"),
         ("StableDiffusionPipeline", {"addition_embed_type": "text_time"}, "addition_embed_type"),
