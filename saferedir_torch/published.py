@@ -125,9 +125,8 @@ class PublishedNetwork(nn.Module):
         self.gate_linear = nn.Linear(width, 1)
         self.mask_predictor = _MaskPredictor(width)
         self.alpha_predictor = _AlphaPredictor(width)
-        exponents = torch.arange(160, dtype=torch.float64) / 160
-        # In double and then rounded, so that it is the same on every processor.
-        self.register_buffer("frequencies", torch.exp(-math.log(10_000) * exponents).float(), persistent=False)
+        exponents = torch.arange(160, dtype=torch.float32) / 160
+        self.register_buffer("frequencies", torch.exp(-math.log(10_000) * exponents), persistent=False)
 
     def forward(self, latent: Tensor, prompt: Tensor, timestep: Tensor) -> PublishedOutput:
         """latent [B, C, h, w], conditional prompt embedding [B, T, D], timestep [B]."""

@@ -138,11 +138,6 @@ class Branch(nn.Module):
         agreed = of_all + shown - self.agreed_levels
         return torch.where(~noise & (agreed > highest), agreed, highest), together
 
-    @property
-    def agreed_count(self) -> int:
-        """How many `agreed_levels` are set."""
-        return 0 if self.alone is None else int((self.agreed_levels < HIGHEST).sum())
-
     def comparable_alone(self, shown: Tensor, timestep: Tensor) -> Tensor:
         """The same of what steps at timestep [B] show without the prompt, logits [B, concepts]."""
         return (shown - near_knots(timestep) @ self.alone_levels.T) * self.alone_gains
