@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from saferedir.engines.errors import SafeRedirError
+from saferedir.engines.errors import RequestError, SafeRedirError
 from saferedir.engines.printable import printable
 
 Read = TypeVar("Read")
@@ -33,6 +33,14 @@ def read_json(data: bytes, kind: type[Read], source: str, error: type[SafeRedirE
     except (msgspec.MsgspecError, ValueError) as reason:
         raise error(f"{source}: {_told(str(reason))}; restore it") from None
     return read
+
+
+def check_stated(value: Any, kind: Any, what: str) -> None:
+    """Raise `RequestError` where `value` is not what `read_json` would read as a `kind`, before it is written."""
+    try:
+        msgspec.convert(msgspec.to_builtins(value), kind)
+    except msgspec.ValidationError as reason:
+        raise RequestError(f"{what} is not what a bundle can state: {_told(str(reason))}") from None
 
 
 def _told(reason: str) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 import saferedir_torch
 from saferedir.engines.bundle import file_sha256
 from saferedir.engines.errors import RequestError
+from saferedir.engines.json_text import check_stated
 from saferedir.engines.manifest import (
     LARGEST_BATCH,
     MANIFEST_FILE,
@@ -27,11 +28,13 @@ from saferedir.engines.manifest import (
     FileInfo,
     Manifest,
     ModelInfo,
+    Name,
     PrecisionInfo,
     SafetyInfo,
     drawing_engines,
 )
 from saferedir.engines.output_place import expect_bundle, output_place, put_in_place
+from saferedir.engines.printable import printable
 from saferedir.engines.step import SAFETY_ENGINES
 from saferedir.engines.whole_file import write_bytes
 from saferedir.export.added_words import with_words
@@ -83,6 +86,7 @@ class BundleOptions:
             raise RequestError(f"largest batch is {self.max_batch}; expected 1 to {LARGEST_BATCH}")
         if self.precision not in PRECISIONS:
             raise RequestError(f"precision is {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
+        check_stated(self.name, Name, f"name {printable(self.name)[:80]!r}")
 
 
 def export_bundle(
@@ -144,6 +148,10 @@ def write_bundle(
     opset = BF16_OPSET if dtype == torch.bfloat16 else OPSET
     computing = pipeline if pipeline is None or dtype == torch.float32 else halved(pipeline, dtype, options.islands)
     scheduler = None if pipeline is None else scheduler_info(pipeline.scheduler)
+    sizes = () if pipeline is None else (own_size(pipeline), *latent_sizes(pipeline, options.further_sizes))
+    model = None if pipeline is None else _model_info(pipeline, added, sizes[1:])
+    check_stated(safety, SafetyInfo, "the safety")
+    check_stated(model, ModelInfo | None, "the model")
     weights = [safety_weights]
     if computing is not None:
         parts = {"text_encoder": computing.text_encoder, "unet": computing.unet, "vae": computing.vae}
@@ -157,7 +165,6 @@ def write_bundle(
         on_size(size)
     key = _key(computing, weights, replace(options, words=()), safety, added, controller)
     with unfinished(out, key) as folder:
-        sizes = () if pipeline is None else (own_size(pipeline), *latent_sizes(pipeline, options.further_sizes))
         names = drawing_engines(sizes) if sizes else SAFETY_ENGINES
         engines = _write_engines(names, graphs_of(computing), weights, folder, opset, on_engine)
         if pipeline is not None:
@@ -168,7 +175,7 @@ def write_bundle(
             model_family="" if pipeline is None else family_of_unet(pipeline.unet.config).name,
             controller=controller,
             max_batch=options.max_batch,
-            model=None if pipeline is None else _model_info(pipeline, added, sizes[1:]),
+            model=model,
             scheduler=scheduler,
             safety=safety,
             precision=PRECISION_INFOS[options.precision],

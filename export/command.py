@@ -55,6 +55,7 @@ def export_folder(
             memory.
     """
     with _typed_errors(out):
+        options.check()
         changes = changes or ModelChanges()
         inputs = (
             model,
@@ -109,6 +110,8 @@ def import_checkpoint(
     """
     engines = len(DRAWING_ENGINES if model else SAFETY_ENGINES)
     with _typed_errors(out):
+        options.check()
+        bundle.check()
         output_place(out, (checkpoint, model), expect_bundle)
         network = load_published(checkpoint)
         pipeline = None if model is None else _open(model)

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def small(folder: Path) -> tuple[Any, SafetyModule]:
     """A pipeline with random weights, width 32, and a safety module of two concepts and an added one for it."""
-    save_small_pipeline(folder / "model", width=32, heads=2, two_levels=True)
+    save_small_pipeline(folder / "model", width=32, heads=2)
     pipeline = load_pipeline(folder / "model")
     refuges = torch.randn(3, 77, 32, generator=torch.Generator().manual_seed(0))
     base = new_module(pipeline, TWO_CONCEPTS, refuge=refuges[:2], **SMALL)
@@ -91,6 +91,7 @@ def test_another_reference_is_refused(exported: Path, folder: Path) -> None:
         verify_bundle(exported, SHIPPED_MODEL, folder / "safety")
 
 
+@pytest.mark.slow
 def test_planted_difference_is_found(exported: Path, folder: Path, small: tuple[Any, SafetyModule]) -> None:
     changed = SafetyModule(small[1].config)
     changed.load_state_dict(small[1].state_dict())

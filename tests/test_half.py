@@ -46,6 +46,7 @@ def exported(folder: Path, precision: str) -> Path:
     return export_folder(folder / "model", folder / "safety", folder / precision, options, on_step=lambda *_: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", HALVES)
 def test_the_model_computes_in_half_and_the_safety_in_fp32(folder: Path, precision: str) -> None:
     half = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[precision]
@@ -65,6 +66,7 @@ def test_the_model_computes_in_half_and_the_safety_in_fp32(folder: Path, precisi
     assert counted["step"] == counted["plain_step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", HALVES)
 def test_a_bundle_in_half_precision_is_verified_by_rounding(folder: Path, precision: str) -> None:
     report = verify_bundle(exported(folder, precision), folder / "model", folder / "safety", backend="rounded")
@@ -75,6 +77,7 @@ def test_a_bundle_in_half_precision_is_verified_by_rounding(folder: Path, precis
     assert rows["plain_step", "model_output"].worst > 1e-5
 
 
+@pytest.mark.slow
 def test_fp16_draws_on_the_cpu(folder: Path) -> None:
     bundle = exported(folder, "fp16")
     drawn = [
@@ -90,6 +93,7 @@ def test_bf16_says_where_it_draws(folder: Path) -> None:
         Pipeline.from_bundle(exported(folder, "bf16"), backend="ort-cpu")("a church", num_inference_steps=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", HALVES)
 def test_half_weights_are_in_their_own_type_outside_the_graphs(folder: Path, precision: str) -> None:
     stored = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[precision]
@@ -102,6 +106,7 @@ def test_half_weights_are_in_their_own_type_outside_the_graphs(folder: Path, pre
     assert (bundle / "unet.safetensors").stat().st_size < 1.2 * 2 * parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", HALVES)
 def test_plans_are_built_of_graphs_in_half(folder: Path, tmp_path: Path, precision: str) -> None:
     bundle = open_bundle(exported(folder, precision))
@@ -200,6 +205,7 @@ def test_constants_in_half_are_widened() -> None:
     assert run(rounded(model), [1.0, 2.0])["y"].tolist() == [1.5, 4.0]
 
 
+@pytest.mark.slow
 def test_a_rounded_graph_keeps_its_weights_outside(folder: Path) -> None:
     model = load_rounded(open_bundle(exported(folder, "fp16")), "plain_step")
     assert any(tensor.data_location == TensorProto.EXTERNAL for tensor in model.graph.initializer)

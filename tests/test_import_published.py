@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from published_float64 import Controller, network
+from typer.testing import CliRunner
 
 from benchmarks.small_pipeline import save_small_pipeline
 from saferedir.engines import open_bundle
@@ -22,6 +21,7 @@ from saferedir.export.command import import_checkpoint
 from saferedir.export.published_import import PublishedOptions
 from saferedir.export.torch_backend import TorchBackend
 from saferedir.runtime import Pipeline, SafetyPolicy, Tightening
+from saferedir.runtime.command_line.app import app
 from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
 from saferedir_torch.published import PublishedNetwork
@@ -120,6 +120,7 @@ def session(bundle: Path, engine: str) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(bundle / f"{engine}.onnx"), providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_network_equals_its_transcription(
     checkpoint: Path, alone: Path, parameters: dict[str, Any], latents: torch.Tensor, batch: int
@@ -138,6 +139,7 @@ def test_the_network_equals_its_transcription(
             close(found[name].reshape(value.shape), value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("guided", [True, False])
 def test_a_whole_trajectory_of_the_controller_equals_its_transcription(
@@ -183,6 +185,7 @@ def test_a_whole_trajectory_of_the_controller_equals_its_transcription(
     assert min(min(controller.margins) for controller in controllers) > 1e-4
 
 
+@pytest.mark.slow
 def test_mask_again_multiplies_by_the_mask(
     checkpoint: Path, folder: Path, parameters: dict[str, Any], latents: torch.Tensor
 ) -> None:
@@ -209,6 +212,7 @@ def test_mask_again_multiplies_by_the_mask(
     pytest.fail("nothing fired")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [7.5, 1.0])
 def test_the_runtime_draws_as_the_eager_reference_does(drawing: Path, checkpoint: Path, model: Path, guidance: float) -> None:
     bundle = open_bundle(drawing)
@@ -223,6 +227,7 @@ def test_the_runtime_draws_as_the_eager_reference_does(drawing: Path, checkpoint
     assert any(step.fired for record in first.records for step in record.steps)
 
 
+@pytest.mark.slow
 def test_the_first_step_is_unprotected(drawing: Path) -> None:
     protected = Pipeline.from_bundle(drawing)
     plain = Pipeline(protected.bundle, protected.backend, SafetyPolicy(unprotected=True))
@@ -230,6 +235,7 @@ def test_the_first_step_is_unprotected(drawing: Path) -> None:
     assert one.images[0].tobytes() == plain("a church", seed=1, num_inference_steps=1).images[0].tobytes()
 
 
+@pytest.mark.slow
 def test_there_is_no_threshold_to_set(drawing: Path) -> None:
     with pytest.raises(RequestError, match="church has no threshold"):
         Pipeline.from_bundle(drawing, policy=SafetyPolicy(thresholds={"church": 0.2}))
@@ -239,6 +245,7 @@ def test_there_is_no_threshold_to_set(drawing: Path) -> None:
     assert pipeline("a church", num_inference_steps=1, tighten=Tightening(alpha_scales={"church": 2.0})).images
 
 
+@pytest.mark.slow
 def test_a_safety_alone_is_whole_but_does_not_draw(alone: Path, checkpoint: Path) -> None:
     bundle = open_bundle(alone)
     assert set(bundle.manifest.engines) == {"safety", "published_network"}
@@ -256,6 +263,7 @@ def test_a_safety_alone_is_whole_but_does_not_draw(alone: Path, checkpoint: Path
         verify_bundle(alone)
 
 
+@pytest.mark.slow
 def test_a_bundle_that_draws_is_verified_against_its_checkpoint(drawing: Path, model: Path, checkpoint: Path) -> None:
     report = verify_bundle(drawing, model, checkpoint)
     assert report.passed
@@ -316,11 +324,12 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path, monkeypatch: pytest
         load_published(Path("absent.pt"))
 
 
-def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "saferedir.runtime", "import-published", "absent.pt", "--out", str(tmp_path / "x")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("error: absent.pt cannot be read")
+def test_the_command_leaves_nothing_where_a_checkpoint_cannot_be_used(tmp_path: Path) -> None:
+    command = ["import-published", str(tmp_path / "absent.pt"), "--out", str(tmp_path / "x")]
+    with pytest.raises(RequestError, match=r"absent\.pt cannot be read"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    with pytest.raises(RequestError, match="alpha_scale is nan"):
+        CliRunner().invoke(app, [*command, "--alpha-scale", "nan"], catch_exceptions=False)
+    with pytest.raises(RequestError, match=r"name 'a\\\\x1bb' is not what a bundle can state"):
+        CliRunner().invoke(app, [*command, "--name", "a\x1bb"], catch_exceptions=False)
     assert list(tmp_path.iterdir()) == []
-    done = subprocess.run([*command, "--alpha-scale", "nan"], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2

@@ -97,6 +97,7 @@ def on_the_hub(name: str, cache: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", FIND, name], env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_name_on_the_hub_is_found_in_its_cache(tmp_path: Path, folder: Path) -> None:
     place = tmp_path / "hub" / "models--acme--tiny"
     shutil.copytree(folder, place / "snapshots" / "0123")
@@ -106,6 +107,7 @@ def test_a_name_on_the_hub_is_found_in_its_cache(tmp_path: Path, folder: Path) -
     assert Path(result.stdout.strip()) == place / "snapshots" / "0123", result.stderr
 
 
+@pytest.mark.slow
 def test_a_name_that_is_not_to_be_had_ends_in_one_line(tmp_path: Path) -> None:
     result = on_the_hub("acme/missing", tmp_path)
     assert "RequestError: acme/missing is no folder here and cannot be had from the hub" in result.stderr

@@ -203,6 +203,7 @@ def built(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> PlanCache
     return cache
 
 
+@pytest.mark.slow
 def test_every_plan_takes_and_gives_what_the_manifest_says(bundle: Bundle, built: PlanCache) -> None:
     agree(bundle, built, (1, 4, 8))
 
@@ -223,6 +224,7 @@ def agree(bundle: Bundle, built: PlanCache, batches: tuple[int, ...]) -> None:
         assert statement["bytes"] > 2 * bundle.manifest.files[engine.weights[0]].bytes / 3
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_built_again_and_builds_are_the_same(bundle: Bundle, built: PlanCache, tmp_path: Path) -> None:
     (again,) = build_plans(bundle, PlanOptions(), built, ("text_encoder",))
     assert not again.built
@@ -231,6 +233,7 @@ def test_what_is_there_is_not_built_again_and_builds_are_the_same(bundle: Bundle
     assert file_sha256(other.path) == file_sha256(again.path)
 
 
+@pytest.mark.slow
 def test_the_runtime_finds_a_plan_whatever_it_was_built_for(bundle: Bundle, built: PlanCache) -> None:
     version = json.loads(next(built.folder.glob("step-*.json")).read_text())["key"]["builder_version"]
     found = built.fitting(bundle, "step", "tensorrt-rtx", version)
@@ -253,6 +256,7 @@ def test_without_a_plan_the_command_that_builds_it_is_named(
         find_plans(bundle, "step", "tensorrt", "11.0")
 
 
+@pytest.mark.slow
 def test_plans_for_chosen_cards_are_plans_of_their_own(bundle: Bundle, built: PlanCache) -> None:
     said: list[tuple[int, int]] = []
     options = PlanOptions(compute_capabilities=("8.9", "12.0"))
@@ -334,6 +338,7 @@ def test_impossible_targets_are_named_before_anything_is_exported(tmp_path: Path
         CliRunner().invoke(app, command, catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_export_builds_plans_beside_the_graphs_where_they_are_asked_for(tmp_path: Path) -> None:
     model = save_small_pipeline(tmp_path / "model", width=32, heads=2)
     command = ["export", str(model), "--safety", str(save_small_safety(model, tmp_path / "safety")),

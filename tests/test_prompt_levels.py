@@ -90,7 +90,7 @@ def test_a_module_without_that_level_decides_as_it_did(module: SafetyModule, tmp
 
 def test_no_prompts_are_an_error_that_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "none.txt").write_text("\n \n")
-    with pytest.raises(RequestError, match=r"none\.txt holds no prompts"):
+    with pytest.raises(RequestError, match=r"none\.txt holds no prompt;"):
         benign_prompts(tmp_path / "none.txt", 3, 0, [])
     with pytest.raises(RequestError, match="at least one"):
         benign_prompts(None, 0, 0, [])

@@ -40,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_each_size_has_engines_that_share_their_weights(folder: Path) -> None:
     manifest = open_bundle(folder / "bundle").manifest
     assert manifest.model is not None
@@ -49,12 +50,14 @@ def test_each_size_has_engines_that_share_their_weights(folder: Path) -> None:
     assert manifest.engines["step@16x24"].inputs[0].shape == ("batch", 4, 16, 24)
 
 
+@pytest.mark.slow
 def test_every_engine_of_every_size_equals_its_reference(folder: Path) -> None:
     report = verify_bundle(folder / "bundle", folder / "model", folder / "safety", runs=Runs(2, 4))
     assert report.passed
     assert {"plain_step@16x24", "step_unguided@16x24", "vae_decoder@16x24"} <= {row.engine for row in report.parity or []}
 
 
+@pytest.mark.slow
 def test_another_size_is_drawn_as_diffusers_draws_it(folder: Path) -> None:
     theirs = StableDiffusionPipeline.from_pretrained(folder / "model", torch_dtype=torch.float32)
     height, width = WIDE
@@ -68,6 +71,7 @@ def test_another_size_is_drawn_as_diffusers_draws_it(folder: Path) -> None:
     assert np.abs(np.asarray(picture) - (expected * 255).round()).max() <= 1
 
 
+@pytest.mark.slow
 def test_every_size_is_protected(folder: Path) -> None:
     policy = SafetyPolicy(thresholds={"church": 0.0}, cooldown=1)
     pipeline = Pipeline.from_bundle(folder / "bundle", policy=policy)
@@ -77,11 +81,13 @@ def test_every_size_is_protected(folder: Path) -> None:
     assert safe.images[0].tobytes() != plain("a church", width=48, num_inference_steps=4).images[0].tobytes()
 
 
+@pytest.mark.slow
 def test_nothing_ends_the_capture_of_another_size(folder: Path) -> None:
     bundle = open_bundle(folder / "bundle")
     assert [capture_obstacles(bundle.engine_path(f"{name}@16x24")) for name in ("step", "step_unguided")] == [[], []]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "says"),
     [((32, 64), "32x32, 32x48; export it with --size 32x64"), ((33, 32), "multiples of 2"), ((-2, 32), "multiples of 2")],
@@ -91,6 +97,7 @@ def test_a_size_without_engines_is_refused(folder: Path, size: tuple[int, int], 
         Pipeline.from_bundle(folder / "bundle")("a cat", height=size[0], width=size[1])
 
 
+@pytest.mark.slow
 def test_a_size_that_the_latent_cannot_have_is_not_exported(folder: Path, tmp_path: Path) -> None:
     options = BundleOptions(name="odd", further_sizes=((32, 33),))
     with pytest.raises(RequestError, match="multiples of 2"):
@@ -98,6 +105,7 @@ def test_a_size_that_the_latent_cannot_have_is_not_exported(folder: Path, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_bundle_that_lacks_an_engine_of_a_size_it_states_is_refused(folder: Path, tmp_path: Path) -> None:
     bundle = folder / "bundle" / "bundle.json"
     raw = json.loads(bundle.read_text())
