@@ -13,7 +13,7 @@ from benchmarks.report import environment
 
 TABLES = (
     "forgetting_church", "forgetting_alone_church", "attacks_church", "gradient_attacks_church", "benign", "unfamiliar",
-    "interference", "strength", "strength_choice", "cooldown", "added", "words",
+    "interference", "strength_choice", "cooldown", "added", "words",
 )  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_the_report_shows_every_table(folders: tuple[Path, Path]) -> None:
     assert tables["benign"] == json.loads((out / "benign.json").read_text())
     page = (out / "report.html").read_text()
     for heading in (
-        "Is the concept gone?", "Benign prompts", "Several concepts", "How far to move", "Cooldown", "Out of distribution",
+        "Is the concept gone?", "Benign prompts", "Several concepts", "Cooldown", "Out of distribution",
         "masks over the words", "A concept added: teddy", "Attacks: church", "Attacks by gradient: church",
     ):  # fmt: skip
         assert heading in page

@@ -65,7 +65,7 @@ def test_pictures_are_those_of_diffusers_with_the_same_changes(folder: Path) -> 
         ModelChanges(loras=((folder / "unet.safetensors", 0.5),), vae=folder / "vae"),
         save_model=folder / "saved", on_step=lambda *_: None, on_note=said.append,
     )  # fmt: skip
-    assert said == [f"{folder / 'unet.safetensors'}: added 0.5 times to 16 layers of the UNet and 0 of the text encoder"]
+    assert said == [f"{folder / 'unet.safetensors'}: added 0.5 times to 4 layers of the UNet and 0 of the text encoder"]
     theirs = load_pipeline(folder / "model")
     theirs.load_lora_weights(folder, weight_name="unet.safetensors", adapter_name="x")
     theirs.set_adapters(["x"], [0.5])

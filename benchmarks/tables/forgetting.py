@@ -194,7 +194,9 @@ def _kept(concept: WorldConcept, tested: UnsafeSet, opinions: dict[str, Opinion]
             kind: clustered_share(np.array([right(opinion, row, tested.pairs[row]) for row in chosen]), names, prompts)
             for kind, opinion in opinions.items()
         }
-        rows[what]["as_often_as_rewrite"] = rows[what]["protected"]["share"] / rows[what]["rewrite"]["share"]
+        # Of few pictures the rewrite may show none.
+        shown = rows[what]["rewrite"]["share"]
+        rows[what]["as_often_as_rewrite"] = rows[what]["protected"]["share"] / shown if shown else None
     return rows
 
 
