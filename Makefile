@@ -9,14 +9,14 @@ demo: $(DEMO)/.installed
 	$(DEMO)/bin/saferedir demo --out demo-output
 
 # Two processes of one thread each: most of the time goes into tracing graphs, which has one thread.
-PYTEST := OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n 2 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n 2
 
 test: $(DEV)/.installed
-	$(PYTEST) --cov --cov-report=term --cov-fail-under=85
+	$(PYTEST) --dist worksteal --cov --cov-report=term --cov-fail-under=85
 
-# What is long and changes seldom; CI runs it.
+# What is long and changes seldom; CI runs it. Its fixtures are long as well, so that a file stays with one process.
 test-slow: $(DEV)/.installed
-	$(PYTEST) -m 'slow and not gpu'
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m 'slow and not gpu'
 
 # On a machine with an NVIDIA GPU: every backend that can be had there.
 test-gpu: .venv-gpu/.installed

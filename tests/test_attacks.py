@@ -273,6 +273,7 @@ def test_a_judge_that_is_none_is_named(judge: str, keys: list[str], says: str) -
         load_judge(judge, keys, 0.5)
 
 
+@pytest.mark.slow
 def test_the_tool_attacks_the_embedded_model(tmp_path: Path) -> None:
     prompts = [
         ("a church on a blue background", "a church"),
@@ -313,6 +314,7 @@ def test_the_tool_names_what_is_wrong(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, [*command, "--family", "magic"]).exit_code == 2
 
 
+@pytest.mark.slow
 def test_one_family_is_measured_as_among_all(tmp_path: Path) -> None:
     places = ["--quick", "--out", str(tmp_path), "--work", str(tmp_path / "work")]
     command = ["attacks", "--task", "ink", "--family", "letter insertion", *places]

@@ -158,6 +158,7 @@ def test_the_joint_rate_holds_as_often_as_it_says() -> None:
     assert np.mean(kept) > 0.95
 
 
+@pytest.mark.slow
 def test_calibrating_an_addition_leaves_the_others_as_they_were() -> None:
     base = SafetyModule.load(SHIPPED_SAFETY)
     deaf = tuple(structs.replace(concept, threshold=1 - 1e-10) for concept in base.config.concepts)

@@ -52,9 +52,9 @@ def test_in_the_first_step_words_count_by_their_own_level() -> None:
 def test_the_first_step_fires_for_more_that_asks_and_for_nothing_that_says_little(eager: Any, module: SafetyModule) -> None:
     """Names from behind another thing, where single words say less; benign prompts of another seed; vague ones."""
     rng, names = np.random.default_rng(5), module.config.concept_names
-    split, (others, _, _) = load_split(), benign_prompts(None, 200, 7, names)
+    split, (others, _, _) = load_split(), benign_prompts(None, 100, 7, names)
     asking = [f"{other}, {training_pair(CONCEPTS['church'], rng, split).unsafe}" for other in others]
-    vague = ["", "a", "an emoji", "something", "a picture"] * 40
+    vague = ["", "a", "an emoji", "something", "a picture"] * 20
 
     thresholds = torch.tensor([concept.threshold for concept in module.config.concepts])
 
@@ -65,7 +65,7 @@ def test_the_first_step_fires_for_more_that_asks_and_for_nothing_that_says_littl
 
     module.last_branch.prompt_levels.fill_(HIGHEST)
     missed, falsely = len(asking) - firing(asking), firing(vague)
-    set_prompt_levels(eager, module, strange_prompts(benign_prompts(None, 400, 8, names)[0], seed=1))
+    set_prompt_levels(eager, module, strange_prompts(benign_prompts(None, 400, 8, names)[0], seed=1)[:3000])
     assert 0 < len(asking) - firing(asking) < 0.9 * missed
     assert firing(others) <= 1
     assert firing(vague) == falsely

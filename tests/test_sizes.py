@@ -132,12 +132,16 @@ def test_a_transformer_is_told_the_size_it_draws() -> None:
     assert torch.allclose(said, expected, atol=1e-5)
 
 
-def test_sizes_are_written_as_people_write_them(folder: Path, tmp_path: Path) -> None:
+def test_sizes_are_written_as_people_write_them() -> None:
     assert picture_size("512") == (512, 512)
     assert picture_size(" 512x768") == (512, 768)
     for text in ("", "x", "512x", "wide", "1.5"):
         with pytest.raises(RequestError, match="SIDE or HEIGHTxWIDTH"):
             picture_size(text)
+
+
+@pytest.mark.slow
+def test_the_command_draws_a_size_that_is_named(folder: Path, tmp_path: Path) -> None:
     command = ["generate", "a cat", "--bundle", str(folder / "bundle"), "--steps", "2", "--out", str(tmp_path / "drawn")]
     assert CliRunner().invoke(app, [*command, "--size", "32x48"]).exit_code == 0
     assert len(list((tmp_path / "drawn").iterdir())) == 1
