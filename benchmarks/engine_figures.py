@@ -36,8 +36,8 @@ def safety_cost() -> str:
         f"| {100 * row['of_a_guided_step']:.2f} % |"
         for row in result["rows"]
     )
-    return f"""**And at Stable Diffusion 1.5's shapes?** {result["environment"]["machine"]}, one request, fp32. `safety_prompt` runs once a prompt
-and `safety_step` every step; `safety` is both in one; the UNet is of the true size with random weights, in eager PyTorch.
+    return f"""**And at Stable Diffusion 1.5's shapes?** {result["environment"]["machine"]}, one request, fp32. `safety` is the part of a step
+that is the safety's, in ONNX Runtime; the UNet is of the true size with random weights, in eager PyTorch.
 (`python -m benchmarks.safety_cost --unet`)
 
 | engine | GFLOP | time | of the published network's | of the UNet's guided step |
