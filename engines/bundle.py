@@ -134,7 +134,8 @@ def open_bundle(path_or_name: str | Path, *, digest: str | None = None) -> Bundl
 def locate(path_or_name: str | Path) -> Path:
     """The folder of a bundle given by path, or by the name of an embedded one."""
     if str(path_or_name) in EMBEDDED:
-        return Path(__file__).parent / EMBEDDED[str(path_or_name)]
+        # Resolved, since an editable install links to each file.
+        return Path(__file__).resolve().parent / EMBEDDED[str(path_or_name)]
     folder = Path(path_or_name)
     try:
         found = folder.is_dir()

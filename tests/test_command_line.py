@@ -103,7 +103,7 @@ def test_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
     process = subprocess.Popen(
         arguments, stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     )
-    while cpu_seconds(process.pid) < 4:  # by then it draws, however busy the machine is
+    while process.poll() is None and cpu_seconds(process.pid) < 4:  # by then it draws, however busy the machine is
         time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 130
