@@ -66,7 +66,8 @@ class HybridBackend(EagerControllerBackend):
             seen = read["latent"] * read["input_scale"][:, None, None, None]
             state = State(*(read[name] for name in STATE))
             policy = Policy(read["period"], read["enabled"], read["threshold"], read["alpha_scale"])
-            state, verdict = self.controller(seen, read["timestep"], read["original"], state, policy, history=read["history"])
+            told = (read["original"], state, policy, read["denoised"], read["known"])
+            state, verdict = self.controller(seen, read["timestep"], *told)
             self.write({f"next_{name}": tensor for name, tensor in zip(STATE, state, strict=True)}, outputs)
             self.write(dict(zip(VERDICT, verdict, strict=True)), outputs)
             plain()
