@@ -118,9 +118,7 @@ def bank_of(runs: int, steps: int) -> LatentBank:
     shown = torch.where(unsafe, torch.where(clear, 1.0, -1.0), 0.0)[:, None]
     run = torch.arange(runs).repeat_interleave(steps)
     prompts = torch.zeros(runs, TOKENS, WIDTH)
-    return LatentBank(
-        ("a",), latent.half(), torch.zeros_like(latent).half(), timestep, run, prompts, unsafe.float()[:, None], shown, run
-    )
+    return LatentBank(("a",), latent.half(), latent.half(), timestep, run, prompts, unsafe.float()[:, None], shown, run)
 
 
 def test_it_learns_what_shows_and_is_levelled_by_what_is_clean(tmp_path: Path) -> None:
