@@ -18,7 +18,7 @@ from torch import Tensor
 from saferedir.engines.errors import RequestError
 from saferedir.runtime.unlearning_technique import SafeRedirTechnique
 from saferedir_torch.attacks.__main__ import load_judge, read_pairs
-from saferedir_torch.attacks.amplified_guidance import AMPLIFIED_GUIDANCE, GUIDANCE, SHARES, AmplifiedGuidance, Pair
+from saferedir_torch.attacks.amplified_guidance import AMPLIFIED_GUIDANCE, SHARES, AmplifiedGuidance, Pair
 from saferedir_torch.attacks.diffusers_model import DiffusersModel
 from saferedir_torch.attacks.suite import attack
 from saferedir_torch.models import SHIPPED_MODEL
@@ -48,22 +48,26 @@ class Grey:
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_each_pair_has_a_share_of_its_own_between_the_safe_and_the_unsafe_embedding(seed: int) -> None:
-    pairs = [Pair("x" * 20, "y" * 10, "x")] * 5
-    own = AmplifiedGuidance(pairs, lengths, seed=seed)
-    shares = torch.tensor([mixture.share for mixture in own.mixtures])
-    assert set(shares.tolist()) <= set(torch.tensor(SHARES).tolist())
-    found = own.conditioning([str(mixture) for mixture in own.mixtures])
-    torch.testing.assert_close(found.prompt_embeds, (10 + 10 * shares)[:, None, None].expand(-1, 2, 3))
-    assert torch.equal(found.negative_prompt_embeds, torch.full((5, 2, 3), 10.0))
-    assert own.mixtures == AmplifiedGuidance(pairs, lengths, seed=seed).mixtures
+    pairs = [Pair("x" * 20, "y" * (10 + number), "x") for number in range(5)]
+    own = AmplifiedGuidance(lengths)
+    made = own.attempts(pairs, 0, seeds_a_prompt=1, seed=seed)
+    shares = [float(prompt.split(" + ")[1].split(" ")[0]) for prompt in made.prompts]
+    assert set(shares) <= set(SHARES)
+    found = own.options(made.prompts)
+    for row, share in enumerate(shares):
+        torch.testing.assert_close(found["prompt_embeds"][row], torch.full((2, 3), 10 + row + share * (10 - row)))
+        assert torch.equal(found["negative_prompt_embeds"][row], torch.full((2, 3), 10.0 + row))
+    assert made == own.attempts(pairs, 0, seeds_a_prompt=1, seed=seed)
+    assert all(prompt in own for prompt in made.prompts)
+    assert "x" not in own
 
 
 def test_it_is_attempted_and_counted_like_any_family() -> None:
-    own = AmplifiedGuidance([PAIR, Pair("an axe", "a ball", "an axe")], lengths, shares=[0.5], guidance_scale=9.0)
-    made = own.attempts(100, seeds_a_prompt=2)
+    own = AmplifiedGuidance(lengths, shares=[0.5], guidance_scale=9.0)
+    made = own.attempts([PAIR, Pair("an axe", "a ball", "an axe")], 100, seeds_a_prompt=2)
     assert made.family == AMPLIFIED_GUIDANCE
     assert made.names == ["a church"] * 2 + ["an axe"] * 2
-    assert made.prompts[0] == "'a house' + 0.5 ('a church' - 'a house'), guided by 'a house'"
+    assert made.prompts[0] == "'a house' + 0.5 ('a church' - 'a house'), guided by 'a house' at 9"
     assert made.seeds == [100, 101, 102, 103]
     plain, safe = Grey(), Grey()
     outcome = attack(made, own.drawing(plain), own.drawing(safe), lambda pixels: pixels[:, 0, 0, 0] > 6, at_least=1)
@@ -79,10 +83,10 @@ def test_a_technique_that_takes_no_embeddings_is_named() -> None:
         def generate(self, prompts: Sequence[str], seed: int | None = None) -> list[Image.Image]:
             return []
 
-    own = AmplifiedGuidance([PAIR], lengths)
+    own = AmplifiedGuidance(lengths)
     made: Any = Texts()
     with pytest.raises(RequestError, match=r"Texts.generate takes no embeddings: .*unexpected keyword"):
-        own.drawing(made)([str(own.mixtures[0])], [1], "")
+        own.drawing(made)(own.attempts([PAIR], 1).prompts[:1], [1], "")
 
 
 def test_safe_prompts_are_asked_for(tmp_path: Path) -> None:
@@ -96,16 +100,12 @@ def test_safe_prompts_are_asked_for(tmp_path: Path) -> None:
 
 def test_half_a_church_guided_away_from_a_house_is_a_church_without_safety() -> None:
     model = DiffusersModel(str(SHIPPED_MODEL), device="cpu", num_inference_steps=12)
-    own = AmplifiedGuidance([PAIR], lambda prompts: encode(model.pipeline, list(prompts))[1], shares=[0.5])
-    made = own.attempts(3, seeds_a_prompt=3)
+    own = AmplifiedGuidance(lambda prompts: encode(model.pipeline, list(prompts))[1], shares=[0.5])
+    made = own.attempts([PAIR], 3, seeds_a_prompt=3)
     drawn = own.drawing(model)(made.prompts, made.seeds, "")
     assert load_judge(JUDGE, ["church"], 0.5)(drawn).sum() >= 2
     safe = SafeRedirTechnique(num_inference_steps=12)
     found = own.drawing(safe)(made.prompts[:1], made.seeds[:1], "")
-    conditioning = own.conditioning(made.prompts[:1])
-    expected = safe.pipeline(
-        prompt_embeds=conditioning.prompt_embeds, negative_prompt_embeds=conditioning.negative_prompt_embeds, seed=3,
-        num_inference_steps=12, guidance_scale=GUIDANCE,
-    )  # fmt: skip
+    expected = safe.pipeline(seed=3, num_inference_steps=12, **own.options(made.prompts[:1]))
     assert np.array_equal(found[0], np.asarray(expected.images[0]))
     assert safe.records[0].seed == 3

@@ -76,8 +76,9 @@ def main(
         figures = {}
         for name in (UNCHANGED, *chosen):
             if name == AMPLIFIED_GUIDANCE:
-                own = AmplifiedGuidance(pairs, lambda prompts: encode(plain.pipeline, list(prompts))[1], seed=seed)
-                made, unprotected, protected = own.attempts(seed, seeds_a_prompt=seeds), own.drawing(plain), own.drawing(safe)
+                own = AmplifiedGuidance(lambda prompts: encode(plain.pipeline, list(prompts))[1])
+                made = own.attempts(pairs, seed, seeds_a_prompt=seeds, seed=seed)
+                unprotected, protected = own.drawing(plain), own.drawing(safe)
             else:
                 made = attempts(asked, name, seed, seeds_a_prompt=seeds, seed=seed)
                 unprotected, protected = drawing_with(plain), drawing_with(safe)

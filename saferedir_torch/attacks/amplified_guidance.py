@@ -8,7 +8,7 @@ near what asks for the concept. He needs the text encoder alone, and knows neith
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,65 +35,64 @@ class Pair(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """A pair and its k."""
+    """A pair, its k and the g that it is drawn with."""
 
     pair: Pair
     share: float
+    guidance_scale: float
 
     def __str__(self) -> str:
         safe, unsafe = repr(self.pair.safe), repr(self.pair.unsafe)
-        return f"{safe} + {self.share:g} ({unsafe} - {safe}), guided by {safe}"
-
-
-class Conditioning(NamedTuple):
-    """What requests bring in place of prompts, [R, T, D] each."""
-
-    prompt_embeds: Tensor
-    negative_prompt_embeds: Tensor
+        return f"{safe} + {self.share:g} ({unsafe} - {safe}), guided by {safe} at {self.guidance_scale:g}"
 
 
 class AmplifiedGuidance:
-    """The attack on some pairs, each with one k at random."""
+    """The attack on a text encoder. Its prompts are formulas, which say all of what is drawn and stand for embeddings here."""
 
     def __init__(
         self,
-        pairs: Sequence[Pair],
         encode: Callable[[Sequence[str]], Tensor],
         *,
         shares: Sequence[float] = SHARES,
         guidance_scale: float = GUIDANCE,
-        seed: int = 0,
     ) -> None:
-        """`encode` gives the embeddings [B, T, D] of prompts by the text encoder that is attacked."""
-        rng = np.random.default_rng([seed, *AMPLIFIED_GUIDANCE.encode()])
-        self.encode, self.guidance_scale = encode, guidance_scale
-        self.mixtures = [Mixture(pair, shares[int(rng.integers(len(shares)))]) for pair in pairs]
-        self._of = {str(mixture): mixture for mixture in self.mixtures}
+        """`encode` gives the embeddings [B, T, D] of prompts."""
+        self.encode, self.shares, self.guidance_scale = encode, shares, guidance_scale
+        self._mixtures: dict[str, Mixture] = {}
 
-    def attempts(self, first_seed: int, *, seeds_a_prompt: int = SEEDS_A_PROMPT) -> Attempts:
-        """What `attack` draws, with seeds that count up from `first_seed`; prompts are formulas that `drawing` knows."""
-        rows = [mixture for mixture in self.mixtures for _ in range(seeds_a_prompt)]
+    def attempts(
+        self, pairs: Sequence[Pair], first_seed: int, *, seeds_a_prompt: int = SEEDS_A_PROMPT, seed: int = 0
+    ) -> Attempts:
+        """Each pair with one k at random, to be drawn with seeds that count up from `first_seed`."""
+        rng = np.random.default_rng([seed, *AMPLIFIED_GUIDANCE.encode()])
+        mixtures = [Mixture(pair, self.shares[int(rng.integers(len(self.shares)))], self.guidance_scale) for pair in pairs]
+        self._mixtures |= {str(mixture): mixture for mixture in mixtures}
+        rows = [mixture for mixture in mixtures for _ in range(seeds_a_prompt)]
         names, prompts = [row.pair.words for row in rows], [str(row) for row in rows]
         return Attempts(AMPLIFIED_GUIDANCE, names, prompts, [first_seed + row for row in range(len(rows))])
 
+    def __contains__(self, prompt: str) -> bool:
+        """Whether it is a formula of attempts that were made here."""
+        return prompt in self._mixtures
+
     @torch.no_grad()
-    def conditioning(self, prompts: Sequence[str]) -> Conditioning:
-        """The embeddings that the formulas `prompts` stand for."""
-        rows = [self._of[prompt] for prompt in prompts]
-        safe, unsafe = (self.encode([getattr(row.pair, side) for row in rows]) for side in ("safe", "unsafe"))
+    def options(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """What diffusers' pipelines and the runtime are to be given in place of the formulas: `prompt_embeds` and
+        `negative_prompt_embeds` [R, T, D], `guidance_scale`."""
+        rows = [self._mixtures[prompt] for prompt in prompts]
+        safe, unsafe = self.encode([row.pair.safe for row in rows]), self.encode([row.pair.unsafe for row in rows])
         share = torch.tensor([row.share for row in rows], device=safe.device, dtype=safe.dtype)[:, None, None]
-        return Conditioning(safe + share * (unsafe - safe), safe)
+        mixed = safe + share * (unsafe - safe)
+        return {"prompt_embeds": mixed, "negative_prompt_embeds": safe, "guidance_scale": self.guidance_scale}
 
     def drawing(self, technique: Technique) -> Draw:
-        """Draws the formulas with `technique`, one picture at a time. Its `generate` is given no prompts, and what diffusers'
-        pipelines and the runtime call `prompt_embeds`, `negative_prompt_embeds` and `guidance_scale`."""
+        """Draws the formulas with `technique`, one picture at a time. Its `generate` is given no prompts, and the `options`."""
 
         def draw(prompts: Sequence[str], seeds: Sequence[int], title: str) -> Pixels:
             pictures = []
             for prompt, seed in track(list(zip(prompts, seeds, strict=True)), description=title):
-                given = self.conditioning([prompt])._asdict()
                 try:
-                    made = technique.generate([], seed=seed, guidance_scale=self.guidance_scale, **given)
+                    made = technique.generate([], seed=seed, **self.options([prompt]))
                 except TypeError as error:
                     raise RequestError(f"{type(technique).__name__}.generate takes no embeddings: {error}") from error
                 pictures.append(picture_of(technique, made))
