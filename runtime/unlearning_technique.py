@@ -18,7 +18,8 @@ from saferedir.runtime.record import SafetyRecord
 
 #: What `generate` may be given beside prompts and seed.
 OPTIONS = (
-    "num_inference_steps", "guidance_scale", "negative_prompt", "scheduler", "prompt_embeds", "negative_prompt_embeds",
+    "num_inference_steps", "guidance_scale", "guidance_rescale", "negative_prompt", "scheduler", "prompt_embeds",
+    "negative_prompt_embeds",
 )  # fmt: skip
 
 
