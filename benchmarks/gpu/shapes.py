@@ -89,7 +89,9 @@ class ToldOfSize(nn.Module):
         return found
 
     def forward(self, latent: Tensor, timestep: Tensor, prompt_embeds: Tensor, return_dict: bool = False) -> tuple[Tensor, ...]:
-        # As floats, which diffusers joins with the sizes' embedding, whatever the rest is in.
-        told = {name: getattr(self, name).float().expand(latent.shape[0], -1) for name in ("text_embeds", "time_ids")}
+        # As floats, which diffusers joins with the sizes' embedding, whatever the rest is in; and added to nothing rather than
+        # repeated, since a constant is repeated by arithmetic on the batch's size, which ends capture in a CUDA graph.
+        nothing = 0 * timestep[:, None]
+        told = {"text_embeds": self.text_embeds.float() + nothing, "time_ids": self.time_ids.float() + nothing}
         drawn: tuple[Tensor, ...] = self.unet(latent, timestep, prompt_embeds, added_cond_kwargs=told, return_dict=return_dict)
         return drawn
