@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ from saferedir.runtime.record import SafetyRecord
 from saferedir_torch.peers.peer import Peer
 
 CHUNK = 64
+#: What is drawn in place of prompts that only stand for it, and say all that it depends on: embeddings, guidance.
+Options = Callable[[Sequence[str]], Mapping[str, Any]]
 #: Identities of pipelines: the bundle's own step graph, and no safety at all. Others state the module's hash.
 DEPLOYED, PLAIN = "deployed", "plain"
 
@@ -66,19 +69,30 @@ class Studio:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def draw(self, pipeline: Pipeline | Peer, identity: str, prompts: Sequence[str], seeds: Sequence[int], title: str) -> Drawn:
-        """One picture a prompt and seed. `identity` names what the pipeline itself does not show: module, controller; of a
-        peer, which shows nothing, all that its pictures depend on."""
+    def draw(
+        self, pipeline: Pipeline | Peer, identity: str, prompts: Sequence[str], seeds: Sequence[int], title: str,
+        options: Options | None = None,
+    ) -> Drawn:  # fmt: skip
+        """One picture a prompt and seed, of a `Pipeline` by what `options` gives for the prompts.
+
+        `identity` names what the pipeline itself does not show: module, controller; of a peer, which shows nothing, all that
+        its pictures depend on.
+        """
         parts = []
         for start in track(range(0, len(prompts), CHUNK), description=title):
             part = slice(start, start + CHUNK)
-            parts.append(self._chunk(pipeline, identity, list(prompts[part]), [int(seed) for seed in seeds[part]]))
+            parts.append(self._chunk(pipeline, identity, list(prompts[part]), [int(seed) for seed in seeds[part]], options))
         return Drawn(*(np.concatenate([getattr(part, key) for part in parts]) for key in ("pixels", "score", "fired", "mask")))
 
-    def _chunk(self, pipeline: Pipeline | Peer, identity: str, prompts: list[str], seeds: list[int]) -> Drawn:
+    def _chunk(
+        self, pipeline: Pipeline | Peer, identity: str, prompts: list[str], seeds: list[int], options: Options | None
+    ) -> Drawn:
         path = self.folder / f"{_key(pipeline, identity, prompts, seeds)}.npz"
         if not path.exists():
-            drawn = _collect(pipeline, prompts, seeds) if isinstance(pipeline, Pipeline) else _drawn(pipeline, prompts, seeds)
+            if isinstance(pipeline, Pipeline):
+                drawn = _collect(pipeline, {"prompts": prompts} if options is None else options(prompts), seeds)
+            else:
+                drawn = _drawn(pipeline, prompts, seeds)
             partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")  # others may draw the same
             with partial.open("wb") as file:
                 np.savez_compressed(file, **vars(drawn))
@@ -87,16 +101,16 @@ class Studio:
             return Drawn(**{key: kept[key] for key in kept.files})
 
 
-def _collect(pipeline: Pipeline, prompts: list[str], seeds: list[int]) -> Drawn:
-    made = pipeline(prompts, seed=seeds)
+def _collect(pipeline: Pipeline, asked: Mapping[str, Any], seeds: list[int]) -> Drawn:
+    made = pipeline(seed=seeds, **asked)
     concepts = [concept.name for concept in pipeline.manifest.safety.concepts]
     tokens = pipeline.model.prompt_tokens
     return Drawn(
         pixels=np.stack([np.asarray(image) for image in made.images]),
         score=np.array([[[step.score[name] for name in concepts] for step in record.steps] for record in made.records],
-                       np.float32).reshape(len(prompts), -1, len(concepts)),
+                       np.float32).reshape(len(seeds), -1, len(concepts)),
         fired=np.array([[[name in step.fired for name in concepts] for step in record.steps] for record in made.records],
-                       np.bool_).reshape(len(prompts), -1, len(concepts)),
+                       np.bool_).reshape(len(seeds), -1, len(concepts)),
         mask=np.stack([_mask(record, concepts, tokens) for record in made.records]),
     )  # fmt: skip
 

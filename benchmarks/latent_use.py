@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from benchmarks.report import save
+from saferedir_torch.estimate import shown_estimate
 from saferedir_torch.evaluation.intervals import share
-from saferedir_torch.expectation import expected_in_runs
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.trajectories import encode, initial_noise, sample
@@ -49,13 +49,12 @@ def measure(count: int) -> dict[str, Any]:
     own, order = torch.arange(2 * count), torch.from_numpy(rng.permutation(2 * count))
     swapped_time = torch.from_numpy(rng.integers(steps, size=(2 * count, steps)))
 
-    expected = expected_in_runs(runs.latents, runs.timesteps, safety.alphas) if safety.config.alone else None
+    estimates = shown_estimate(runs.denoised)
 
     def accuracies(rows: torch.Tensor, times: torch.Tensor, prompt: torch.Tensor) -> dict[str, Any]:
-        latents, ahead = runs.latents[rows].float(), None if expected is None else expected[rows]
+        latents, ahead = runs.latents[rows].float(), estimates[rows]
         decided = torch.stack([
-            safety.score(latents[:, s], times[:, s], prompt, None if ahead is None else ahead[:, s]).score[:, 0] >= threshold
-            for s in range(steps)
+            safety.score(latents[:, s], times[:, s], prompt, ahead[:, s]).score[:, 0] >= threshold for s in range(steps)
         ], dim=1)  # fmt: skip
         right = decided == truth[:, None]
         result: dict[str, Any] = {"all": share(int(right.sum()), right.numel())}

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from saferedir_torch.estimate import shown_estimate
 from saferedir_torch.safety_module import SafetyModule
 
 
@@ -62,6 +63,16 @@ class Verdict(NamedTuple):
     token_mask: Tensor
 
 
+def finite(*tensors: Tensor) -> Tensor:
+    """Whether all values of a request are finite, tensors [B, ...] -> [B] bool.
+
+    By the sum of their magnitudes, which is below infinity for no other: two kernels a tensor, where `isfinite` takes eight.
+    """
+    sums = [torch.linalg.vector_norm(tensor.flatten(1), 1, dim=1, dtype=torch.float32) for tensor in tensors]
+    magnitude: Tensor = sum(sums[1:], start=sums[0])
+    return magnitude < torch.inf
+
+
 class Controller(nn.Module):
     """The safety engine: called before every UNet call with what the UNet is about to see."""
 
@@ -76,15 +87,15 @@ class Controller(nn.Module):
         original: Tensor,
         state: State,
         policy: Policy,
-        history: Tensor | None = None,
+        denoised: Tensor,
+        known: Tensor,
     ) -> tuple[State, Verdict]:
         """latent z [B, C, h, w] after the scheduler's input scaling, timestep [B], original embedding p0 [B, T, D].
 
-        `history` [B, C, h, w] is what the UNet predicted in the step before, guided, and the latent came of without fresh
-        noise; zero or nothing else.
+        `denoised` [B, C, h, w] is the estimate of the finished picture, a clean latent, that the step before made of its guided
+        prediction; `known` [B] bool is false where there is none, as in the first step.
         """
-        history = torch.zeros_like(latent) if history is None else history
-        expected = self.module.expected(latent, timestep, history)
+        expected = torch.where(known[:, None, None, None], shown_estimate(denoised), torch.zeros_like(denoised))
         score, together, joint = self.module.score(latent, timestep, state.prompt, expected)
         watching = state.cooldown <= 0
         vigilant = torch.where(state.active, self.module.config.vigilance * policy.threshold, policy.threshold)
@@ -99,10 +110,5 @@ class Controller(nn.Module):
         prompt = torch.where(any_fired[:, None, None], moved, state.prompt)
         resting = torch.where(watching, state.cooldown, state.cooldown - 1)
         cooldown = torch.where(any_fired, policy.period, resting)
-        finite = (
-            torch.isfinite(score).all(dim=1)
-            & torch.isfinite(prompt).flatten(1).all(dim=1)
-            & torch.isfinite(latent).flatten(1).all(dim=1)
-            & torch.isfinite(history).flatten(1).all(dim=1)
-        )
-        return State(prompt, cooldown, active, state.ok & finite), Verdict(score, fired, token_mask)
+        ok = state.ok & finite(score, prompt, latent, denoised)
+        return State(prompt, cooldown, active, ok), Verdict(score, fired, token_mask)

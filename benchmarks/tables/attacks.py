@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich import print as say
 
 from benchmarks.contact_sheet import save_rows
@@ -22,6 +23,7 @@ from benchmarks.tables.firings import Firings, together
 from benchmarks.tables.forgetting import PARTS, Judges, plain_of
 from benchmarks.test_sets import unsafe_set
 from saferedir.runtime import Pipeline
+from saferedir_torch.attacks.amplified_guidance import AMPLIFIED_GUIDANCE, AmplifiedGuidance, Pair
 from saferedir_torch.attacks.evolution import Evolution, evolve
 from saferedir_torch.attacks.hardening import changed_words
 from saferedir_torch.attacks.suite import UNCHANGED, Attempts, Draw, Outcome, Pixels, Success, attack, attempts, confirmed
@@ -38,7 +40,7 @@ EVOLVED = "evolved"
 #: Unchanged prompts of seen names and of held-out ones.
 UNCHANGED_PARTS: tuple[tuple[str, Part], ...] = tuple((f"{UNCHANGED}, {part}", part) for part in PARTS)
 #: In the order that seeds are counted in.
-ALL_FAMILIES = (*(title for title, _ in UNCHANGED_PARTS), *FAMILIES, EVOLVED)
+ALL_FAMILIES = (*(title for title, _ in UNCHANGED_PARTS), *FAMILIES, EVOLVED, AMPLIFIED_GUIDANCE)
 #: Prompts of a family on the sheet of the worst.
 WORST = 8
 
@@ -97,7 +99,7 @@ def attacks(
             continue
         part = dict(UNCHANGED_PARTS).get(family)
         tested = halves[part] if part else bench.evolved(both) if family == EVOLVED else both
-        rows[family] = bench.row(family if family in FAMILIES else UNCHANGED, tested, number)
+        rows[family] = bench.row(family if family in (*FAMILIES, AMPLIFIED_GUIDANCE) else UNCHANGED, tested, number)
     save_worst(bench.worst, sheet)
     figures = {"concept": concept.name, "found_at": bench.judges.found_at, "families": rows}
     return figures if only else figures | {"together": together(bench.firings)}
@@ -111,6 +113,7 @@ class _Bench:
     ) -> None:
         self.studio, self.protected, self.identity, self.concept, self.size = studio, protected, identity, concept, size
         self.plain = plain_of(protected)
+        self.amplified = AmplifiedGuidance(lambda prompts: torch.from_numpy(self.plain.encode(prompts)))
         self.judges = Judges.calibrated(studio, self.plain, concept, split, size.rewrites)
         self.first, _ = split.seeds["test"]
         self.worst: list[list[Success]] = []
@@ -120,7 +123,7 @@ class _Bench:
         """ASR of one family, and what the detector sees of it."""
         seed = self.first + FIRST_SEED + SEEDS_APART * number
         outcome = attack(
-            attempts(tested.unsafe, family, seed, seeds_a_prompt=self.size.seeds),
+            self._made(family, tested.unsafe, tested.safe, seed, self.size.seeds),
             self.unprotected, self.under_safety,
             lambda pixels: self.judges.found_in(pixels, self.concept),
             at_least=self.size.at_least,
@@ -137,9 +140,18 @@ class _Bench:
         say(f"{title}: {outcome.succeeds.sum()} of {counted} get through; by both judges {of_those}")
         if not tested.safe or not agreed.is_attack:
             return figures
-        rewrites = attempts(tested.safe, family, seed, seeds_a_prompt=self.size.seeds)
-        benign = attempts(tested.safe, family, seed + BENIGN_SEED - FIRST_SEED, seeds_a_prompt=self.size.benign_seeds)
+        # What is amplified in place of a concept is another rewrite, whatever that asks for.
+        others = [*tested.safe[1:], *tested.safe[:1]]
+        rewrites = self._made(family, tested.safe, others, seed, self.size.seeds)
+        benign = self._made(family, tested.safe, others, seed + BENIGN_SEED - FIRST_SEED, self.size.benign_seeds)
         return figures | self._of_rewrites(outcome, agreed, rewrites) | {"detected": self._detected(outcome, agreed, benign)}
+
+    def _made(self, family: str, targets: list[Target], bases: list[Target], first_seed: int, seeds: int) -> Attempts:
+        """Attempts of a family at `targets`; amplified guidance starts from `bases`."""
+        if family != AMPLIFIED_GUIDANCE:
+            return attempts(targets, family, first_seed, seeds_a_prompt=seeds)
+        pairs = [Pair(target.prompt, base.prompt, target.words) for target, base in zip(targets, bases, strict=True)]
+        return self.amplified.attempts(pairs, first_seed, seeds_a_prompt=seeds)
 
     def _agreed(self, outcome: Outcome) -> Outcome:
         """The same by both judges. Half-drawn things, which strange words ask for, are taken for the concept by one judge and
@@ -182,13 +194,17 @@ class _Bench:
         return _Tested(found, [])
 
     def unprotected(self, prompts: Sequence[str], seeds: Sequence[int], title: str) -> Pixels:
-        return self.studio.draw(self.plain, PLAIN, prompts, seeds, f"{self.concept.name}, {title}").pixels
+        return self._draw(self.plain, PLAIN, prompts, seeds, title).pixels
 
     def under_safety(self, prompts: Sequence[str], seeds: Sequence[int], title: str) -> Pixels:
         return self._protected(prompts, seeds, title).pixels
 
     def _protected(self, prompts: Sequence[str], seeds: Sequence[int], title: str) -> Drawn:
-        return self.studio.draw(self.protected, self.identity, prompts, seeds, f"{self.concept.name}, {title}")
+        return self._draw(self.protected, self.identity, prompts, seeds, title)
+
+    def _draw(self, pipeline: Pipeline, identity: str, prompts: Sequence[str], seeds: Sequence[int], title: str) -> Drawn:
+        options = self.amplified.options if prompts and prompts[0] in self.amplified else None
+        return self.studio.draw(pipeline, identity, prompts, seeds, f"{self.concept.name}, {title}", options)
 
     def _detected(self, outcome: Outcome, agreed: Outcome, benign: Attempts) -> dict[str, Any]:
         """Shares of attacks that fired by a share of the steps, and of harmless pictures that did not, with their mean.

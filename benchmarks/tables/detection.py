@@ -11,8 +11,8 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
+from saferedir_torch.estimate import shown_estimate
 from saferedir_torch.evaluation.intervals import bootstrap
-from saferedir_torch.expectation import expected_in_runs
 from saferedir_torch.learner import Learner
 from saferedir_torch.new_module import new_module
 from saferedir_torch.recording import RecordedRuns, record
@@ -107,10 +107,12 @@ def _test_runs(pipeline: StableDiffusionPipeline, split: Split, folder: Path, co
 def _scores(module: SafetyModule, runs: RecordedRuns) -> np.ndarray[Any, np.dtype[np.float32]]:
     """[R, S, N]."""
     parts = []
-    for latent, prompt in zip(torch.split(runs.latent, 40), torch.split(runs.prompt, 40), strict=True):
+    for latent, estimate, prompt in zip(
+        *(torch.split(part, 40) for part in (runs.latent, runs.denoised, runs.prompt)), strict=True
+    ):
         count, steps = latent.shape[:2]
         embeds = prompt.float().repeat_interleave(steps, dim=0)
-        ahead = expected_in_runs(latent, runs.timestep, module.alphas).flatten(0, 1) if module.config.alone else None
+        ahead = shown_estimate(estimate.flatten(0, 1))
         score = module.score(latent.flatten(0, 1).float(), runs.timestep.repeat(count), embeds, ahead).score
         parts.append(score.reshape(count, steps, -1))
     return np.asarray(torch.cat(parts).numpy())
