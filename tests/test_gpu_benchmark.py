@@ -19,9 +19,12 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import benchmark as course
 from benchmarks.gpu.benchmark import COMPILED, CONTESTANTS, EAGER, RUNTIME, Benchmark, Plan
 from benchmarks.gpu.contestants import Pair
+from benchmarks.gpu.graphs import parts_of, step_graphs
 from benchmarks.gpu.packed import SMALLEST, Packed
 from benchmarks.gpu.report import Row, with_ratios
+from benchmarks.gpu.shapes import Shape, shapes
 from benchmarks.gpu.timing import Effort, Times, measure
+from saferedir.export.capture import capture_obstacles
 from saferedir.export.engine_graph import graph
 from saferedir.runtime.ort import give_weights
 
@@ -127,15 +130,35 @@ def test_what_does_not_fit_into_the_time_is_left_out_by_name(tmp_path: Path, mon
 
 
 @pytest.fixture(scope="module")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where each graph is traced once."""
+    return tmp_path_factory.mktemp("graphs")
+
+
+@pytest.fixture(scope="module")
+def figures(graphs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the dry run of the whole command writes."""
     folder = tmp_path_factory.mktemp("dry")
     with pytest.MonkeyPatch.context() as patch:
-        options = ["--dry-run", "--out", str(folder), "--graphs", str(folder / "graphs"), "--minutes", "60"]
+        options = ["--dry-run", "--out", str(folder), "--graphs", str(graphs), "--minutes", "60"]
         patch.setattr(sys, "argv", ["gpu", *options])
         command.main()
     found: dict[str, Any] = json.loads((folder / "gpu.json").read_text())
     return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", shapes(tiny=True), ids=lambda shape: shape.name)
+def test_nothing_in_a_step_ends_its_capture(shape: Shape, graphs: Path, tmp_path: Path) -> None:
+    parts = parts_of(shape)
+    parts.unet.fill(CPU)
+    for file, buffer in parts.weights().items():
+        buffer.tofile(tmp_path / file)
+    for steps in step_graphs(parts, graphs).values():
+        for step, data in steps.items():
+            path = tmp_path / f"{step}.onnx"
+            path.write_bytes(data)
+            assert capture_obstacles(path) == []
 
 
 @pytest.mark.slow

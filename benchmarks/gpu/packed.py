@@ -54,7 +54,7 @@ class Packed:
         """Give random values to what has none yet, made on `device`."""
         torch.manual_seed(0)
         for tensor in self._random:
-            tensor.copy_(_random(tensor.shape, tensor.dtype, device))
+            _randomise(tensor, device)
         self._random.clear()
 
     def trace(self, name: str, graph: Graph) -> Any:
@@ -92,7 +92,7 @@ class Packed:
             moved.fill_(0.0 if slot.name == "bias" else 1.0)
         elif moved.numel() <= FOLDED:
             torch.manual_seed(zlib.crc32(slot.path.encode()))
-            moved.copy_(_random(moved.shape, moved.dtype, torch.device("cpu")))
+            _randomise(moved, torch.device("cpu"))
         else:
             self._random.append(moved)
         if slot.name in slot.owner._parameters:
@@ -101,10 +101,11 @@ class Packed:
             slot.owner._buffers[slot.name] = moved
 
 
-def _random(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As large as layers are made with by default, so that a deep network's values stay finite in fp16."""
-    scale: float = (3 * shape[1:].numel()) ** -0.5
-    return torch.randn(shape, dtype=dtype, device=device) * scale
+def _randomise(tensor: Tensor, device: torch.device) -> None:
+    """Fill a weight as layers are made by default, so that a deep network's values stay finite in fp16."""
+    stored = tensor.t() if tensor.ndim == 2 else tensor  # as it lies in memory
+    scale: float = (3 * tensor[0].numel()) ** -0.5
+    stored.copy_(torch.randn(stored.shape, dtype=stored.dtype, device=device) * scale)
 
 
 def _turn(model: Any, names: set[str]) -> None:

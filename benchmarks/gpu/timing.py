@@ -25,7 +25,7 @@ class Effort:
     #: Measuring ends after so long, with however many steps.
     seconds: float
     #: Steps of either kind before measuring: the first ones load, compile and capture.
-    warm_up: int = 5
+    warm_up: int = 3
 
 
 class Clock:
