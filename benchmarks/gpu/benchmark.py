@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -70,9 +71,8 @@ class Benchmark:
                 for contestant in contestants:
                     if contestant != ALONE or chosen.alone is not None:
                         self._rows += self._measured(chosen, contestant)
+                        self._free()
                         yield
-                del chosen
-                self._free()
 
     def _measured(self, chosen: Subject, contestant: str) -> list[Row]:
         """One row a batch; what fails is a row that says so, and takes no others along."""
@@ -89,7 +89,7 @@ class Benchmark:
                 else:
                     figures["differs_by"] = self._difference(chosen.name, batch, pair.drawn())
             except Exception as error:  # out of memory, or whatever a compiler raises
-                figures = {"error": printable(str(error).strip().partition("\n")[0] or type(error).__name__)}
+                figures = _said(error)
             rows.append(Row(chosen.name, contestant, batch, figures))
         return rows
 
@@ -100,22 +100,27 @@ class Benchmark:
             return Runtime(bundle, self._plan.backend)
         return (Eager if contestant == EAGER else Compiled)(*chosen.eager(), self._device)
 
-    def _difference(self, model: str, batch: int, drawn: Float32) -> float:
-        """How far a plain step's latent lies from the first contestant's, of its largest magnitude: all compute the same."""
+    def _difference(self, model: str, batch: int, drawn: Float32) -> float | None:
+        """How far a plain step's latent lies from the first contestant's, of its largest magnitude, since all compute the
+        same; None where they are not finite."""
         first = self._drawn.setdefault((model, batch), drawn)
-        return float(np.abs(drawn - first).max() / np.abs(first).max())
+        difference = float(np.abs(drawn - first).max() / np.abs(first).max())
+        return difference if math.isfinite(difference) else None
 
     def _facts(self, chosen: Subject) -> dict[str, Any]:
         """What stands beside a model's rows."""
         counted = chosen.alone or chosen.bundle
-        counts = count_nodes(counted.engine("step"), counted.engine("plain_step"), self._plan.backend)
+        try:
+            kernels = count_nodes(counted.engine("step"), counted.engine("plain_step"), self._plan.backend).figures()
+        except Exception as error:  # ONNX Runtime raises several types of its own
+            kernels = _said(error)
         return {
             "title": chosen.title,
             "precision": chosen.precision,
             "sizes": chosen.sizes,
             "safety_parameters": chosen.safety_parameters,
             "kernels_before": "its own denoiser" if chosen.alone is None else "a denoiser that costs next to nothing",
-            "kernels": counts.figures(),
+            "kernels": kernels,
         }
 
     def _left(self) -> float:
@@ -139,3 +144,8 @@ class Benchmark:
             "rows": with_ratios(self._rows, RUNTIME, (EAGER, COMPILED)),
             "seconds": time.monotonic() - self._started,
         }
+
+
+def _said(error: Exception) -> dict[str, str]:
+    """What stands in the place of figures."""
+    return {"error": printable(str(error).strip().partition("\n")[0] or type(error).__name__)}
