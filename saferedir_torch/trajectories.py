@@ -26,14 +26,21 @@ from saferedir_torch.precision import mixed_precision
 #: Runs that are drawn side by side, by the kind of device.
 CHUNKS = {"cpu": 64, "cuda": 1024}
 LARGEST_HALF = torch.finfo(torch.float16).max
+_KARRAS = {"use_karras_sigmas": True, "use_exponential_sigmas": False}
+_EXPONENTIAL = {"use_karras_sigmas": False, "use_exponential_sigmas": True}
+_PLAIN = {"use_karras_sigmas": False, "use_exponential_sigmas": False}
 _TWO_M = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
-#: What runs can be drawn by: the class of diffusers and what it is told beside the model's noise schedule.
+#: What runs can be drawn by, under the names that the runtime has for them: the class of diffusers, and what it is told beside
+#: the model's noise schedule.
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {}),
-    "euler": (EulerDiscreteScheduler, {"use_karras_sigmas": False}),
+    "euler": (EulerDiscreteScheduler, _PLAIN),
+    "euler-karras": (EulerDiscreteScheduler, _KARRAS),
+    "euler-exponential": (EulerDiscreteScheduler, _EXPONENTIAL),
     "euler-ancestral": (EulerAncestralDiscreteScheduler, {}),
-    "dpm++-2m": (DPMSolverMultistepScheduler, {**_TWO_M, "use_karras_sigmas": False}),
-    "dpm++-2m-karras": (DPMSolverMultistepScheduler, {**_TWO_M, "use_karras_sigmas": True}),
+    "dpm++-2m": (DPMSolverMultistepScheduler, _TWO_M | _PLAIN),
+    "dpm++-2m-karras": (DPMSolverMultistepScheduler, _TWO_M | _KARRAS),
+    "dpm++-2m-exponential": (DPMSolverMultistepScheduler, _TWO_M | _EXPONENTIAL),
     "lcm": (LCMScheduler, {}),
 }
 #: Those that add noise in a step.
