@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEMO := .venv-demo
 DEV := .venv
 
-.PHONY: demo test test-slow test-gpu check lint types bundle speed parity latent_use evaluate clean
+.PHONY: demo test test-slow test-gpu bench-gpu bench-gpu-export check lint types bundle speed parity latent_use evaluate clean
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/saferedir demo --out demo-output
@@ -20,7 +20,15 @@ test-slow: $(DEV)/.installed
 
 # On a machine with an NVIDIA GPU: every backend that can be had there.
 test-gpu: .venv-gpu/.installed
-	.venv-gpu/bin/python -m pytest -m gpu tests/test_gpu.py tests/test_gpu_training.py -v
+	.venv-gpu/bin/python -m pytest -m gpu tests/test_gpu.py tests/test_gpu_training.py tests/test_gpu_benchmark.py -v
+
+# What safety costs a step on a card, in five minutes, once the step graphs are there.
+bench-gpu: .venv-gpu/.installed
+	.venv-gpu/bin/python -m benchmarks.gpu
+
+# Makes the step graphs that are not there yet, which takes minutes: on any machine, for runs/gpu_graphs to be copied.
+bench-gpu-export: $(DEV)/.installed
+	$(DEV)/bin/python -m benchmarks.gpu.graphs
 
 check: lint types test
 

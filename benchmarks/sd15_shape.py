@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -16,7 +17,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from saferedir_torch.models import load_pipeline
 
-LEVELS = (320, 640, 1280, 1280)
+#: The public configuration of Stable Diffusion 1.5's UNet.
+UNET: dict[str, Any] = {
+    "sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8,
+    "layers_per_block": 2,
+}  # fmt: skip
 
 
 def build() -> StableDiffusionPipeline:
@@ -24,9 +29,7 @@ def build() -> StableDiffusionPipeline:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
     try:
-        unet = UNet2DConditionModel(
-            sample_size=64, block_out_channels=LEVELS, cross_attention_dim=768, attention_head_dim=8, layers_per_block=2
-        )
+        unet = UNet2DConditionModel(**UNET)
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
             down_block_types=("DownEncoderBlock2D",) * 4,

@@ -17,11 +17,12 @@ PARTS = ("text_encoder", "unet", "vae")
 
 def halved(pipeline: Any, dtype: torch.dtype, islands: tuple[type[nn.Module], ...] = ISLANDS) -> Any:
     """A pipeline whose models are copies in `dtype`; modules of the types `islands` take and give it, and compute in fp32."""
-    parts = {name: _halved(getattr(pipeline, name), dtype, islands) for name in PARTS}
+    parts = {name: halved_model(getattr(pipeline, name), dtype, islands) for name in PARTS}
     return type(pipeline)(**{**pipeline.components, **parts}, requires_safety_checker=False)
 
 
-def _halved(model: Any, dtype: torch.dtype, islands: tuple[type[nn.Module], ...]) -> Any:
+def halved_model(model: Any, dtype: torch.dtype, islands: tuple[type[nn.Module], ...] = ISLANDS) -> Any:
+    """A copy of one model in `dtype`, with such islands."""
     model = deepcopy(model)
     kept = [(module, deepcopy(module.state_dict())) for module in model.modules() if isinstance(module, islands)]
     model.to(dtype)

@@ -61,6 +61,15 @@ def to_onnx(name: str, graphs: Mapping[str, Graph], done: dict[str, Any] | None 
 
 
 def _traced(name: str, graph: Graph, opset: int) -> Any:
+    return written(traced_program(name, graph, opset))
+
+
+def traced_program(name: str, graph: Graph, opset: int = OPSET) -> Any:
+    """The graph as PyTorch's exporter hands it over, an `onnxscript` program whose weights are the module's own tensors.
+
+    Raises:
+        ExportError: as `to_onnx`.
+    """
     batch = torch.export.Dim(BATCH, max=LARGEST_BATCH)
     dims = {name: torch.export.Dim(name) for axes in graph.dynamic.values() for name in axes.values()}
     shapes = {
@@ -88,6 +97,11 @@ def _traced(name: str, graph: Graph, opset: int) -> Any:
             raise ExportError(f"{name} cannot be written as ONNX: {unwritable(error, exported)}") from error
     if program is None:
         raise ExportError(f"{name}: the exporter returned nothing")
+    return program
+
+
+def written(program: Any) -> Any:
+    """The program as an `onnx.ModelProto`, weights included, that says nothing of the exporting machine."""
     model = program.model_proto
     _strip_metadata(model)
     return model
