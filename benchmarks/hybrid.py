@@ -11,6 +11,7 @@ from msgspec import structs
 from torch import Tensor, nn
 
 from saferedir.engines import DEFAULT_BUNDLE, Bundle, open_bundle
+from saferedir.engines.step import NUMBERS
 from saferedir.export.bundle_export import safety_info
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.backend import Backend, BackendAround, Call, DeviceTensor
@@ -42,6 +43,11 @@ class EagerControllerBackend(BackendAround):
             outputs[name].update_inplace(tensor.contiguous().cpu().numpy())
 
 
+def column(numbers: Tensor, name: str) -> Tensor:
+    """One of the columns of a step's numbers, [B]."""
+    return numbers[:, NUMBERS.index(name)]
+
+
 def _backend(bundle: Bundle, threads: int | None) -> Backend:
     """One backend a bundle and thread: engines are loaded once, however many controllers stand before them."""
     kept = vars(_OF_THREAD).setdefault("backends", {})
@@ -63,10 +69,11 @@ class HybridBackend(EagerControllerBackend):
         @torch.no_grad()
         def call() -> None:
             read = self.read(inputs)
-            seen = read["latent"] * read["input_scale"][:, None, None, None]
+            seen = read["latent"] * column(read["numbers"], "input_scale")[:, None, None, None]
             state = State(*(read[name] for name in STATE))
             policy = Policy(read["period"], read["enabled"], read["threshold"], read["alpha_scale"])
-            state, verdict = self.controller(seen, read["timestep"], read["original"], state, policy, history=read["history"])
+            told = (read["original"], state, policy, read["denoised"], column(read["numbers"], "known") > 0.5)
+            state, verdict = self.controller(seen, read["timestep"], *told)
             self.write({f"next_{name}": tensor for name, tensor in zip(STATE, state, strict=True)}, outputs)
             self.write(dict(zip(VERDICT, verdict, strict=True)), outputs)
             plain()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from msgspec import structs
 
-from benchmarks.hybrid import EagerControllerBackend
+from benchmarks.hybrid import EagerControllerBackend, column
 from saferedir.engines import Bundle
 from saferedir.engines.manifest import PUBLISHED, SafetyInfo
 from saferedir.runtime.backend import Call, DeviceTensor
@@ -38,7 +38,7 @@ class PublishedBackend(EagerControllerBackend):
         def call() -> None:
             plain()
             read = self.read(inputs)
-            seen = read["latent"] * read["input_scale"][:, None, None, None]
+            seen = read["latent"] * column(read["numbers"], "input_scale")[:, None, None, None]
             before = PublishedState(*(read[name] for name in STATE))
             policy = PublishedPolicy(read["period"], read["enabled"], read["alpha_scale"])
             original, negative = read["original"], read["original_negative"]

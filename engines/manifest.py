@@ -15,7 +15,7 @@ from saferedir.engines.errors import BundleAlteredError, BundleSchemaError
 from saferedir.engines.json_text import read_json
 from saferedir.engines.step import DRAWING_ENGINES, SAFETY_ENGINES, SIZED_ENGINES, declared
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 MANIFEST_FILE = "bundle.json"
 TOKENIZER_FILE = "tokenizer.json"
 #: Bytes; the embedded bundle's has 20,000.
@@ -87,6 +87,8 @@ class ModelInfo(Struct, frozen=True, forbid_unknown_fields=True):
     prediction_type: Annotated[str, Meta(pattern=r"\A(epsilon|v_prediction)\Z")]
     text_encoder_sha256: Sha256
     unet_sha256: Sha256
+    #: The denoiser is told the guidance scale and called once a step, as a latent consistency model's is.
+    told_guidance: bool = False
     #: Words of textual inversions -> the tokens that each stands for.
     added_words: Annotated[dict[Name, Annotated[tuple[Name, ...], Meta(max_length=1000)]], Meta(max_length=10_000)] = {}
     #: Height and width of the latents that there are engines for, beside the model's own.
@@ -140,7 +142,7 @@ def kind(engine: str) -> str:
 class SchedulerInfo(Struct, frozen=True, forbid_unknown_fields=True):
     """Noise schedule and timestep spacing, in diffusers' terms."""
 
-    kind: Annotated[str, Meta(pattern=r"\A(ddim|euler|dpm-solver|lcm)\Z")]
+    kind: Annotated[str, Meta(pattern=r"\A(ddim|euler-ancestral|lcm|(euler|dpm\+\+-2m)(-karras|-exponential)?)\Z")]
     num_train_timesteps: Steps
     beta_start: Annotated[float, Meta(gt=0, lt=1)]
     beta_end: Annotated[float, Meta(gt=0, lt=1)]
@@ -154,9 +156,7 @@ class SchedulerInfo(Struct, frozen=True, forbid_unknown_fields=True):
     #: diffusers' class that the model's folder asks for, where it is drawn with another sampler; empty where it is not.
     in_place_of: Annotated[str, Meta(max_length=100, pattern=r"\A[A-Za-z0-9_]*\Z")] = ""
     rescale_betas_zero_snr: bool = False
-    #: Of euler: how its noise levels are spaced, between which ones, and which one it ends at.
-    use_karras_sigmas: bool = False
-    use_exponential_sigmas: bool = False
+    #: Of euler and dpm++-2m: between which noise levels the spaced ones lie, where not the model's own, and which one ends.
     sigma_min: Positive | None = None
     sigma_max: Positive | None = None
     final_sigmas_type: Annotated[str, Meta(pattern=r"\A(zero|sigma_min)\Z")] = "zero"

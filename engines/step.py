@@ -74,18 +74,28 @@ class StepTensor:
     example: float | None = None
     #: The loop keeps what every step gave, and not the last step's alone.
     every_step: bool = False
-    #: What a state is called where it is given; `next_...` by default.
-    given_as: str = ""
 
     @property
     def output(self) -> str:
         """Its name among a graph's outputs."""
-        return self.given_as or (f"next_{self.name}" if self.role is Role.STATE else self.name)
+        return f"next_{self.name}" if self.role is Role.STATE else self.name
 
+
+#: Columns of `numbers`, what a sampler knows of a step. With z the latent, e the model's guided output, d the estimate of the
+#: finished picture and n fresh noise:
+#:
+#:     d = from_latent z + from_output e        z' = of_latent z + of_denoised d + of_before d_before + of_noise n
+#:
+#: The latent times `input_scale` is what the denoiser sees. `noise_share` is sigma / (alpha + sigma) of the level that the step
+#: starts from: 0 of a clean picture, 1 of noise. `known` is 1 where there was a step before, else 0.
+NUMBERS = (
+    "input_scale", "from_latent", "from_output", "of_latent", "of_denoised", "of_before", "of_noise", "noise_share", "known",
+)  # fmt: skip
 
 _STEPS = Form.PLAIN | Form.PROTECTED | Form.PUBLISHED | Form.PUBLISHED_UNGUIDED
 _ALONE = Form.SAFETY | Form.PUBLISHED_SAFETY
 _SAFE = Form.PROTECTED | Form.PUBLISHED | Form.PUBLISHED_UNGUIDED | _ALONE
+_GUIDED = Form.PLAIN | Form.PROTECTED | Form.PUBLISHED
 _PAIR = Form.PUBLISHED | Form.PUBLISHED_SAFETY
 _F, _I, _B = "float32", "int32", "bool"
 
@@ -94,11 +104,11 @@ STEP = (
     StepTensor("latent", _F, LATENT, Role.STATE, _STEPS),
     StepTensor("latent", _F, LATENT, Role.PER_STEP, _ALONE),
     StepTensor("timestep", _F, (BATCH,), Role.PER_STEP, _STEPS | _SAFE, example=500),
-    StepTensor("input_scale", _F, (BATCH,), Role.PER_STEP, _STEPS, example=1),
-    #: Factors of latent, model output, history and noise.
-    StepTensor("coefficients", _F, (BATCH, 4), Role.PER_STEP, _STEPS, example=1),
-    StepTensor("history", _F, LATENT, Role.STATE, _STEPS, example=0, given_as="model_output"),
-    StepTensor("history", _F, LATENT, Role.PER_STEP, Form.SAFETY, example=0),
+    StepTensor("numbers", _F, (BATCH, len(NUMBERS)), Role.PER_STEP, _STEPS, example=1),
+    #: The last step's estimate of the finished picture, guided; zero before the first.
+    StepTensor("denoised", _F, LATENT, Role.STATE, _STEPS, example=0),
+    StepTensor("denoised", _F, LATENT, Role.PER_STEP, Form.SAFETY, example=0),
+    StepTensor("known", _B, (BATCH,), Role.PER_STEP, Form.SAFETY, example=1),
     StepTensor("noise", _F, LATENT, Role.PER_STEP, _STEPS, example=0),
     #: The embedding in force.
     StepTensor("prompt", _F, PROMPT, Role.CONSTANT, Form.PLAIN),
@@ -106,7 +116,9 @@ STEP = (
     #: The other half of guidance.
     StepTensor("negative", _F, PROMPT, Role.CONSTANT, Form.PLAIN | Form.PROTECTED),
     StepTensor("negative", _F, PROMPT, Role.STATE, _PAIR),
-    StepTensor("guidance_scale", _F, (BATCH,), Role.CONSTANT, Form.PLAIN | Form.PROTECTED | Form.PUBLISHED, example=5),
+    StepTensor("guidance_scale", _F, (BATCH,), Role.CONSTANT, _GUIDED, example=5),
+    #: How far the guided output takes the conditional's standard deviation, 0 to 1 (Lin et al. 2023, section 3.4).
+    StepTensor("guidance_rescale", _F, (BATCH,), Role.CONSTANT, _GUIDED, example=0),
     StepTensor("original", _F, PROMPT, Role.CONSTANT, _SAFE),
     StepTensor("original_negative", _F, PROMPT, Role.CONSTANT, _PAIR),
     StepTensor("cooldown", _I, (BATCH,), Role.STATE, _SAFE, example=0, every_step=True),

@@ -286,6 +286,7 @@ def _model_info(
         prediction_type=pipeline.scheduler.config.prediction_type,
         text_encoder_sha256=encoder_hashes(pipeline).through_fp16,
         unet_sha256=parameters_sha256(pipeline.unet),
+        told_guidance=bool(unet.get("time_cond_proj_dim")),
         added_words=added_words,
         further_sizes=further_sizes,
     )

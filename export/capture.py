@@ -79,6 +79,7 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     "Not": (Kernel(1, None, BOOLS),),
     "Pow": (Kernel(15, None, NUMBERS),),
     "ReduceLogSumExp": (Kernel(18, None, FLOATS),),
+    "ReduceSum": (Kernel(13, None, NUMBERS),),
     "Relu": (Kernel(14, None, ALL_FLOATS),),
     "Reshape": (Kernel(14, 18, ANY), Kernel(19, 20, ANY), Kernel(21, 22, ANY)),
     "Resize": (Kernel(18, None, frozenset((FLOAT, HALF, INT32))), Kernel(19, None, frozenset((FLOAT, HALF, INT32)))),

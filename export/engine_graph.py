@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from saferedir.engines.step import STEP, Form, Role, step_inputs, step_outputs
+from saferedir.engines.step import NUMBERS, STEP, Form, Role, step_inputs, step_outputs
 
 #: Example batch for tracing; the exporter would specialise a dimension of 1.
 EXAMPLE_BATCH = 2
@@ -39,14 +39,21 @@ def graph(
 
 
 class StepModule(nn.Module):
-    """A step of one form: takes and gives its tensors in the declared order, and computes by their names."""
+    """A step of one form: takes and gives its tensors in the declared order, and computes by their names.
+
+    What a step is to compute with gets the columns of its `numbers` too, each [B, 1, 1, 1], by their names.
+    """
 
     def __init__(self, form: Form) -> None:
         super().__init__()
         self.form = form
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        given = self.compute(dict(zip(step_inputs(self.form), tensors, strict=True)))
+        taken = dict(zip(step_inputs(self.form), tensors, strict=True))
+        if (numbers := taken.get("numbers")) is not None:
+            columns = torch.split(numbers[:, :, None, None], 1, dim=1)  # one kernel for all
+            taken |= dict(zip(NUMBERS, columns, strict=True))
+        given = self.compute(taken)
         return tuple(given[name] for name in step_outputs(self.form))
 
     def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from saferedir.engines.manifest import sized
 from saferedir.engines.step import Form, step_inputs, step_outputs
 from saferedir.export.engine_graph import Graph, StepModule, step_graph
-from saferedir.export.model_graphs import PlainStepGraph, Size, model_graphs, own_size, per_request, pipeline_example
+from saferedir.export.model_graphs import PlainStepGraph, Size, model_graphs, own_size, pipeline_example
 from saferedir.export.safety_graphs import SafetyGraph
 from saferedir_torch.safety_module import SafetyModule
 
@@ -25,10 +25,11 @@ class StepGraph(StepModule):
         self.denoiser = denoiser
 
     def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        seen = tensors | {"latent": tensors["latent"] * per_request(tensors["input_scale"])}
-        said = self.safety(*(seen[name] for name in step_inputs(Form.SAFETY)))
+        seen = tensors["latent"] * tensors["input_scale"]
+        told = tensors | {"latent": seen, "known": tensors["known"].flatten() > 0.5}
+        said = self.safety(*(told[name] for name in step_inputs(Form.SAFETY)))
         given = dict(zip(step_outputs(Form.SAFETY), said, strict=True))
-        drawn = self.denoiser.compute(tensors | {"prompt": given["next_prompt"]})
+        drawn = self.denoiser.drawn(tensors | {"prompt": given["next_prompt"]}, seen)
         given["next_ok"] = given["next_ok"] & torch.isfinite(drawn["next_latent"]).flatten(1).all(dim=1)
         return given | drawn
 

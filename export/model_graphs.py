@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saferedir.engines.manifest import sized
-from saferedir.engines.step import Form, engine_outputs
+from saferedir.engines.step import NUMBERS, Form, engine_outputs
 from saferedir.export.engine_graph import EXAMPLE_BATCH, Graph, StepModule, graph, step_example, step_graph
 
 Size = tuple[int, int]
@@ -104,21 +104,40 @@ class PlainStepGraph(StepModule):
         self.told = isinstance(self.unet, GuidedUNetGraph)
 
     def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        latent, timestep, prompt = (tensors[name] for name in ("latent", "timestep", "prompt"))
-        seen = latent * per_request(tensors["input_scale"])
+        return self.drawn(tensors, tensors["latent"] * tensors["input_scale"])
+
+    def drawn(self, tensors: dict[str, Tensor], seen: Tensor) -> dict[str, Tensor]:
+        """The same where `seen` [B, C, h, w], what the UNet is given, is known."""
+        latent = tensors["latent"]
+        denoised = tensors["from_latent"] * latent + tensors["from_output"] * self.output(tensors, seen)
+        # A sum over four in one kernel, in place of four products and three sums.
+        parts = torch.stack([latent, denoised, tensors["denoised"], tensors["noise"]], dim=1)
+        factors = tensors["numbers"][:, NUMBERS.index("of_latent") : NUMBERS.index("of_noise") + 1, None, None, None]
+        return {"next_latent": (parts * factors).sum(dim=1), "next_denoised": denoised}
+
+    def output(self, tensors: dict[str, Tensor], seen: Tensor) -> Tensor:
+        """The UNet's output [B, C, h, w], guided where the step is."""
+        timestep, prompt = tensors["timestep"], tensors["prompt"]
         if self.told:
-            model_output = self.unet(seen, timestep, prompt, tensors["guidance_scale"])
-        elif self.guided:
-            embeds = torch.cat([tensors["negative"], prompt])
-            both = self.unet(torch.cat([seen, seen]), torch.cat([timestep, timestep]), embeds)
-            without, conditional = both.unflatten(0, (2, -1)).unbind(0)  # a slice at the batch would be host arithmetic
-            model_output = without + per_request(tensors["guidance_scale"]) * (conditional - without)
-        else:
-            model_output = self.unet(seen, timestep, prompt)
-        factors = [per_request(factor) for factor in tensors["coefficients"].unbind(1)]
-        moved = factors[0] * latent + factors[1] * model_output
-        moved = moved + factors[2] * tensors["history"] + factors[3] * tensors["noise"]
-        return {"next_latent": moved, "model_output": model_output}
+            told: Tensor = self.unet(seen, timestep, prompt, tensors["guidance_scale"])
+            return told
+        if not self.guided:
+            unguided: Tensor = self.unet(seen, timestep, prompt)
+            return unguided
+        embeds = torch.cat([tensors["negative"], prompt])
+        both = self.unet(torch.cat([seen, seen]), torch.cat([timestep, timestep]), embeds)
+        without, conditional = both.unflatten(0, (2, -1)).unbind(0)  # a slice at the batch would be host arithmetic
+        guided: Tensor = without + per_request(tensors["guidance_scale"]) * (conditional - without)
+        return guided * per_request(rescaling(guided, conditional, tensors["guidance_rescale"]))
+
+
+def rescaling(guided: Tensor, conditional: Tensor, share: Tensor) -> Tensor:
+    """The factor [B] that takes guided outputs [B, C, h, w] that share [B] of the way to the standard deviation of the
+    conditional ones; exactly 1 where the share is 0 (Lin et al. 2023, section 3.4).
+    """
+    both = torch.stack([conditional, guided], dim=1).flatten(2)
+    spread, own = (both - both.mean(dim=2, keepdim=True)).norm(dim=2).unbind(1)
+    return torch.where(share > 0, 1 + share * (spread / own - 1), torch.ones_like(share))
 
 
 def per_request(values: Tensor) -> Tensor:

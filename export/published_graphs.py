@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from saferedir.engines.step import Form, engine_outputs
 from saferedir.export.engine_graph import EXAMPLE_BATCH, Graph, StepModule, graph, step_example, step_graph
-from saferedir.export.model_graphs import PlainStepGraph, model_graphs, per_request
+from saferedir.export.model_graphs import PlainStepGraph, model_graphs
 from saferedir.export.safety_graphs import named
 from saferedir_torch.published import PublishedNetwork
 from saferedir_torch.published_controller import PublishedController, PublishedPolicy, PublishedState
@@ -58,8 +58,8 @@ class PublishedStepGraph(PublishedSafetyGraph):
         self.denoiser = PlainStepGraph(unet, guided=guided)
 
     def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        drawn = self.denoiser.compute(tensors)
-        seen = tensors["latent"] * per_request(tensors["input_scale"])
+        seen = tensors["latent"] * tensors["input_scale"]
+        drawn = self.denoiser.drawn(tensors, seen)
         finite = torch.isfinite(drawn["next_latent"]).flatten(1).all(dim=1)
         return super().compute(tensors | {"latent": seen, "ok": tensors["ok"] & finite}) | drawn
 

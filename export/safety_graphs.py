@@ -26,7 +26,7 @@ class SafetyGraph(StepModule):
             *(tensors[name] for name in ("latent", "timestep", "original")),
             State(*(tensors[name] for name in State._fields)),
             Policy(*(tensors[name] for name in Policy._fields)),
-            tensors["history"],
+            *(tensors[name] for name in ("denoised", "known")),
         )
         return named(state, verdict)
 

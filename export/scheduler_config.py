@@ -13,27 +13,36 @@ from saferedir.engines.manifest import SchedulerInfo
 from saferedir.runtime.schedulers import make_schedule
 
 #: diffusers' samplers that the runtime has.
-SAMPLERS = {"DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler", "LCMScheduler": "lcm"}
+SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler-ancestral",
+    "DPMSolverMultistepScheduler": "dpm++-2m",
+    "LCMScheduler": "lcm",
+}
 #: Those that it has not, and what is drawn with in their place: the nearest that follows the same noise levels.
 REPLACED = {
     "DDPMScheduler": "ddim",
     "PNDMScheduler": "ddim",
-    "DEISMultistepScheduler": "euler",
-    "DPMSolverMultistepScheduler": "euler",
-    "DPMSolverSinglestepScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler",
+    "DEISMultistepScheduler": "dpm++-2m",
+    "DPMSolverSinglestepScheduler": "dpm++-2m",
+    "UniPCMultistepScheduler": "dpm++-2m",
     "HeunDiscreteScheduler": "euler",
-    "KDPM2AncestralDiscreteScheduler": "euler",
     "KDPM2DiscreteScheduler": "euler",
     "LMSDiscreteScheduler": "euler",
-    "UniPCMultistepScheduler": "euler",
+    "KDPM2AncestralDiscreteScheduler": "euler-ancestral",
 }
-#: How DPMSolverMultistepScheduler is configured where it is the runtime's dpm-solver.
-DPM_SOLVER = {
-    "algorithm_type": "dpmsolver", "solver_order": 2, "solver_type": "midpoint", "prediction_type": "epsilon",
-    "lower_order_final": True, "euler_at_final": False, "lambda_min_clipped": -math.inf, "use_lu_lambdas": False,
-    "use_karras_sigmas": False, "use_exponential_sigmas": False,
+MULTISTEP = "DPMSolverMultistepScheduler"
+#: How that one is configured where it is the runtime's dpm++-2m; of every other way the nearest is drawn.
+DPM_MULTISTEP = {
+    "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint", "lower_order_final": True,
+    "euler_at_final": False, "lambda_min_clipped": -math.inf, "use_lu_lambdas": False,
 }  # fmt: skip
+#: Reads these of its configuration although it does not declare them.
+OF_MULTISTEP = ("sigma_min", "sigma_max")
+#: Samplers whose noise levels may be spaced otherwise, and the keys that say so.
+SPACED = ("euler", "dpm++-2m")
+SPACINGS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,7 @@ WITHOUT_INFLUENCE = ("clip_sample_range", "dynamic_thresholding_ratio", "sample_
 #: What the bundle states of it, and what holds where a class does not say.
 STATED = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "timestep_spacing", "steps_offset", "set_alpha_to_one",
-    "original_inference_steps", "timestep_scaling", "rescale_betas_zero_snr", "use_karras_sigmas", "use_exponential_sigmas",
+    "original_inference_steps", "timestep_scaling", "rescale_betas_zero_snr",
     "sigma_min", "sigma_max", "final_sigmas_type",
 )  # fmt: skip
 DEFAULTS: dict[str, Any] = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True}
@@ -130,20 +139,22 @@ def scheduler_info(scheduler: Any) -> SchedulerInfo:
     name, config = type(scheduler).__name__, scheduler.config
     if name not in SAMPLERS and name not in REPLACED:
         raise ExportError(f"{name} is not known here; save the model with one of {', '.join((*SAMPLERS, *REPLACED))}")
-    own = set(inspect.signature(type(scheduler).__init__).parameters)
+    own = _own_keys(scheduler)
     for key, value in config.items():
         _check(name, key, value, own)
     if not config["beta_start"] <= config["beta_end"]:
         raise ExportError(
             f"{name} has beta_end {config['beta_end']} below beta_start {config['beta_start']}; expected rising betas"
         )
-    if config.get("use_karras_sigmas") and config.get("use_exponential_sigmas"):
-        raise ExportError(f"{name} has use_karras_sigmas and use_exponential_sigmas both set; expected one of them")
-    exact = name in SAMPLERS or (name == "DPMSolverMultistepScheduler" and _says(config, DPM_SOLVER))
+    spacings = [SPACINGS[key] for key in SPACINGS if key in own and config.get(key)]
+    if len(spacings) > 1:
+        raise ExportError(f"{name} has {' and '.join(SPACINGS)} both set; expected one of them")
+    exact = name in SAMPLERS and (name != MULTISTEP or not _unlike_ours(config))
+    kind = SAMPLERS.get(name) or REPLACED[name]
     # Keys of other samplers that a folder keeps are for those, not for one that stands in for this.
     used = [key for key in STATED if key in config and (key in own or exact) and UNDERSTOOD[key].allows(config[key])]
     info = SchedulerInfo(
-        kind=SAMPLERS.get(name, "dpm-solver" if exact else REPLACED.get(name, "")),
+        kind="-".join([kind, *(spacings if kind in SPACED else [])]),
         in_place_of="" if exact else name,
         **DEFAULTS | {key: config[key] for key in used},
     )
@@ -160,9 +171,13 @@ def replacement(scheduler: Any) -> str | None:
     info = scheduler_info(scheduler)
     if not info.in_place_of:
         return None
-    own, config = inspect.signature(type(scheduler).__init__).parameters, scheduler.config
-    lost = [f"{key} {config[key]}" for key in OF_REPLACED if key in own and config[key] not in (None, [])]
-    return f"drawn with {info.kind} in place of {info.in_place_of}" + (f", without its {', '.join(lost)}" if lost else "")
+    own, config = _own_keys(scheduler), scheduler.config
+    lost = [key for key in OF_REPLACED if key in own and config[key] not in (None, [])]
+    if info.in_place_of == MULTISTEP:
+        lost = _unlike_ours(config)
+    return f"drawn with {info.kind} in place of {info.in_place_of}" + (
+        f", without its {', '.join(f'{key} {config[key]}' for key in lost)}" if lost else ""
+    )
 
 
 def _check(name: str, key: str, value: Any, own: Iterable[str]) -> None:
@@ -182,8 +197,15 @@ def _check(name: str, key: str, value: Any, own: Iterable[str]) -> None:
         )
 
 
-def _says(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    return all(config.get(key, value) == value for key, value in wanted.items())
+def _own_keys(scheduler: Any) -> set[str]:
+    """What the scheduler's class heeds of its configuration."""
+    own = set(inspect.signature(type(scheduler).__init__).parameters)
+    return own | set(OF_MULTISTEP) if type(scheduler).__name__ == MULTISTEP else own
+
+
+def _unlike_ours(config: Mapping[str, Any]) -> list[str]:
+    """In which keys a configuration of the multistep solver is not the runtime's."""
+    return [key for key, value in DPM_MULTISTEP.items() if config.get(key, value) != value]
 
 
 def _try(info: SchedulerInfo, prediction_type: str) -> None:

@@ -35,6 +35,8 @@ class Batch:
     #: Unconditional or negative embedding, [B, T, D].
     negative: Float32
     guidance_scale: float
+    #: 0 to 1.
+    guidance_rescale: float
     #: Noise of each step's own, [steps, B, C, h, w], or None where the sampler adds none.
     noise: Float32 | None
     policies: tuple[ResolvedPolicy, ...]
@@ -124,8 +126,6 @@ class _StepTensors:
                 self.outputs[tensor.output] = [blanks[step % len(blanks)] for step in range(self.steps)]
             if tensor.role is Role.STATE:
                 self.states[tensor.name] += self.outputs[tensor.output]
-        if batch.noise is not None:
-            self.states["history"] = self._history_of_noise(manifest)
 
     def bind_all(self) -> list[Call]:
         return [
@@ -144,18 +144,6 @@ class _StepTensors:
 
     def _blank(self, shape: tuple[int, ...], dtype: str) -> DeviceTensor:
         return self.backend.upload(np.full(shape, {"float32": np.nan, "int32": -1, "bool": False}[dtype], dtype))
-
-    def _history_of_noise(self, manifest: Manifest) -> list[DeviceTensor]:
-        """What a step of a sampler that adds fresh noise is told that came before it, which with its latent tells the picture
-        to be expected.
-
-        That is the noise, where the model predicts such: what the latent holds beside it is the last step's estimate. Where the
-        model predicts velocity it is told nothing.
-        """
-        nothing = self.states["history"][0]
-        if manifest.model is not None and manifest.model.prediction_type != "epsilon":
-            return [nothing] * (self.steps + 1)
-        return [nothing, *self.per_step["noise"]]
 
     def collect(self) -> Denoised:
         """Download once, and read `ok` before anything else is made of it: nothing of a run that is not ok leaves."""
@@ -198,13 +186,13 @@ def _host_arrays(schedule: Schedule, batch: Batch, concepts: int) -> dict[str, n
     return {
         "latent": batch.latent,
         "timestep": np.repeat(schedule.timesteps[:, None], requests, axis=1),
-        "input_scale": np.repeat(schedule.input_scale[:, None], requests, axis=1),
-        "coefficients": np.repeat(schedule.coefficients[:, None], requests, axis=1),
-        "history": nothing,
+        "numbers": np.repeat(schedule.numbers[:, None], requests, axis=1),
+        "denoised": nothing,
         "noise": nothing[None] if batch.noise is None else batch.noise,
         "prompt": batch.prompt,
         "negative": batch.negative,
         "guidance_scale": np.full(requests, batch.guidance_scale, np.float32),
+        "guidance_rescale": np.full(requests, batch.guidance_rescale, np.float32),
         "original": batch.prompt,
         "original_negative": batch.negative,
         "cooldown": np.zeros(requests, np.int32),

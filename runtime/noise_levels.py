@@ -22,6 +22,8 @@ Float64 = npt.NDArray[np.float64]
 NEARLY_ZERO = 2.0**-24
 #: Of betas that follow a cosine.
 HIGHEST_BETA = 0.999
+#: How noise levels may be spaced, other than by timesteps.
+KARRAS, EXPONENTIAL = "karras", "exponential"
 #: Of the spacing of Karras et al. 2022, equation 5.
 RHO = 7.0
 
@@ -39,11 +41,11 @@ def signal_shares(info: SchedulerInfo) -> Float64:
 
 
 def sigmas_of(info: SchedulerInfo) -> Float64:
-    """sigmas [T] of the training timesteps, rising."""
-    alphas = signal_shares(info)
+    """sigmas [T] of the training timesteps, rising, rounded to single precision as diffusers' are."""
+    alphas = signal_shares(info).astype(np.float32)
     if info.rescale_betas_zero_snr:
         alphas[-1] = NEARLY_ZERO
-    return np.asarray(np.sqrt((1 - alphas) / alphas))
+    return np.asarray(np.sqrt((1 - alphas) / alphas), np.float64)
 
 
 def whole_timesteps(info: SchedulerInfo, steps: int) -> npt.NDArray[np.int64]:
@@ -88,22 +90,65 @@ def within(info: SchedulerInfo, steps: int, timesteps: npt.NDArray[np.int64]) ->
     return timesteps
 
 
-def noise_levels(info: SchedulerInfo, steps: int) -> tuple[Float64, Float64]:
-    """The timesteps [steps], which need not be whole, and sigmas [steps + 1] that Euler's method visits."""
+def noise_levels(info: SchedulerInfo, steps: int, spacing: str = "") -> tuple[Float64, Float64]:
+    """The timesteps [steps], which need not be whole, and sigmas [steps + 1] that Euler's method visits.
+
+    With a spacing the levels lie between those of the first and the last timestep that would be visited without.
+    """
     training = sigmas_of(info)
-    last = training[0] if info.final_sigmas_type == "sigma_min" else 0.0
     if info.timestep_spacing == "linspace":
         timesteps = np.linspace(0, info.num_train_timesteps - 1, steps, dtype=np.float32)[::-1].astype(np.float64)
     else:
         timesteps = whole_timesteps(info, steps).astype(np.float64)
     sigmas = np.interp(timesteps, np.arange(len(training)), training)
-    if info.use_karras_sigmas or info.use_exponential_sigmas:
-        high = sigmas[0] if info.sigma_max is None else info.sigma_max
-        low = sigmas[-1] if info.sigma_min is None else info.sigma_min
-        sigmas = _karras(high, low, steps) if info.use_karras_sigmas else _exponential(high, low, steps)
-        # As diffusers does, which interpolates in the logarithm of single precision.
-        timesteps = np.interp(np.log(sigmas), np.log(training.astype(np.float32)), np.arange(len(training)))
-    return timesteps, np.append(sigmas, last)
+    if spacing:
+        sigmas = _spaced(info, steps, spacing, sigmas[0], sigmas[-1])
+        timesteps = _timesteps_of(sigmas, training)
+    return timesteps, np.append(sigmas, _final(info, training))
+
+
+def multistep_levels(info: SchedulerInfo, steps: int, spacing: str = "") -> tuple[Float64, Float64]:
+    """The timesteps [steps], all whole, and sigmas [steps + 1] that DPM-Solver's multistep methods visit, which leave out the
+    last timestep of one more step. With a spacing the levels lie between those of all of training.
+    """
+    training = sigmas_of(info)
+    last = _final(info, training)
+    if spacing:
+        sigmas = _spaced(info, steps, spacing, training[-1], training[0])
+        timesteps = _timesteps_of(sigmas, training)
+        if spacing == KARRAS and info.beta_schedule != "squaredcos_cap_v2":
+            timesteps = timesteps.round()
+        return np.trunc(timesteps), np.append(sigmas, last)
+    total = info.num_train_timesteps
+    if info.timestep_spacing == "linspace":
+        whole = np.linspace(0, total - 1, steps + 1).round()[::-1][:-1].astype(np.int64)
+    elif info.timestep_spacing == "leading":
+        whole = within(info, steps, np.arange(1, steps + 1)[::-1] * (total // (steps + 1)) + info.steps_offset)
+    else:
+        whole = trailing(info, steps)
+    return whole.astype(np.float64), np.append(training[whole], last)
+
+
+def _final(info: SchedulerInfo, training: Float64) -> float:
+    """The level that the last step ends at."""
+    return float(training[0]) if info.final_sigmas_type == "sigma_min" else 0.0
+
+
+def _spaced(info: SchedulerInfo, steps: int, spacing: str, high: float, low: float) -> Float64:
+    """sigmas [steps] from `high` to `low`, or between the bounds that the bundle states."""
+    high = high if info.sigma_max is None else info.sigma_max
+    low = low if info.sigma_min is None else info.sigma_min
+    return _karras(high, low, steps) if spacing == KARRAS else _exponential(high, low, steps)
+
+
+def _timesteps_of(sigmas: Float64, training: Float64) -> Float64:
+    """Where `sigmas` lie among those of training, by their logarithms. As diffusers computes it, in whose single precision a
+    whole timestep may come out just below."""
+    levels, wanted = np.log(training.astype(np.float32)), np.log(np.maximum(sigmas, 1e-10))
+    # The last one below, also where levels do not rise throughout, as those of a cosine of zero SNR.
+    below = np.cumsum(wanted >= levels[:, None], axis=0).argmax(axis=0).clip(max=len(levels) - 2)
+    share = np.clip((levels[below] - wanted) / (levels[below] - levels[below + 1]), 0, 1)
+    return np.asarray((1 - share) * below + share * (below + 1))
 
 
 def _karras(high: float, low: float, steps: int) -> Float64:

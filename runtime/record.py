@@ -38,10 +38,12 @@ class SafetyRecord:
     negative_prompt: Literal["none", "given", "ignored"]
     #: The seed really used, which draws the same again.
     seed: int
-    #: ddim, euler, dpm-solver or lcm.
+    #: A name of `schedulers.SCHEDULERS`.
     scheduler: str
     num_inference_steps: int
     guidance_scale: float
+    #: How far what guidance drew was taken to the contrast of its conditional half, 0 to 1.
+    guidance_rescale: float
     #: Of the picture, in pixels.
     height: int
     width: int

@@ -138,13 +138,33 @@ def check_guidance(guidance_scale: float) -> float:
     Raises:
         RequestError: not a finite number, or negative (which would draw the negative prompt).
     """
-    try:
-        value = math.nan if isinstance(guidance_scale, bool | str | bytes) else float(guidance_scale)
-    except (TypeError, ValueError, OverflowError):
-        value = math.nan
+    value = _as_float(guidance_scale)
     if not math.isfinite(value) or value < 0:
         raise RequestError(f"guidance_scale is {guidance_scale!r}; expected a finite number of 0 or more")
     return value
+
+
+def check_rescale(model: ModelInfo, guidance_rescale: float, guidance_scale: float) -> float:
+    """`guidance_rescale` as a float.
+
+    Raises:
+        RequestError: not a number from 0 to 1, or above 0 where no two halves are guided.
+    """
+    value = _as_float(guidance_rescale)
+    if not 0 <= value <= 1:
+        raise RequestError(f"guidance_rescale is {guidance_rescale!r}; expected a number from 0 to 1")
+    if value > 0 and (guidance_scale <= 1 or model.told_guidance):
+        why = "a model that is told its guidance" if model.told_guidance else f"guidance_scale {guidance_scale:g}"
+        raise RequestError(f"guidance_rescale is {value:g}, but with {why} there is nothing to rescale; expected 0")
+    return value
+
+
+def _as_float(value: Any) -> float:
+    """`value` as a float, NaN where it is no number."""
+    try:
+        return math.nan if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def as_integer(field: str, value: Any) -> int:

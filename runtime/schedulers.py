@@ -1,9 +1,11 @@
-"""Schedulers as tables: every step is one linear map, so the loop and the fused graph need no branches.
+"""Samplers as tables: every step is linear in the latent and in two estimates of the finished picture.
 
-    z' = c_latent z + c_model e + c_history h + c_noise n
+    d  = from_latent z + from_output e                                        what the model's guided output e makes of z
+    z' = of_latent z + of_denoised d + of_before d_before + of_noise n        with fresh noise n
 
-with e the model's (guided) output, h that of the step before, and n noise of the step's own. A scheduler is a function from
-the noise schedule (`noise_levels.py`) and the number of steps to the coefficients; adding one touches this file alone.
+so that loop and graphs know no sampler, and what the model predicts is known in one place, `_estimate`. A sampler is a function
+from the noise schedule (`noise_levels.py`) and the number of steps to these numbers; adding one touches this file alone. Tables
+are made in double precision. Each equals diffusers' sampler of the same configuration.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,19 +21,20 @@ import numpy.typing as npt
 
 from saferedir.engines.errors import RequestError
 from saferedir.engines.manifest import SchedulerInfo
+from saferedir.engines.step import NUMBERS
 from saferedir.runtime.noise_levels import (
+    EXPONENTIAL,
+    KARRAS,
     Float32,
     Float64,
+    multistep_levels,
     noise_levels,
-    sigmas_of,
     signal_shares,
-    trailing,
     whole_timesteps,
-    within,
 )
 from saferedir.runtime.request import as_integer
 
-#: dpm-solver takes its last step of first order where there are fewer steps than this.
+#: dpm++-2m takes its last step of first order where there are fewer steps than this.
 LOWER_ORDER_FINAL = 15
 #: Of the boundary condition of consistency models.
 SIGMA_DATA = 0.5
@@ -42,12 +46,15 @@ class Schedule:
 
     #: [steps] in the scale 0..999.
     timesteps: Float32
-    #: [steps, 4]: factors of latent, model output, history and noise.
-    coefficients: Float32
-    #: [steps]: the latent is multiplied by this before the UNet and the detector see it.
-    input_scale: Float32
+    #: [steps, columns of `NUMBERS`].
+    numbers: Float32
     #: The first latent is standard noise times this.
     init_noise_sigma: float
+
+    @property
+    def adds_noise(self) -> npt.NDArray[np.bool_]:
+        """[steps]: whether a step takes fresh noise."""
+        return np.asarray(self.numbers[:, NUMBERS.index("of_noise")] != 0)
 
 
 def make_schedule(info: SchedulerInfo, prediction_type: str, num_inference_steps: int, kind: str | None = None) -> Schedule:
@@ -65,7 +72,7 @@ def make_schedule(info: SchedulerInfo, prediction_type: str, num_inference_steps
         raise RequestError(f"scheduler {kind!r} is not known to this version; known: {', '.join(SCHEDULERS)}")
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         schedule = SCHEDULERS[kind](info, prediction_type, num_inference_steps)
-    if not all(np.isfinite(part).all() for part in (schedule.coefficients, schedule.timesteps, schedule.init_noise_sigma)):
+    if not all(np.isfinite(part).all() for part in (schedule.numbers, schedule.timesteps, schedule.init_noise_sigma)):
         raise RequestError(
             f"num_inference_steps is {num_inference_steps}, for which {kind} with {prediction_type} divides by a signal or "
             "noise of zero; ask for another number of steps or another sampler"
@@ -74,67 +81,48 @@ def make_schedule(info: SchedulerInfo, prediction_type: str, num_inference_steps
 
 
 def ddim(info: SchedulerInfo, prediction_type: str, num_inference_steps: int) -> Schedule:
-    """DDIM without noise (Song et al. 2021, equation 12 with eta 0), in the form z' = c_z z + c_e e."""
-    alphas = signal_shares(info)
+    """DDIM without noise (Song et al. 2021, equation 12 with eta 0)."""
+    shares = signal_shares(info)
     steps = whole_timesteps(info, num_inference_steps)
     previous = steps - info.num_train_timesteps // num_inference_steps
-    final = 1.0 if info.set_alpha_to_one else alphas[0]
-    alpha = alphas[steps]
-    alpha_previous = np.where(previous >= 0, alphas[np.maximum(previous, 0)], final)
-    sigma, sigma_previous = np.sqrt(1 - alpha), np.sqrt(1 - alpha_previous)
-    if prediction_type == "epsilon":
-        ratio = np.sqrt(alpha_previous / alpha)
-        latent, model = ratio, sigma_previous - ratio * sigma
-    elif prediction_type == "v_prediction":
-        latent = np.sqrt(alpha_previous * alpha) + sigma_previous * sigma
-        model = sigma_previous * np.sqrt(alpha) - np.sqrt(alpha_previous) * sigma
-    else:
-        raise _unknown_prediction(prediction_type)
-    return _schedule(steps, latent, model)
+    final = 1.0 if info.set_alpha_to_one else shares[0]
+    ahead = np.where(previous >= 0, shares[np.maximum(previous, 0)], final)
+    alpha, sigma = np.sqrt(shares[steps]), np.sqrt(1 - shares[steps])
+    of_latent = np.sqrt(1 - ahead) / sigma
+    return _schedule(prediction_type, steps, alpha, sigma, of_latent, np.sqrt(ahead) - alpha * of_latent)
 
 
-def euler(info: SchedulerInfo, prediction_type: str, num_inference_steps: int) -> Schedule:
+def euler(info: SchedulerInfo, prediction_type: str, num_inference_steps: int, *, spacing: str = "") -> Schedule:
     """Euler steps of the probability flow (Karras et al. 2022, algorithm 2 without churn); latents have variance s^2 + 1."""
+    steps, sigmas = noise_levels(info, num_inference_steps, spacing)
+    ratio = sigmas[1:] / sigmas[:-1]
+    return _exploding(info, prediction_type, steps, sigmas, ratio)
+
+
+def euler_ancestral(info: SchedulerInfo, prediction_type: str, num_inference_steps: int) -> Schedule:
+    """Euler steps to below the next level, and fresh noise up to it (k-diffusion's `sample_euler_ancestral` with eta 1)."""
     steps, sigmas = noise_levels(info, num_inference_steps)
-    sigma, change = sigmas[:-1], np.diff(sigmas)
-    if prediction_type == "epsilon":
-        latent, model = np.ones_like(sigma), change
-    elif prediction_type == "v_prediction":
-        # The derivative is (z - x0) / s with x0 = z / (s^2 + 1) - v s / sqrt(s^2 + 1).
-        latent = 1 + change * sigma / (sigma**2 + 1)
-        model = change / np.sqrt(sigma**2 + 1)
-    else:
-        raise _unknown_prediction(prediction_type)
-    highest = float(sigmas.max())
-    start = highest if info.timestep_spacing in ("linspace", "trailing") else math.sqrt(highest**2 + 1)
-    return _schedule(steps, latent, model, input_scale=1 / np.sqrt(sigma**2 + 1), init_noise_sigma=start)
+    sigmas[-1] = 0  # whatever `final_sigmas_type` says, as in diffusers
+    ratio = sigmas[1:] / sigmas[:-1]
+    return _exploding(info, prediction_type, steps, sigmas, ratio**2, of_noise=sigmas[1:] * np.sqrt(1 - ratio**2))
 
 
-def dpm_solver(info: SchedulerInfo, prediction_type: str, num_inference_steps: int) -> Schedule:
-    """DPM-Solver-2, multistep, on noise predictions (Lu et al. 2022, section 3.3 of the multistep variant): history is the
-    output of the step before. The first step is of first order, the last one too where there are fewer than 15."""
-    if prediction_type != "epsilon":
-        raise RequestError(f"dpm-solver needs a model that predicts noise; this one's prediction type is {prediction_type}")
-    if info.use_karras_sigmas or info.use_exponential_sigmas:
-        raise RequestError("dpm-solver visits noise levels by timesteps, this model's are spaced otherwise; take euler")
-    count, total = num_inference_steps, info.num_train_timesteps
-    if info.timestep_spacing == "linspace":
-        steps = np.linspace(0, total - 1, count + 1).round()[::-1][:-1].astype(np.int64)
-    elif info.timestep_spacing == "leading":
-        steps = within(info, count, np.arange(1, count + 1)[::-1] * (total // (count + 1)) + info.steps_offset)
-    else:
-        steps = trailing(info, count)
-    sigmas = sigmas_of(info)
-    every = np.append(sigmas[steps], sigmas[0])
-    alpha = 1 / np.sqrt(every**2 + 1)
-    noise, lam = every * alpha, -np.log(every)  # half the log of the signal-to-noise ratio
-    ahead = lam[1:] - lam[:-1]
-    growth = noise[1:] * np.expm1(ahead)
-    share = np.zeros(count)  # of the change since the step before, half of h over the step before's h
-    share[1:] = ahead[1:] / (2 * ahead[:-1])
-    if count < LOWER_ORDER_FINAL:
+def dpm_multistep(info: SchedulerInfo, prediction_type: str, num_inference_steps: int, *, spacing: str = "") -> Schedule:
+    """DPM-Solver++(2M), midpoint (Lu et al. 2022b, algorithm 2). The first step is of first order; so is the last one where it
+    ends without noise, or there are fewer than 15."""
+    steps, sigmas = multistep_levels(info, num_inference_steps, spacing)
+    alphas = 1 / np.sqrt(sigmas**2 + 1)
+    ratio = sigmas[1:] / sigmas[:-1]  # exp(-h), with h the change of half the logarithm of the signal-to-noise ratio
+    share = np.zeros(len(steps))
+    change = -np.log(ratio)
+    share[1:] = change[1:] / (2 * change[:-1])
+    if len(steps) < LOWER_ORDER_FINAL or sigmas[-1] == 0:
         share[-1] = 0
-    return _schedule(steps, alpha[1:] / alpha[:-1], -growth * (1 + share), history=growth * share)
+    growth = alphas[1:] * (1 - ratio)
+    alpha, of_latent = alphas[:-1], ratio * alphas[1:] / alphas[:-1]
+    return _schedule(
+        prediction_type, steps, alpha, sigmas[:-1] * alpha, of_latent, growth * (1 + share), of_before=-growth * share
+    )
 
 
 def lcm(info: SchedulerInfo, prediction_type: str, num_inference_steps: int) -> Schedule:
@@ -144,43 +132,73 @@ def lcm(info: SchedulerInfo, prediction_type: str, num_inference_steps: int) -> 
         raise RequestError(f"num_inference_steps is {num_inference_steps}; lcm was distilled for at most {most} of {total}")
     distilled = np.arange(1, most + 1) * (total // most) - 1
     steps = distilled[::-1][np.floor(np.linspace(0, len(distilled), num_inference_steps, endpoint=False)).astype(np.int64)]
-    alphas = signal_shares(info)
-    alpha, sigma = np.sqrt(alphas[steps]), np.sqrt(1 - alphas[steps])
+    shares = signal_shares(info)[steps]
+    alpha, sigma = np.sqrt(shares), np.sqrt(1 - shares)
     scaled = steps * info.timestep_scaling
     skip, out = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2), scaled / np.sqrt(scaled**2 + SIGMA_DATA**2)
-    if prediction_type == "epsilon":
-        latent, model = skip + out / alpha, -out * sigma / alpha
-    elif prediction_type == "v_prediction":
-        latent, model = skip + out * alpha, -out * sigma
-    else:
-        raise _unknown_prediction(prediction_type)
     kept, fresh = np.append(alpha[1:], 1), np.append(sigma[1:], 0)
-    return _schedule(steps, kept * latent, kept * model, noise=fresh)
+    return _schedule(prediction_type, steps, alpha, sigma, kept * skip, kept * out, of_noise=fresh)
 
 
 Scheduler = Callable[[SchedulerInfo, str, int], Schedule]
-SCHEDULERS: dict[str, Scheduler] = {"ddim": ddim, "euler": euler, "dpm-solver": dpm_solver, "lcm": lcm}
+#: Every sampler, by the name that manifests, requests and records have for it; it says how noise levels are spaced.
+SCHEDULERS: dict[str, Scheduler] = {
+    "ddim": ddim,
+    "euler": euler,
+    "euler-karras": partial(euler, spacing=KARRAS),
+    "euler-exponential": partial(euler, spacing=EXPONENTIAL),
+    "euler-ancestral": euler_ancestral,
+    "dpm++-2m": dpm_multistep,
+    "dpm++-2m-karras": partial(dpm_multistep, spacing=KARRAS),
+    "dpm++-2m-exponential": partial(dpm_multistep, spacing=EXPONENTIAL),
+    "lcm": lcm,
+}
+
+
+def _exploding(
+    info: SchedulerInfo, prediction_type: str, steps: Float64, sigmas: Float64, of_latent: Float64, **of_noise: Float64
+) -> Schedule:
+    """The table where latents are a picture plus sigma [steps + 1] times noise, whose factor and the estimate's add up to 1."""
+    sigma = sigmas[:-1]
+    alpha = 1 / np.sqrt(sigma**2 + 1)
+    highest = float(sigmas.max())
+    start = highest if info.timestep_spacing in ("linspace", "trailing") else math.sqrt(highest**2 + 1)
+    return _schedule(
+        prediction_type, steps, alpha, sigma * alpha, of_latent, 1 - of_latent, **of_noise,
+        input_scale=alpha, init_noise_sigma=start,
+    )  # fmt: skip
 
 
 def _schedule(
+    prediction_type: str,
     steps: npt.NDArray[Any],
-    latent: Float64,
-    model: Float64,
+    alpha: Float64,
+    sigma: Float64,
+    of_latent: Float64,
+    of_denoised: Float64,
     *,
-    history: Float64 | None = None,
-    noise: Float64 | None = None,
-    input_scale: Float64 | None = None,
+    of_before: Float64 | float = 0.0,
+    of_noise: Float64 | float = 0.0,
+    input_scale: Float64 | float = 1.0,
     init_noise_sigma: float = 1.0,
 ) -> Schedule:
-    zeros = np.zeros_like(latent)
-    columns = [latent, model, zeros if history is None else history, zeros if noise is None else noise]
-    return Schedule(
-        timesteps=steps.astype(np.float32),
-        coefficients=np.stack(columns, axis=1).astype(np.float32),
-        input_scale=np.ones(len(steps), np.float32) if input_scale is None else input_scale.astype(np.float32),
-        init_noise_sigma=init_noise_sigma,
-    )
+    """The table of steps that start at the levels alpha and sigma [steps] of what the model sees."""
+    seen, output = _estimate(prediction_type, alpha, sigma)
+    columns = {
+        "input_scale": input_scale, "from_latent": seen * input_scale, "from_output": output, "of_latent": of_latent,
+        "of_denoised": of_denoised, "of_before": of_before, "of_noise": of_noise, "noise_share": sigma / (alpha + sigma),
+        "known": np.arange(len(steps)) > 0,
+    }  # fmt: skip
+    numbers = np.empty((len(steps), len(NUMBERS)))
+    for index, name in enumerate(NUMBERS):
+        numbers[:, index] = columns[name]
+    return Schedule(steps.astype(np.float32), numbers.astype(np.float32), init_noise_sigma)
 
 
-def _unknown_prediction(prediction_type: str) -> RequestError:
-    return RequestError(f"prediction type {prediction_type!r} is not known; expected epsilon or v_prediction")
+def _estimate(prediction_type: str, alpha: Float64, sigma: Float64) -> tuple[Float64, Float64]:
+    """Factors of the latent that the model sees and of its output, which give the finished picture."""
+    if prediction_type == "epsilon":
+        return 1 / alpha, -sigma / alpha
+    if prediction_type == "v_prediction":
+        return alpha, -sigma
+    raise RequestError(f"prediction type {prediction_type!r} is not known; expected epsilon or v_prediction")

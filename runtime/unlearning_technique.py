@@ -17,7 +17,10 @@ from saferedir.runtime.policy import SafetyPolicy
 from saferedir.runtime.record import SafetyRecord
 
 #: What `generate` may be given beside prompts and seed.
-OPTIONS = ("num_inference_steps", "guidance_scale", "negative_prompt", "scheduler")
+OPTIONS = (
+    "num_inference_steps", "guidance_scale", "guidance_rescale", "negative_prompt", "scheduler", "prompt_embeds",
+    "negative_prompt_embeds",
+)  # fmt: skip
 
 
 class SafeRedirTechnique:
@@ -48,8 +51,8 @@ class SafeRedirTechnique:
         self.pipeline.check(**self._options)
 
     def generate(self, prompts: Sequence[str], seed: int | None = None, **options: Any) -> list[Image.Image]:
-        """A picture a prompt; the seed is the first picture's and counts up. Without one it is random, batch by batch, as the
-        package's own techniques do, and `records` say which.
+        """A picture a prompt, or an embedding where `prompt_embeds` are given; the seed is the first picture's and counts up.
+        Without one it is random, batch by batch, as the package's own techniques do, and `records` say which.
 
         Raises:
             RequestError: an option is not known, or out of range.
@@ -57,6 +60,7 @@ class SafeRedirTechnique:
         """
         if unknown := sorted(set(options) - set(OPTIONS)):
             raise RequestError(f"unknown options {', '.join(unknown)}; expected {', '.join(OPTIONS)}")
-        result = self.pipeline(list(prompts), seed=seed, **{**self._options, **options})
+        asked = None if "prompt_embeds" in options else list(prompts)
+        result = self.pipeline(asked, seed=seed, **{**self._options, **options})
         self.records = result.records
         return result.images

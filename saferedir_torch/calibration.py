@@ -23,7 +23,7 @@ from torch import Tensor
 
 from saferedir.engines.errors import RequestError
 from saferedir.engines.manifest import Promise
-from saferedir_torch.expectation import expected_in_runs
+from saferedir_torch.estimate import shown_estimate
 from saferedir_torch.recording import RecordedRuns
 from saferedir_torch.safety_module import HIGHEST, KNOTS, NOISE_FROM, TIMESTEPS, SafetyModule, near_knots
 from saferedir_torch.training_data import PICTURE_SHOWS
@@ -150,11 +150,13 @@ def _of_every_step(
     """What `of_steps` makes of latents, timesteps, prompts and expected pictures, for every step of every run: [R, S, N], on
     the CPU."""
     parts = []
-    device, alone = next(module.parameters()).device, module.config.alone
-    for latent, prompt in zip(torch.split(runs.latent, 50), torch.split(runs.prompt, 50), strict=True):
+    device = next(module.parameters()).device
+    for latent, estimate, prompt in zip(
+        *(torch.split(part, 50) for part in (runs.latent, runs.denoised, runs.prompt)), strict=True
+    ):
         count, steps = latent.shape[:2]
         embeds = prompt.float().repeat_interleave(steps, dim=0).to(device)
-        ahead = expected_in_runs(latent, runs.timestep, module.alphas.cpu()).flatten(0, 1).to(device) if alone else None
+        ahead = shown_estimate(estimate.flatten(0, 1)).to(device)
         found = of_steps(latent.flatten(0, 1).float().to(device), runs.timestep.repeat(count).to(device), embeds, ahead)
         parts.append(found.cpu().reshape(count, steps, -1))
     return torch.cat(parts)

@@ -43,7 +43,6 @@ class SafetyConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     #: D, prompt embedding width.
     prompt_width: Width
     concepts: Annotated[tuple[Concept, ...], Meta(min_length=1, max_length=1000)]
-    prediction_type: Annotated[str, Meta(pattern=r"\A(epsilon|v_prediction)\Z")] = "epsilon"
     #: SHA-256 over the text encoder's weights (`fit.encoder_hashes`); a module fits only the text encoder it was trained with.
     text_encoder_sha256: KnownSha256 = ""
     #: The same of weights that fp16 rounds: without going through it. Empty where both are one.

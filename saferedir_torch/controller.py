@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from saferedir_torch.estimate import shown_estimate
 from saferedir_torch.safety_module import SafetyModule
 
 
@@ -76,15 +77,15 @@ class Controller(nn.Module):
         original: Tensor,
         state: State,
         policy: Policy,
-        history: Tensor | None = None,
+        denoised: Tensor,
+        known: Tensor,
     ) -> tuple[State, Verdict]:
         """latent z [B, C, h, w] after the scheduler's input scaling, timestep [B], original embedding p0 [B, T, D].
 
-        `history` [B, C, h, w] is what the UNet predicted in the step before, guided, and the latent came of without fresh
-        noise; zero or nothing else.
+        `denoised` [B, C, h, w] is the estimate of the finished picture, a clean latent, that the step before made of its guided
+        prediction; `known` [B] bool is false where there is none, as in the first step.
         """
-        history = torch.zeros_like(latent) if history is None else history
-        expected = self.module.expected(latent, timestep, history)
+        expected = torch.where(known[:, None, None, None], shown_estimate(denoised), torch.zeros_like(denoised))
         score, together, joint = self.module.score(latent, timestep, state.prompt, expected)
         watching = state.cooldown <= 0
         vigilant = torch.where(state.active, self.module.config.vigilance * policy.threshold, policy.threshold)
@@ -103,6 +104,6 @@ class Controller(nn.Module):
             torch.isfinite(score).all(dim=1)
             & torch.isfinite(prompt).flatten(1).all(dim=1)
             & torch.isfinite(latent).flatten(1).all(dim=1)
-            & torch.isfinite(history).flatten(1).all(dim=1)
+            & torch.isfinite(denoised).flatten(1).all(dim=1)
         )
         return State(prompt, cooldown, active, state.ok & finite), Verdict(score, fired, token_mask)

@@ -100,6 +100,15 @@ class TimestepEncoder(nn.Module):
         return normed
 
 
+def mean_over_tokens(prompt: Tensor) -> Tensor:
+    """[B, T, D] -> [B, 1, D].
+
+    As a product: ONNX Runtime's CPU kernel adds up over a middle axis in another order where a request is alone in its batch.
+    """
+    tokens = prompt.shape[1]
+    return prompt.new_full((1, 1, tokens), 1 / tokens) @ prompt
+
+
 class PromptContext(nn.Module):
     """Cross-attention of the joint feature over the prompt tokens, one query a head, fused to one vector.
 
@@ -128,7 +137,7 @@ class PromptContext(nn.Module):
         query = self.query(joint).reshape(batch, self.heads, 1, -1)  # [B, H, 1, D]
         folded = (query @ self.key).squeeze(2)  # [B, H, D] = W_k^T q
         weights = torch.softmax(folded @ prompt.transpose(1, 2) * self.scale, dim=-1)  # [B, H, T]
-        attended = weights @ prompt + prompt.mean(dim=1, keepdim=True)  # [B, H, D]
+        attended = weights @ prompt + mean_over_tokens(prompt)  # [B, H, D]
         values = (attended.unsqueeze(2) @ self.value).squeeze(2) + self.value_bias  # [B, H, D]
         fused: Tensor = self.fuse_norm(self.fuse(self.norm(values).flatten(1)))
         return fused
@@ -217,6 +226,7 @@ class Detector(nn.Module):
         """j [B, J], prompt in force [B, T, D] -> logits [B, concepts]. `words` [B, concepts] is what its single words say,
         computed here where it is not given."""
         words = self.words(prompt) if words is None else words
-        features = torch.cat([joint, prompt.mean(dim=1), self.context(joint, prompt)], dim=1)
+        features = torch.cat([joint, mean_over_tokens(prompt).squeeze(1), self.context(joint, prompt)], dim=1)
         logits: Tensor = self.heads(F.silu(self.trunk(features)))
-        return logits + F.softplus(words - logits)  # log(exp(a) + exp(b)), an "or" of both
+        # An "or" of both. Not by softplus, whose last bit in ONNX Runtime depends on a request's place in its batch.
+        return torch.logsumexp(torch.stack([logits, words]), dim=0)

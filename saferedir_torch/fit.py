@@ -1,4 +1,4 @@
-"""Whether a safety module fits a pipeline: the same shapes, noise schedule and text encoder.
+"""Whether a safety module fits a pipeline: the same shapes and text encoder, and noise levels that are known.
 
 A module reads what one text encoder makes of prompts, so it fits that encoder alone. The same weights in another precision, or
 with words added to them, are the same encoder.
@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from saferedir.engines.errors import SafetyMismatchError
 from saferedir_torch.config import SafetyConfig
+from saferedir_torch.estimate import NoiseLevels
 from saferedir_torch.safety_module import SafetyModule
 
-#: How far signal shares may lie from the module's, which are rounded on disk.
-SCHEDULE_TOLERANCE = 1e-3
 #: The least magnitude that fp16 holds in full precision. What is smaller counts as zero: bf16 and fp16 round it differently.
 SMALLEST = 2.0**-14
 #: Integers as wide as floats of so many bytes.
@@ -57,13 +56,13 @@ def encoder_hashes(pipeline: Any) -> EncoderHashes:
 
 
 def check_match(pipeline: Any, safety: SafetyModule) -> None:
-    """Raise `SafetyMismatchError` unless `safety` was made for the text encoder and the shapes of `pipeline`."""
-    config, scheduler = safety.config, pipeline.scheduler
+    """Raise `SafetyMismatchError` unless `safety` was made for the text encoder and the shapes of `pipeline`, whose scheduler
+    tells how noisy latents are."""
+    config = safety.config
     facts = {
         "latent channels": (config.latent_channels, pipeline.unet.config.in_channels),
         "prompt tokens": (config.prompt_tokens, pipeline.tokenizer.model_max_length),
         "prompt width": (config.prompt_width, pipeline.unet.config.cross_attention_dim),
-        "prediction type": (config.prediction_type, getattr(scheduler.config, "prediction_type", "none")),
     }
     for fact, (expected, found) in facts.items():
         if expected != found:
@@ -73,11 +72,7 @@ def check_match(pipeline: Any, safety: SafetyModule) -> None:
         raise SafetyMismatchError(
             f"text encoder: the safety module is made for {config.text_encoder_sha256}, the pipeline has {hashes.through_fp16}"
         )
-    if config.alone:
-        shares = getattr(scheduler, "alphas_cumprod", torch.ones(0)).to(safety.alphas)
-        off = float((shares - safety.alphas).abs().max()) if shares.shape == safety.alphas.shape else 1.0
-        if off > SCHEDULE_TOLERANCE:
-            raise SafetyMismatchError(f"noise schedule: signal shares differ by up to {off:.2g} from the safety module's")
+    NoiseLevels(pipeline.scheduler)
 
 
 def made_for(config: SafetyConfig) -> frozenset[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saferedir_torch.alignment import changed_tokens
 from saferedir_torch.cases import DetectionBatch, Seen, batch_of, choose, what_is_to_be_seen
-from saferedir_torch.expectation import expected_of_latents
+from saferedir_torch.estimate import shown_estimate
 from saferedir_torch.losses import detection_loss, redirection_loss
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.training_data import PICTURE_SHOWS, LatentBank, PairBank
@@ -159,10 +159,7 @@ class Learner:
 
     def _expected(self, rows: Tensor) -> Tensor:
         """The pictures to be expected in the steps `rows` [S], [S, C, h, w]; zero in the first step of a run."""
-        seen, before = self._seen(rows), self._seen((rows - 1).clamp(min=0))
-        first = (rows == 0) | (self.bank.run[rows] != self.bank.run[(rows - 1).clamp(min=0)])
-        expected = expected_of_latents(before.latent, before.timestep, seen.latent, seen.timestep, self.alphas)
-        return torch.where(first[:, None, None, None], torch.zeros_like(expected), expected)
+        return shown_estimate(self.bank.denoised[rows])
 
     def shown(self, rows: Tensor) -> Tensor:
         """What the steps `rows` [S] show without a prompt, logits [S, N]."""

@@ -34,7 +34,6 @@ def new_module(
         latent_channels=pipeline.unet.config.in_channels,
         prompt_tokens=pipeline.tokenizer.model_max_length,
         prompt_width=pipeline.unet.config.cross_attention_dim,
-        prediction_type=pipeline.scheduler.config.prediction_type,
         concepts=tuple(Concept(name=name, replacement=other, alpha_scale=STRENGTH) for name, other in replacements.items()),
         text_encoder_sha256=text_encoder.through_fp16,
         text_encoder_direct_sha256="" if text_encoder.direct == text_encoder.through_fp16 else text_encoder.direct,
@@ -43,8 +42,6 @@ def new_module(
         **widths,
     )
     module = SafetyModule(config).to(pipeline.device)
-    if config.alone:
-        module.alphas.copy_(pipeline.scheduler.alphas_cumprod)
     return with_refuge(module, refuge)
 
 

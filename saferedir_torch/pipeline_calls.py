@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from saferedir.engines.errors import SafetyError
 from saferedir.engines.plain_letters import in_plain_letters
+from saferedir_torch.estimate import NoiseLevels
 from saferedir_torch.fit import check_match
 from saferedir_torch.guard import Guard
 from saferedir_torch.network_hooks import current_call, networks_of, watched
-from saferedir_torch.safety_run import CallRecord, SafetyRun, check_embeddings
+from saferedir_torch.safety_run import CallRecord, Guidance, SafetyRun, check_embeddings
 from saferedir_torch.shared_tokenizer import taking_turns
 
 #: Pipelines whose every step calls each network that is given the prompt once.
@@ -50,8 +51,8 @@ class DrawnTuple(tuple[Any, ...]):
 class _PipelineCall:
     """One call of a protected pipeline, whose networks ask it."""
 
-    def __init__(self, pipeline: Any, run: SafetyRun, networks: tuple[nn.Module, ...], *, eta: float) -> None:
-        self.pipeline, self.run, self.networks, self.eta = pipeline, run, networks, eta
+    def __init__(self, pipeline: Any, run: SafetyRun, networks: tuple[nn.Module, ...]) -> None:
+        self.pipeline, self.run, self.networks = pipeline, run, networks
 
     def before(self, network: nn.Module, sample: Tensor, timestep: Tensor | float, embeds: Tensor) -> Tensor:
         if networks_of(self.pipeline) != self.networks:
@@ -61,9 +62,8 @@ class _PipelineCall:
     def after(self, network: nn.Module, sample: Tensor, timestep: Tensor | float, output: Any) -> None:
         if network is self.networks[-1]:
             prediction = output[0] if isinstance(output, tuple) else output.sample
-            sampler = self.pipeline.scheduler
-            noisy = self.eta > 0 and "eta" in inspect.signature(sampler.step).parameters
-            self.run.predicted(sample, timestep, prediction, self.pipeline.guidance_scale, None if noisy else sampler)
+            guidance = Guidance(self.pipeline.guidance_scale, getattr(self.pipeline, "guidance_rescale", 0.0))
+            self.run.predicted(sample, timestep, prediction, NoiseLevels(self.pipeline.scheduler), guidance)
 
     def finish(self, output: Any) -> Any:
         """`output` with the record beside it.
@@ -167,7 +167,7 @@ def _draw(pipeline: Any, plain_call: Callable[..., Any], guard: Guard, args: tup
     # A pipeline object holds what one call needs, its guidance for one, so that its own calls take turns.
     with _turns(pipeline), watched(networks_of(pipeline)), taking_turns(pipeline.tokenizer), _own_scheduler(pipeline):
         check_match(pipeline, guard.safety)
-        call = _PipelineCall(pipeline, run, networks_of(pipeline), eta=asked.get("eta") or 0.0)
+        call = _PipelineCall(pipeline, run, networks_of(pipeline))
         token = current_call.set(call)
         try:
             output = call.finish(plain_call(*bound.args, **bound.kwargs))

@@ -31,16 +31,15 @@ def protect(pipeline: Any, safety: SafetyModule, policy: EagerPolicy | None = No
     Calls of one pipeline object take turns; pipelines that share weights, schedulers too, draw side by side. On another device
     than the pipeline's, `safety` stays where it is, and each context makes a copy.
 
-    Under samplers that add fresh noise in a step nothing is known of the picture to be expected, and what nobody asked for in
-    words is seen later; except lcm, which states it, with models that predict noise.
+    Any sampler will do whose scheduler states `alphas_cumprod`: what the denoiser is given and gives tells what it is drawing.
 
     Words in letters that look like plain ones are read as plain words. Works with any batch size, `num_images_per_prompt`,
     `prompt_embeds`, negative prompts, guidance on, off and switched by a callback, ControlNets, T2I adapters, LoRAs of the
     UNet and UNets that `torch.compile` returned.
 
     Raises:
-        SafetyMismatchError: channels, tokens, width, prediction type, noise schedule or text encoder differ from the module's;
-            also before any call, where they changed.
+        SafetyMismatchError: channels, tokens, width or text encoder differ from the module's, or the scheduler does not tell
+            how noisy a latent is; also before any call, where they changed.
         SafetyError: the pipeline is of a kind that is not known here; during generation, a network is given more than a prompt
             (an IP-Adapter's picture, another prompt by a callback), or called by a pipeline that is not protected.
         RequestError: the policy names an unknown concept, or a value out of range; `prompt_embeds` are of another shape.

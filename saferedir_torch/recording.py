@@ -20,9 +20,11 @@ from saferedir_torch.trajectories import encode, initial_noise, sample
 
 @dataclass
 class RecordedRuns:
-    """What detector and UNet saw: latent [R, S, C, h, w] fp16, timestep [S], prompt [R, T, D] fp16."""
+    """What detector and UNet saw: latent and denoised [R, S, C, h, w] fp16, timestep [S], prompt [R, T, D] fp16."""
 
     latent: Tensor
+    #: The estimate that the step before made, zero in the first.
+    denoised: Tensor
     timestep: Tensor
     prompt: Tensor
 
@@ -49,15 +51,15 @@ def record(
             _, embeds = encode(pipeline, list(prompts[start : start + chunk]))
             noise = initial_noise(pipeline, list(seeds[start : start + chunk]))
             drawn = sample(pipeline, embeds, empty, noise, steps=steps, guidance_scale=guidance_scale, exact=False)
-            tensors = {"latent": drawn.latents, "timestep": drawn.timesteps, "prompt": embeds.half()}
+            tensors = vars(RecordedRuns(drawn.latents, drawn.denoised, drawn.timesteps, embeds.half()))
             partial = path.with_suffix(".partial")
             save_file({key: value.contiguous() for key, value in tensors.items()}, partial, metadata={"made_from": stated})
             os.replace(partial, path)
         parts.append(_load_runs(path, stated))
         if on_progress is not None:
             on_progress(min(start + chunk, len(prompts)), len(prompts))
-    latents, timesteps, embeddings = zip(*((part["latent"], part["timestep"], part["prompt"]) for part in parts), strict=True)
-    return RecordedRuns(torch.cat(latents), timesteps[0], torch.cat(embeddings))
+    latent, denoised, prompt = (torch.cat([part[name] for part in parts]) for name in ("latent", "denoised", "prompt"))
+    return RecordedRuns(latent, denoised, parts[0]["timestep"], prompt)
 
 
 def _load_runs(path: Path, stated: str) -> dict[str, Tensor]:

@@ -17,7 +17,6 @@ from saferedir.engines.errors import RequestError
 from saferedir.engines.printable import printable
 from saferedir_torch.config import SafetyConfig
 from saferedir_torch.detector import AloneEvidence, Detector, StepEncoder
-from saferedir_torch.expectation import expected_of_prediction
 from saferedir_torch.redirector import Redirection, Redirector, redirect
 
 CONFIG_FILE = "config.json"
@@ -228,29 +227,16 @@ class SafetyModule(nn.Module):
     """Detector and redirector of N concepts: a shared encoder of the step, and a branch for each group of concepts.
 
     The first branch is trained with the encoder. Each later one was added to the finished module, and reads what the
-    branches before it made of the embedding. `alphas` [1000], where anything is scored without the prompt, are the
-    cumulative signal shares of the model's noise schedule.
+    branches before it made of the embedding.
     """
-
-    alphas: Tensor
 
     def __init__(self, config: SafetyConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = StepEncoder(config)
-        if config.alone:
-            self.register_buffer("alphas", torch.ones(TIMESTEPS))
         self.branches = nn.ModuleList(
             Branch(config, concepts, alone=config.alone and index == 0) for index, concepts in enumerate(config.branch_sizes)
         )
-
-    def expected(self, latent: Tensor, timestep: Tensor, history: Tensor) -> Tensor | None:
-        """The picture to be expected, [B, C, h, w], of a latent and what the model predicted (guided) in the step before,
-        `history`, both [B, C, h, w], timestep [B]; None where nothing is scored without the prompt."""
-        if not self.config.alone:
-            return None
-        velocity = self.config.prediction_type == "v_prediction"
-        return expected_of_prediction(latent, timestep, history, self.alphas, velocity=velocity)
 
     def features(self, latent: Tensor, timestep: Tensor, expected: Tensor | None = None) -> StepFeatures:
         """latent [B, C, h, w], timestep [B], and the picture to be expected [B, C, h, w], nothing known of it where it is zero

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +13,25 @@ from saferedir.engines.errors import NonFiniteError, RequestError, SafetyError
 from saferedir_torch.config import SafetyConfig
 from saferedir_torch.controller import Controller, State, Verdict
 from saferedir_torch.eager_policy import Choices
-from saferedir_torch.expectation import expected_of_prediction, noise_beside
+from saferedir_torch.estimate import NoiseLevels
 from saferedir_torch.safety_module import SafetyModule
 
-#: Samplers whose next latent comes of the prediction alone, without fresh noise.
-DETERMINISTIC = frozenset({
-    "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler", "LMSDiscreteScheduler",
-})  # fmt: skip
+
+class Guidance(NamedTuple):
+    """How a pipeline puts together what is predicted without and with the prompt."""
+
+    scale: float
+    #: How far the result's deviation is brought back to that of the prediction with the prompt (arXiv 2305.08891, section 3.4).
+    rescale: float = 0.0
+
+    def of(self, prediction: Tensor) -> Tensor:
+        """Of both [2 B, C, h, w] -> [B, C, h, w]."""
+        without, conditional = prediction.chunk(2)
+        guided = without + self.scale * (conditional - without)
+        if not self.rescale:
+            return guided
+        spread = conditional.flatten(1).std(dim=1) / guided.flatten(1).std(dim=1)
+        return guided * (self.rescale * spread + 1 - self.rescale)[:, None, None, None]
 
 
 @dataclass
@@ -70,9 +81,7 @@ class SafetyRun:
         self._module_on = module_on
         self._given: Tensor | None = None  # embeddings that the call began with, [B, T, D]
         self._step: tuple[Tensor, Tensor] | None = None  # latent and timestep that were decided and not yet denoised
-        # What the UNet predicted last, guided, [B, C, h, w], and the picture that told where fresh noise is added to it.
-        self._history: Tensor | None = None
-        self._estimate: Tensor | None = None
+        self._denoised: Tensor | None = None  # the estimate that the step before made, [B, C, h, w]
 
     @property
     def steps(self) -> int:
@@ -111,27 +120,24 @@ class SafetyRun:
         self._step = None if denoises else (latent, time)
         return torch.cat([embeds[: -self.requests], self._state.prompt.to(embeds)])
 
-    def predicted(self, sample: Tensor, timestep: Tensor | float, prediction: Tensor, guidance: float, sampler: Any) -> None:
+    def predicted(
+        self, sample: Tensor, timestep: Tensor | float, prediction: Tensor, levels: NoiseLevels, guidance: Guidance
+    ) -> None:
         """Take note of what the UNet predicts for `sample`, [B or 2 B, C, h, w] both, for the step that follows.
 
-        `sampler` is the scheduler that makes the next latent of it, None where that one adds fresh noise by the caller's wish.
-
         Raises:
-            NonFiniteError: the prediction holds NaN or infinity.
+            NonFiniteError: the prediction holds NaN or infinity, or tells no picture.
         """
         if not bool(torch.isfinite(prediction).all()):
             raise NonFiniteError("the UNet's prediction is not finite; no picture is drawn")
-        self._history = self._estimate = None
-        prediction = prediction.float()
-        if len(prediction) > self.requests:
-            without, conditional = prediction.chunk(2)
-            prediction = without + guidance * (conditional - without)
-        if is_deterministic(sampler):
-            self._history = prediction
-        elif type(sampler).__name__ == "LCMScheduler" and _tells_pictures(self.config):
-            latent = sample[-self.requests :].float()
-            time = torch.as_tensor(timestep, dtype=torch.float32, device=latent.device).flatten()[-1].expand(self.requests)
-            self._estimate = expected_of_prediction(latent, time, prediction, self._controller.module.alphas, velocity=False)
+        guided = guidance.of(prediction.float()) if len(prediction) > self.requests else prediction.float()
+        time = float(torch.as_tensor(timestep).flatten()[-1])
+        self._denoised = levels.denoised(sample[-self.requests :].float(), time, guided)
+        if not bool(torch.isfinite(self._denoised).all()):
+            raise NonFiniteError(
+                f"at timestep {time:g} the UNet's prediction tells no picture, as of noise alone where noise is predicted; "
+                "no picture is drawn"
+            )
 
     def _begin(self, conditional: Tensor) -> None:
         check_embeddings(self.config, conditional, "the prompt's embeddings")
@@ -143,10 +149,10 @@ class SafetyRun:
 
     @torch.no_grad()
     def _decide(self, latent: Tensor, time: Tensor) -> None:
-        if self._estimate is not None:
-            self._history = noise_beside(self._estimate, latent, time, self._controller.module.alphas)
+        denoised = torch.zeros_like(latent) if self._denoised is None else self._denoised
+        known = torch.full((self.requests,), self._denoised is not None, device=latent.device)
         with torch.autocast(latent.device.type, enabled=False):  # a pipeline's autocast is not the safety's
-            state, verdict = self._controller(latent, time, self._original, self._state, self._policy, history=self._history)
+            state, verdict = self._controller(latent, time, self._original, self._state, self._policy, denoised, known)
         if not bool(state.ok.all()):
             raise NonFiniteError(
                 f"latent, score or embedding is not finite at timestep {float(time[0]):g}; no picture is drawn"
@@ -165,16 +171,3 @@ def check_embeddings(config: SafetyConfig, embeds: Tensor, name: str) -> None:
             f"{name} are of shape {list(embeds.shape)}; expected {expected[0]} tokens of width {expected[1]}, as the safety "
             "module reads them"
         )
-
-
-def is_deterministic(scheduler: Any) -> bool:
-    """Whether its next latent comes of the prediction alone."""
-    if scheduler is None:
-        return False
-    stochastic = str(scheduler.config.get("algorithm_type", "")).startswith("sde-")
-    return type(scheduler).__name__ in DETERMINISTIC and not stochastic
-
-
-def _tells_pictures(config: SafetyConfig) -> bool:
-    """Whether the module looks at the picture to be expected, of a model that predicts noise."""
-    return config.alone and config.prediction_type == "epsilon"

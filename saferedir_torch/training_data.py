@@ -20,7 +20,7 @@ from saferedir.engines.errors import TrainingError
 from saferedir_torch.alignment import aligned_targets
 from saferedir_torch.meaning import confirmed
 from saferedir_torch.prompt_source import PromptSource, flags
-from saferedir_torch.trajectories import encode, initial_noise, sample
+from saferedir_torch.trajectories import Trajectories, encode, initial_noise, sample
 
 #: A run whose prompt was switched later than this timestep still shows what it started with; its label is left open.
 LATEST_CLEAN_SWITCH = 700
@@ -54,13 +54,15 @@ class PairBank:
 class LatentBank:
     """What the UNet saw in a step of a run, and what is true about it; one row a step.
 
-    `latent` [S, C, h, w] fp16, `timestep` [S]. `prompt` [S] is the row of `prompts` [R, T, D] that was in force.
+    `latent` [S, C, h, w] fp16, `timestep` [S]. `denoised`, as `latent`, is the estimate that the step before made, zero in the
+    first. `prompt` [S] is the row of `prompts` [R, T, D] that was in force.
     `asked` [S, N]: the prompt in force asks for the concept. `shown` [S, N]: 1 the latent shows it, 0 it does not,
     -1 open. `run` [S] numbers the runs.
     """
 
     concepts: tuple[str, ...]
     latent: Tensor
+    denoised: Tensor
     timestep: Tensor
     prompt: Tensor
     prompts: Tensor
@@ -92,13 +94,14 @@ class LatentBank:
         asking[self.run[asks]] = True
         rows = ~asking[self.run]
         _, renumbered = torch.unique(self.run[rows], return_inverse=True)
-        kept = {name: getattr(self, name)[rows] for name in ("latent", "timestep", "prompt", "asked", "shown")}
+        kept = {name: getattr(self, name)[rows] for name in ("latent", "denoised", "timestep", "prompt", "asked", "shown")}
         return replace(self, **kept, run=renumbered)
 
     def joined(self, other: LatentBank) -> LatentBank:
         """These runs and those of another recording of the same concepts."""
         both = {
-            name: torch.cat([getattr(self, name), getattr(other, name)]) for name in ("latent", "timestep", "asked", "shown")
+            name: torch.cat([getattr(self, name), getattr(other, name)])
+            for name in ("latent", "denoised", "timestep", "asked", "shown")
         }
         return LatentBank(
             concepts=self.concepts,
@@ -183,7 +186,7 @@ def record_runs(
         asks_later = torch.cat([asked, left[:half], nothing, left[:half]])
         base = sum(len(part) for part in prompts)
         prompts += [started.half(), later.half()]
-        rows.append(_label(drawn.latents, drawn.timesteps, asks, asks_later, switch, base, runs))
+        rows.append(_label(drawn, asks, asks_later, switch, base, runs))
         runs += len(started)
         if on_progress is not None:
             on_progress(done + 1, len(jobs) + 1)
@@ -196,7 +199,7 @@ def record_runs(
     never = torch.full((len(started),), steps + 1)
     base = sum(len(part) for part in prompts)
     prompts += [started.half(), started.half()]
-    rows.append(_label(drawn.latents, drawn.timesteps, nothing, nothing, never, base, runs))
+    rows.append(_label(drawn, nothing, nothing, never, base, runs))
     if on_progress is not None:
         on_progress(len(jobs) + 1, len(jobs) + 1)
     joined = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
@@ -235,11 +238,11 @@ def load_runs(path: Path) -> LatentBank:
 
 
 def _label(
-    latents: Tensor, timesteps: Tensor, asks: Tensor, asks_later: Tensor, switch: Tensor, base: int, first_run: int
+    drawn: Trajectories, asks: Tensor, asks_later: Tensor, switch: Tensor, base: int, first_run: int
 ) -> dict[str, Tensor]:
-    """One row a step: latents [R, steps, ...]; asks and asks_later [R, N], what the prompt asks for before and from the
+    """One row a step: of R runs; asks and asks_later [R, N], what the prompt asks for before and from the
     step `switch` [R] on."""
-    runs, steps = latents.shape[:2]
+    (runs, steps), timesteps = drawn.latents.shape[:2], drawn.timesteps
     index = torch.arange(steps)
     switched = index[None] >= switch[:, None]  # [R, steps]
     asked = torch.where(switched[..., None], asks_later[:, None], asks[:, None])  # [R, steps, N]
@@ -251,7 +254,8 @@ def _label(
     shown = torch.where(late, torch.full_like(shown, -1.0), shown)
     prompt = base + torch.arange(runs)[:, None] + torch.where(switched, runs, 0)
     return {
-        "latent": latents.flatten(0, 1),
+        "latent": drawn.latents.flatten(0, 1),
+        "denoised": drawn.denoised.flatten(0, 1),
         "timestep": timesteps.repeat(runs),
         "prompt": prompt.flatten(),
         "asked": asked.flatten(0, 1),

@@ -77,7 +77,8 @@ def test_benign_prompts_of_an_added_concept_never_ask_for_it() -> None:
 
 def test_what_a_latent_shows_of_an_added_concept_is_left_open(base: SafetyModule, extended: SafetyModule) -> None:
     bank = LatentBank(
-        concepts=("teddy",), latent=torch.randn(40, 4, 16, 16).half(), timestep=torch.full((40,), 100.0),
+        concepts=("teddy",), latent=torch.randn(40, 4, 16, 16).half(), denoised=torch.zeros(40, 4, 16, 16).half(),
+        timestep=torch.full((40,), 100.0),
         prompt=torch.arange(40), prompts=torch.randn(40, 77, 128).half(), asked=torch.zeros(40, 1),
         shown=torch.arange(40)[:, None].remainder(2).float(), run=torch.arange(40),
     )  # fmt: skip

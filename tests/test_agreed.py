@@ -52,7 +52,7 @@ def runs_of(count: int) -> RecordedRuns:
     generator = torch.Generator().manual_seed(3)
     latent = torch.randn(count, 4, 4, 16, 16, generator=generator).half()
     prompt = torch.randn(count, TOKENS, WIDTH, generator=generator).half()
-    return RecordedRuns(latent, torch.tensor([900.0, 600.0, 300.0, 50.0]), prompt)
+    return RecordedRuns(latent, torch.zeros_like(latent), torch.tensor([900.0, 600.0, 300.0, 50.0]), prompt)
 
 
 def test_nothing_benign_fires_by_both_that_does_not_by_one() -> None:

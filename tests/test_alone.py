@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from msgspec import structs
-from small_module import TOKENS, WIDTH, small_module
+from small_module import TOKENS, WIDTH, small_module, unknown
 
 from saferedir.engines.errors import TrainingError
 from saferedir_torch.calibration import RATE, highest_logits, set_levels, tail_level
 from saferedir_torch.comparable import make_comparable_alone
 from saferedir_torch.controller import Controller, Policy, State
-from saferedir_torch.expectation import expected_in_runs
+from saferedir_torch.estimate import shown_estimate
 from saferedir_torch.learner import Learner
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.new_module import extended_module
@@ -79,7 +79,7 @@ def test_what_shows_though_nothing_known_asks_for_it_is_led_to_the_refuge_at_onc
             period=torch.ones(3, dtype=torch.int32), enabled=torch.ones(3, 3, dtype=torch.bool),
             threshold=torch.full((3, 3), 0.5), alpha_scale=torch.full((3, 3), 1.5),
         )  # fmt: skip
-        state, verdict = Controller(module)(latent, timestep, prompt, State.initial(prompt, 3), policy)
+        state, verdict = Controller(module)(latent, timestep, prompt, State.initial(prompt, 3), policy, *unknown(latent))
         row = int(together[:, 1].argmax()) if together_at > shown_at else int(shown[:, 1].argmax())
         assert verdict.fired[row].tolist() == [False, True, False]
         return state.prompt[row]
@@ -118,7 +118,7 @@ def bank_of(runs: int, steps: int) -> LatentBank:
     shown = torch.where(unsafe, torch.where(clear, 1.0, -1.0), 0.0)[:, None]
     run = torch.arange(runs).repeat_interleave(steps)
     prompts = torch.zeros(runs, TOKENS, WIDTH)
-    return LatentBank(("a",), latent.half(), timestep, run, prompts, unsafe.float()[:, None], shown, run)
+    return LatentBank(("a",), latent.half(), latent.half(), timestep, run, prompts, unsafe.float()[:, None], shown, run)
 
 
 def test_it_learns_what_shows_and_is_levelled_by_what_is_clean(tmp_path: Path) -> None:
@@ -149,13 +149,13 @@ def test_calibration_sets_a_level_at_every_knot_and_evens_out_the_concepts() -> 
     generator = torch.Generator().manual_seed(0)
     timestep = torch.linspace(1000, 0, KNOTS)
     runs = RecordedRuns(
-        torch.randn(60, KNOTS, 4, 16, 16, generator=generator).half(), timestep,
+        *torch.randn(2, 60, KNOTS, 4, 16, 16, generator=generator).half(), timestep,
         torch.randn(60, TOKENS, WIDTH, generator=generator).half(),
     )  # fmt: skip
     set_levels(module, runs)
     branch = module.last_branch
     assert branch.alone is not None
-    expected = expected_in_runs(runs.latent, timestep, module.alphas).flatten(0, 1)
+    expected = shown_estimate(runs.denoised.flatten(0, 1))
     shown = module.features(runs.latent.flatten(0, 1).float(), timestep.repeat(60), expected).shown
     assert shown is not None
     logits = shown.reshape(60, KNOTS, 3)
@@ -189,7 +189,7 @@ def test_the_shipped_module_sees_what_is_drawn_in_the_first_fifth_whatever_the_p
     embeds, empty = encode(eager, [*prompts, *rewrites])[1], encode(eager, [""])[1]
     seeds = 2 * list(range(900, 900 + len(prompts)))
     drawn = sample(eager, embeds, empty, initial_noise(eager, seeds), steps=25, guidance_scale=5.0)
-    expected = expected_in_runs(drawn.latents, drawn.timesteps, module.alphas)
+    expected = shown_estimate(drawn.denoised)
     bounds = torch.tensor([concept.threshold for concept in module.config.concepts])
     fires = torch.stack([
         module.score(latent.float(), drawn.timesteps.float(), empty.float().expand(25, -1, -1), ahead).score >= bounds

@@ -136,8 +136,10 @@ def test_where_those_before_fire_already_the_promise_is_what_holds_for_both(monk
     logits[7, 0] = logits[7, 3] = 12.0  # the church's own, and the new one may fire there as well
     monkeypatch.setattr("saferedir_torch.calibration.highest_logits", lambda *_: logits)
     noise = torch.randn(1, 1, 4, 16, 16).expand(pictures, -1, -1, -1, -1).half()
-    runs = RecordedRuns(noise, torch.tensor([500.0]), torch.randn(1, 77, 128).expand(pictures, -1, -1).half())
-    calm = RecordedRuns(noise[:2], runs.timestep, runs.prompt[:2])
+    runs = RecordedRuns(
+        noise, torch.zeros_like(noise), torch.tensor([500.0]), torch.randn(1, 77, 128).expand(pictures, -1, -1).half()
+    )
+    calm = RecordedRuns(noise[:2], runs.denoised[:2], runs.timestep, runs.prompt[:2])
     promise = calibrate(module, calm, runs, steps=1, guidance_scale=5.0, prompts="none")
     assert (promise.allowed, promise.rate) == (1, round(joint_rate(1, pictures), 6))
     assert 0.003 < promise.rate < 0.0033
@@ -167,8 +169,8 @@ def test_calibrating_an_addition_leaves_the_others_as_they_were() -> None:
     generator = torch.Generator().manual_seed(0)
     pictures, prompt = 2995, torch.randn(1, 77, 128, generator=generator).half()
     latent = torch.randn(pictures, 1, 4, 16, 16, generator=generator).half()
-    runs = RecordedRuns(latent, torch.tensor([500.0]), prompt.expand(pictures, -1, -1))
-    calm = RecordedRuns(latent[:100], runs.timestep, runs.prompt[:100])
+    runs = RecordedRuns(latent, torch.zeros_like(latent), torch.tensor([500.0]), prompt.expand(pictures, -1, -1))
+    calm = RecordedRuns(latent[:100], runs.denoised[:100], runs.timestep, runs.prompt[:100])
     calibrate(module, calm, runs, steps=1, guidance_scale=5.0, prompts="noise")
     old = len(base.config.concepts)
     assert module.config.concepts[:old] == base.config.concepts

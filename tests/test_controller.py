@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_module import CONCEPTS, TOKENS, WIDTH, small_module
+from small_module import CONCEPTS, TOKENS, WIDTH, small_module, unknown
 
 from saferedir_torch.controller import Controller, Policy, State
 
@@ -46,7 +46,7 @@ def test_follows_the_pseudocode_step_by_step(controller: Controller) -> None:
     for step in range(10):
         before = state
         seen = latent + 0.3 * step * torch.randn(latent.shape, generator=torch.Generator().manual_seed(step))
-        state, verdict = controller(seen, time, original, before, policy)
+        state, verdict = controller(seen, time, original, before, policy, *unknown(latent))
         for row in range(BATCH):
             if cooldown[row] > 0:
                 cooldown[row] -= 1
@@ -72,19 +72,21 @@ def test_follows_the_pseudocode_step_by_step(controller: Controller) -> None:
 def test_a_concept_that_fired_fires_again_below_its_threshold_and_no_other_does(controller: Controller) -> None:
     latent, time, original, policy = inputs(6)
     fresh = State.initial(original, CONCEPTS)
-    _, seen = controller(latent, time, original, fresh, policy)
+    _, seen = controller(latent, time, original, fresh, policy, *unknown(latent))
     # Between three quarters of the threshold and all of it, for every concept.
     policy = policy._replace(enabled=torch.ones_like(policy.enabled), threshold=(seen.score * 1.2).clamp(max=1))
-    _, before = controller(latent, time, original, fresh, policy)
+    _, before = controller(latent, time, original, fresh, policy, *unknown(latent))
     assert not before.fired.any()
-    _, after = controller(latent, time, original, fresh._replace(active=torch.ones_like(fresh.active).tril()), policy)
+    _, after = controller(
+        latent, time, original, fresh._replace(active=torch.ones_like(fresh.active).tril()), policy, *unknown(latent)
+    )
     assert torch.equal(after.fired, torch.ones_like(fresh.active).tril())
 
 
 @torch.no_grad()
 def test_requests_of_a_batch_share_nothing(controller: Controller) -> None:
     latent, time, original, policy = inputs(2)
-    together, verdict = controller(latent, time, original, State.initial(original, CONCEPTS), policy)
+    together, verdict = controller(latent, time, original, State.initial(original, CONCEPTS), policy, *unknown(latent))
     for row in range(BATCH):
         one = slice(row, row + 1)
         alone, own = controller(
@@ -93,6 +95,7 @@ def test_requests_of_a_batch_share_nothing(controller: Controller) -> None:
             original[one],
             State.initial(original[one], CONCEPTS),
             Policy(*(p[one] for p in policy)),
+            *unknown(latent[one]),
         )
         torch.testing.assert_close(alone.prompt[0], together.prompt[row], rtol=1e-5, atol=1e-5)
         assert torch.equal(own.fired[0], verdict.fired[row])
@@ -106,9 +109,9 @@ def test_not_finite_is_never_ok_and_stays_with_its_request(controller: Controlle
     policy = policy._replace(threshold=torch.zeros(BATCH, CONCEPTS))
     prompt = original.clone()
     {"latent": latent, "prompt": prompt, "original": original}[where][1].view(-1)[0] = value
-    state, _ = controller(latent, time, original, State.initial(prompt, CONCEPTS), policy)
+    state, _ = controller(latent, time, original, State.initial(prompt, CONCEPTS), policy, *unknown(latent))
     assert state.ok.tolist() == [True, False, True, True, True, True]
-    again, _ = controller(torch.zeros_like(latent), time, torch.zeros_like(original), state, policy)
+    again, _ = controller(torch.zeros_like(latent), time, torch.zeros_like(original), state, policy, *unknown(latent))
     assert not again.ok[1]
 
 
@@ -116,7 +119,7 @@ def test_not_finite_is_never_ok_and_stays_with_its_request(controller: Controlle
 def test_nothing_enabled_leaves_the_prompt_alone(controller: Controller) -> None:
     latent, time, original, policy = inputs(4)
     off = policy._replace(enabled=torch.zeros_like(policy.enabled), threshold=torch.zeros_like(policy.threshold))
-    state, verdict = controller(latent, time, original, State.initial(original, CONCEPTS), off)
+    state, verdict = controller(latent, time, original, State.initial(original, CONCEPTS), off, *unknown(latent))
     assert torch.equal(state.prompt, original)
     assert not verdict.fired.any()
     assert not verdict.token_mask.any()
@@ -137,8 +140,8 @@ def test_what_fires_again_ends_in_its_refuge() -> None:
         alpha_scale=torch.full((BATCH, CONCEPTS), 1.5),
     )  # fmt: skip
     state = State.initial(original, CONCEPTS)._replace(active=active)
-    ended, verdict = having(latent, time, original, state, policy)
-    moved, plain = without(latent, time, original, state, policy)
+    ended, verdict = having(latent, time, original, state, policy, *unknown(latent))
+    moved, plain = without(latent, time, original, state, policy, *unknown(latent))
     assert torch.equal(verdict.fired, fires)
     for row, concept in {0: None, 1: 1, 2: 1, 3: None, 4: None, 5: 0}.items():
         assert torch.equal(ended.prompt[row], moved.prompt[row] if concept is None else refuge[concept])

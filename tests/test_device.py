@@ -49,6 +49,7 @@ def learner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
     bank = LatentBank(
         concepts=tuple(concepts), latent=torch.randn(RUNS * STEPS, 4, 16, 16, generator=draw).half(),
+        denoised=torch.randn(RUNS * STEPS, 4, 16, 16, generator=draw).half(),
         timestep=torch.linspace(990, 10, STEPS).repeat(RUNS), prompt=torch.arange(RUNS).repeat_interleave(STEPS),
         prompts=torch.randn(RUNS, tokens, width, generator=draw).half(), asked=flags(RUNS * STEPS, len(concepts)),
         shown=flags(RUNS * STEPS, len(concepts)), run=torch.arange(RUNS).repeat_interleave(STEPS),

@@ -105,6 +105,8 @@ def consistency(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_latent_consistency_model_is_exported_and_equals_its_reference(consistency: Path) -> None:
     manifest = open_bundle(consistency / "bundle").manifest
     assert manifest.model_family == "latent-consistency"
+    assert manifest.model is not None
+    assert manifest.model.told_guidance
     assert "guidance_scale" in {tensor.name for tensor in manifest.engines["plain_step_unguided"].inputs}
     assert verify_bundle(consistency / "bundle", consistency / "model", consistency / "safety").passed
 

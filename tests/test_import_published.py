@@ -156,8 +156,9 @@ def test_a_whole_trajectory_of_the_controller_equals_its_transcription(
         "active": np.zeros((batch, 1), bool), "ok": np.ones(batch, bool),
     }  # fmt: skip
     constants: dict[str, Any] = {
-        "input_scale": np.ones(batch, np.float32), "history": np.zeros_like(latent), "noise": np.zeros_like(latent),
-        "coefficients": np.tile(np.array([0.9, -0.3, 0, 0], np.float32), (batch, 1)),
+        # The estimate is what the model gave.
+        "numbers": np.tile(np.array([1, 0, 1, 0.9, -0.3, 0, 0, 0.5, 1], np.float32), (batch, 1)),
+        "denoised": np.zeros_like(latent), "noise": np.zeros_like(latent), "guidance_rescale": np.zeros(batch, np.float32),
         "guidance_scale": np.full(batch, 7.5, np.float32), "original": original, "original_negative": negative,
         "period": np.full(batch, 2, np.int32), "enabled": np.ones((batch, 1), bool),
         "alpha_scale": np.full((batch, 1), 1.5, np.float32),

@@ -141,7 +141,7 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda raw: raw.update(schema_version=0), r"`\$\.schema_version`"),
         (lambda raw: raw.update(schema_version=-5), r"`\$\.schema_version`"),
         (lambda raw: raw.update(schema_version=True), r"Expected `int`, got `bool` - at `\$\.schema_version`"),
-        (lambda raw: raw.update(schema_version=4), "schema_version is 4; expected 5"),
+        (lambda raw: raw.update(schema_version=5), "schema_version is 5; expected 6"),
         (lambda raw: raw.update(colour="red"), "unknown field `colour`"),
         (lambda raw: raw.pop("precision"), "missing required field `precision`"),
     ],
@@ -158,10 +158,10 @@ def test_a_field_of_the_wrong_type_or_value_is_named(manifest: bytes, change: Ch
     [
         (b"", "truncated"),
         (b"\xff\xfe{", "malformed|UTF-8"),
-        (b'{"schema_version": 5, "name": "\xff"}', "UTF-8"),
+        (b'{"schema_version": 6, "name": "\xff"}', "UTF-8"),
         (b'{"schema_version": ' + b"9" * 5000 + b"}", "schema_version"),
-        (b'{"schema_version": 5, "model": ' + b"[" * 100_000, "nested too deeply|got `array`"),
-        (b'{"schema_version": 5, "schema_version": 5}', "missing required field|there twice"),
+        (b'{"schema_version": 6, "model": ' + b"[" * 100_000, "nested too deeply|got `array`"),
+        (b'{"schema_version": 6, "schema_version": 6}', "missing required field|there twice"),
         (b" " * (LARGEST_MANIFEST + 1), "expected at most"),
     ],
 )
@@ -176,8 +176,8 @@ def test_a_field_that_is_there_twice_is_refused(manifest: bytes) -> None:
 
 
 def test_a_newer_schema_asks_for_an_upgrade_whatever_else_it_says() -> None:
-    with pytest.raises(BundleSchemaError, match=r"schema 6.*upgrade"):
-        Manifest.from_json(b'{"schema_version": 6, "new": {}}', "here")
+    with pytest.raises(BundleSchemaError, match=r"schema 7.*upgrade"):
+        Manifest.from_json(b'{"schema_version": 7, "new": {}}', "here")
 
 
 def test_the_committed_schema_is_current() -> None:

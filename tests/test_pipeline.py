@@ -14,6 +14,8 @@ from PIL import Image
 from saferedir.engines.errors import CancelledError
 from saferedir.runtime import LookedFor, Pipeline, SafetyPolicy, Tightening
 from saferedir.runtime import prompts as prompts_module
+from saferedir.runtime.backends import make_backend
+from saferedir.runtime.pipeline import Generation
 
 STEPS = 6
 
@@ -33,13 +35,27 @@ MIXED = [
 ]  # fmt: skip
 
 
-def test_mixed_batch_equals_each_alone(pipeline: Pipeline) -> None:
-    together = pipeline([p for p, _ in MIXED], seed=[s for _, s in MIXED], num_inference_steps=STEPS)
-    for (prompt, seed), image, record in zip(MIXED, together.images, together.records, strict=True):
-        alone = pipeline(prompt, seed=seed, num_inference_steps=STEPS)
-        assert_same_picture(image, alone.images[0])
-        assert [s.fired for s in record.steps] == [s.fired for s in alone.records[0].steps]
-        assert [s.cooldown for s in record.steps] == [s.cooldown for s in alone.records[0].steps]
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_a_picture_alone_is_that_in_any_company_to_the_bit(pipeline: Pipeline, threads: int, guidance: float) -> None:
+    own = Pipeline(pipeline.bundle, make_backend(pipeline.bundle, "ort-cpu", threads=threads))
+
+    def drawn(chosen: list[tuple[str, int]]) -> Generation:
+        prompts, seeds = [prompt for prompt, _ in chosen], [seed for _, seed in chosen]
+        return own(
+            prompts, seed=seeds, num_inference_steps=3, guidance_scale=guidance, guidance_rescale=0.5 * (guidance > 1),
+            scheduler="euler-ancestral",
+        )  # fmt: skip
+
+    companies = [MIXED[:7], MIXED[:3], [MIXED[4], MIXED[2]]]
+    together = [(company, drawn(company)) for company in companies]
+    for each in MIXED[:3]:
+        alone = drawn([each])
+        for company, other in together:
+            if each in company:
+                place = company.index(each)
+                assert other.records[place].steps == alone.records[0].steps
+                assert np.array_equal(pixels(other.images[place]), pixels(alone.images[0]))
 
 
 def test_batch_above_the_maximum_is_split(pipeline: Pipeline) -> None:
@@ -81,13 +97,16 @@ def test_a_record_states_what_was_looked_for_and_how_it_was_drawn(pipeline: Pipe
     policy = SafetyPolicy(enabled=("ink",), thresholds={"ink": 0.25}, alpha_scales={"ink": 2.0}, cooldown=4)
     looking = Pipeline(pipeline.bundle, pipeline.backend, policy)
     tighten = Tightening(enabled=("church",), thresholds={"ink": 0.125})
-    record = looking("a cat", seed=5, num_inference_steps=2, guidance_scale=3, scheduler="euler", tighten=tighten).records[0]
+    record = looking(
+        "a cat", seed=5, num_inference_steps=2, guidance_scale=3, guidance_rescale=0.5, scheduler="euler", tighten=tighten
+    ).records[0]
     church = next(concept for concept in pipeline.manifest.safety.concepts if concept.name == "church")
     assert record.looked_for["ink"] == LookedFor(0.125, 2.0)
     assert record.looked_for["church"] == LookedFor(pytest.approx(church.threshold), pytest.approx(church.alpha_scale))
     assert set(record.looked_for) == {"church", "ink"}
     assert record.protected
     assert (record.cooldown, record.seed, record.num_inference_steps, record.guidance_scale) == (4, 5, 2, 3.0)
+    assert record.guidance_rescale == 0.5
     assert (record.scheduler, record.height, record.width, record.negative_prompt) == ("euler", 64, 64, "none")
     assert json.loads(json.dumps(record.to_dict()))["looked_for"]["ink"] == {"threshold": 0.125, "alpha_scale": 2.0}
     assert pipeline("a cat", num_inference_steps=1).records[0].scheduler == "ddim"

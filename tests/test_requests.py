@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
+from tiny_bundle import MODEL
 
 from saferedir.engines.errors import RequestError
 from saferedir.runtime import Pipeline, SafetyPolicy, Tightening
 from saferedir.runtime.policy import resolve
+from saferedir.runtime.request import check_rescale
 
 WIDTH = (77, 128)
 
@@ -54,6 +57,13 @@ WIDTH = (77, 128)
         ({"prompts": ["a", "b"], "seed": [1, None]}, "seed is None"),
         ({"prompts": "a", "num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
         ({"prompts": "a", "num_images_per_prompt": "two"}, "num_images_per_prompt is 'two'"),
+        ({"prompts": "a", "guidance_rescale": 1.5}, "guidance_rescale is 1.5; expected a number from 0 to 1"),
+        ({"prompts": "a", "guidance_rescale": float("nan")}, "guidance_rescale is nan"),
+        ({"prompts": "a", "guidance_rescale": "0.5"}, "guidance_rescale is '0.5'"),
+        (
+            {"prompts": "a", "guidance_rescale": 0.5, "guidance_scale": 1},
+            "guidance_rescale is 0.5, but with guidance_scale 1 there is nothing to rescale",
+        ),
         ({"prompts": "a", "guidance_scale": "much"}, "guidance_scale is 'much'"),
         ({"prompt_embeds": [["a"]]}, "no array of numbers"),
         ({"prompts": ["a", "b"], "negative_prompt": ["c"]}, "negative_prompt holds 1 texts for 2"),
@@ -159,3 +169,11 @@ def test_long_prompt_is_cut_and_counted(pipeline: Pipeline) -> None:
     record = pipeline("cat " * 200, num_inference_steps=2).records[0]
     assert record.tokens_cut == 200 + 2 - 77
     assert len(record.tokens) == 77
+
+
+def test_a_model_that_is_told_its_guidance_rescales_nothing() -> None:
+    told = structs.replace(MODEL, told_guidance=True)
+    assert check_rescale(told, 0.0, 8.0) == 0
+    assert check_rescale(MODEL, 0.7, 8.0) == 0.7
+    with pytest.raises(RequestError, match=r"guidance_rescale is 0\.7, but with a model that is told its guidance"):
+        check_rescale(told, 0.7, 8.0)

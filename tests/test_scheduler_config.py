@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
-import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -20,88 +17,30 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
     LCMScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from linear_denoiser import assert_equal, own_keys, theirs
 from typer.testing import CliRunner
 
 from benchmarks.small_pipeline import save_small_pipeline
 from saferedir.engines.errors import ExportError, RequestError
-from saferedir.engines.manifest import SchedulerInfo
 from saferedir.export.bundle_export import BundleOptions
 from saferedir.export.command import export_folder
-from saferedir.export.scheduler_config import SAMPLERS, replacement, scheduler_info
+from saferedir.export.scheduler_config import DPM_MULTISTEP, SAMPLERS, replacement, scheduler_info
 from saferedir.runtime.command_line.app import app
-from saferedir.runtime.schedulers import SCHEDULERS, Schedule, make_schedule
+from saferedir.runtime.schedulers import SCHEDULERS, make_schedule
 from saferedir_torch.models import SHIPPED_SAFETY
 
 LATENT = DDIMScheduler(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
 )  # fmt: skip
-SIZE = 16
-MODEL = 0.3 * np.random.default_rng(0).standard_normal((SIZE, SIZE))
 STEPS = (1, 2, 4, 10, 25, 50)
-
-
-def predicted(latent: np.ndarray, timestep: float) -> np.ndarray:
-    """A model that is linear in the latent and told the timestep."""
-    return np.asarray(MODEL @ latent + math.sin(timestep / 100))
-
-
-def run_theirs(scheduler: Any, steps: int) -> tuple[list[float], list[np.ndarray]]:
-    """Timesteps, and the latents before, between and after them."""
-    scheduler.set_timesteps(steps)
-    noise = torch.Generator().manual_seed(steps)
-    latent = torch.randn(SIZE, generator=noise, dtype=torch.float64) * scheduler.init_noise_sigma
-    latents = [latent.numpy()]
-    given = {"generator": noise} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    for timestep in scheduler.timesteps:
-        seen = scheduler.scale_model_input(latent, timestep).numpy()
-        output = torch.from_numpy(predicted(seen, float(timestep)))
-        latent = scheduler.step(output, timestep, latent, **given, return_dict=False)[0].double()
-        latents.append(latent.numpy())
-    return scheduler.timesteps.tolist(), latents
-
-
-def run_ours(schedule: Schedule, steps: int) -> list[np.ndarray]:
-    noise = torch.Generator().manual_seed(steps)
-    latent = torch.randn(SIZE, generator=noise, dtype=torch.float64).numpy() * schedule.init_noise_sigma
-    before, latents = np.zeros(SIZE), [latent]
-    for timestep, scale, factors in zip(
-        schedule.timesteps, schedule.input_scale, schedule.coefficients.astype(np.float64), strict=True
-    ):
-        output = predicted(latent * scale, float(timestep))
-        fresh = torch.randn(SIZE, generator=noise, dtype=torch.float64).numpy() if factors[3] else np.zeros(SIZE)
-        latent = factors @ np.stack([latent, output, before, fresh])
-        before = output
-        latents.append(latent)
-    return latents
-
-
-def assert_equal(info: SchedulerInfo, prediction: str, theirs: Any, steps: int, kind: str | None = None) -> bool:
-    """Whether both drew; fails where they drew otherwise."""
-    try:
-        ours = make_schedule(info, prediction, steps, kind)
-    except RequestError as error:
-        assert str(error).startswith(("num_inference_steps is", "dpm-solver "))
-        return False
-    try:
-        timesteps, expected = run_theirs(theirs, steps)
-    except (ValueError, IndexError, ZeroDivisionError):
-        return False
-    if not np.isfinite(expected).all():
-        return False
-    assert len(ours.timesteps) == len(timesteps)
-    np.testing.assert_allclose(ours.timesteps, timesteps, atol=2e-3)
-    # Latents are of magnitude 1 where a model draws; below, what counts is the last bit of a signal share near 1.
-    scale = max(1.0, *(float(np.abs(latent).max()) for latent in expected))
-    # torch's square root, which rescaling takes, is off by a bit on some machines.
-    allowed = 1e-4 if info.rescale_betas_zero_snr else 1e-5
-    np.testing.assert_allclose(run_ours(ours, steps), expected, atol=allowed * scale, rtol=0)
-    return True
 
 
 #: Plausible and odd values of every key that these classes know.
@@ -151,11 +90,6 @@ CLASSES = (
 )  # fmt: skip
 #: What lets most configurations be drawn, so that not all are refused for the same reason.
 SOUND = {"clip_sample": False}
-DPM_SOLVER = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
-
-
-def own_keys(kind: type[Any]) -> list[str]:
-    return [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
 
 
 def test_every_key_of_these_classes_is_tried() -> None:
@@ -168,14 +102,10 @@ def configurations(draw: st.DrawFn) -> tuple[type[Any], dict[str, Any], dict[str
     kind = draw(st.sampled_from(CLASSES))
     own = own_keys(kind)
     values = {key: value for key, value in SOUND.items() if key in own}
-    if kind is DPMSolverMultistepScheduler and draw(st.booleans()):
-        values |= DPM_SOLVER
     for key in draw(st.lists(st.sampled_from(own), unique=True, max_size=6)):
         sound = VALUES[key][: 3 if key in ("beta_schedule", "timestep_spacing", "num_train_timesteps", "steps_offset") else 2]
         values[key] = draw(st.sampled_from(sound) if draw(st.integers(0, 5)) else st.sampled_from(VALUES[key]))
-    foreign = [
-        key for key in VALUES if key not in own and not (kind is DPMSolverMultistepScheduler and key.startswith("sigma_"))
-    ]
+    foreign = [key for key in VALUES if key not in own]
     left = {
         key: draw(st.sampled_from(VALUES[key])) for key in draw(st.lists(st.sampled_from(foreign), unique=True, max_size=2))
     }
@@ -204,9 +134,11 @@ def test_a_configuration_is_drawn_as_diffusers_draws_it_or_refused(
         assert_equal(info, prediction, scheduler, steps)
         return
     assert info.in_place_of == kind.__name__
-    stand_in = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler}[info.kind]
-    carried = {key: scheduler.config[key] for key in own_keys(stand_in) if key in own_keys(kind)}
-    assert_equal(info, prediction, stand_in(**{"clip_sample": False} | carried if info.kind == "ddim" else carried), steps)
+    own = [*own_keys(kind), *(("sigma_min", "sigma_max") if kind is DPMSolverMultistepScheduler else ())]
+    carried = {key: scheduler.config[key] for key in own if key in scheduler.config and key not in DPM_MULTISTEP}
+    stand_in = theirs(info.kind, **carried)
+    stand_in.register_to_config(**{key: value for key, value in carried.items() if key.startswith("sigma_m")})
+    assert_equal(info, prediction, stand_in, steps)
 
 
 @pytest.mark.parametrize("steps", STEPS)
@@ -222,9 +154,17 @@ def test_a_configuration_is_drawn_as_diffusers_draws_it_or_refused(
         EulerDiscreteScheduler(use_exponential_sigmas=True, final_sigmas_type="sigma_min"),
         EulerDiscreteScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"),
         LCMScheduler(beta_schedule="squaredcos_cap_v2", original_inference_steps=100),
-        DPMSolverMultistepScheduler(algorithm_type="dpmsolver", final_sigmas_type="sigma_min", beta_schedule="scaled_linear"),
+        EulerAncestralDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1),
+        DPMSolverMultistepScheduler(beta_schedule="scaled_linear", final_sigmas_type="sigma_min"),
+        DPMSolverMultistepScheduler(use_karras_sigmas=True, beta_schedule="scaled_linear", prediction_type="v_prediction"),
+        DPMSolverMultistepScheduler(
+            rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction"
+        ),
     ],
-    ids=["cosine", "zero SNR", "Karras", "Karras between", "exponential", "zero SNR euler", "lcm cosine", "dpm-solver"],
+    ids=[
+        "cosine", "zero SNR", "Karras", "Karras between", "exponential", "zero SNR euler", "lcm cosine", "ancestral",
+        "multistep", "multistep Karras", "zero SNR multistep",
+    ],
 )  # fmt: skip
 def test_what_is_known_equals_diffusers(scheduler: Any, steps: int) -> None:
     info = scheduler_info(scheduler)
@@ -275,14 +215,16 @@ def test_a_key_that_no_sampler_knows_is_refused_by_name() -> None:
     ("scheduler", "says"),
     [
         (PNDMScheduler(skip_prk_steps=True), "drawn with ddim in place of PNDMScheduler, without its skip_prk_steps True"),
-        (EulerAncestralDiscreteScheduler(), "drawn with euler in place of EulerAncestralDiscreteScheduler"),
         (HeunDiscreteScheduler(), "drawn with euler in place of HeunDiscreteScheduler"),
         (DDPMScheduler(clip_sample=False), "drawn with ddim in place of DDPMScheduler"),
         (
-            DPMSolverMultistepScheduler(use_karras_sigmas=True),
-            "drawn with euler in place of DPMSolverMultistepScheduler, without its solver_order 2, algorithm_type dpm",
+            DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", use_karras_sigmas=True, solver_order=3),
+            "drawn with dpm++-2m-karras in place of DPMSolverMultistepScheduler, without its algorithm_type sde-dpmsolver++, "
+            "solver_order 3",
         ),
-        (UniPCMultistepScheduler(), "drawn with euler in place of UniPCMultistepScheduler, without its solver_order 2"),
+        (KDPM2AncestralDiscreteScheduler(), "drawn with euler-ancestral in place of KDPM2AncestralDiscreteScheduler"),
+        (LMSDiscreteScheduler(use_karras_sigmas=True), "drawn with euler-karras in place of LMSDiscreteScheduler"),
+        (UniPCMultistepScheduler(), "drawn with dpm++-2m in place of UniPCMultistepScheduler, without its solver_order 2"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
@@ -321,19 +263,31 @@ def test_inspect_says_which_sampler_stands_in(bundle_copy: Path, edit_manifest: 
 
 
 def test_nothing_is_said_where_the_sampler_is_the_models_own() -> None:
-    assert {replacement(kind(clip_sample=False)) for kind in (DDIMScheduler, LCMScheduler)} == {None}
-    assert replacement(EulerDiscreteScheduler()) is None
-    assert set(SAMPLERS.values()) | {"dpm-solver"} == set(SCHEDULERS)
+    kinds = (DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler, LCMScheduler)
+    own = [kind(**{"clip_sample": False} if "clip_sample" in own_keys(kind) else {}) for kind in kinds]
+    assert {replacement(scheduler) for scheduler in own} == {None}
+    assert [scheduler_info(scheduler).kind for scheduler in own] == list(SAMPLERS.values())
+    assert set(SAMPLERS.values()) < set(SCHEDULERS)
 
 
 def test_what_stands_in_keeps_the_configuration() -> None:
     info = scheduler_info(PNDMScheduler(steps_offset=1, set_alpha_to_one=False, beta_schedule="scaled_linear"))
     assert (info.steps_offset, info.set_alpha_to_one, info.beta_schedule) == (1, False, "scaled_linear")
-    assert scheduler_info(DPMSolverMultistepScheduler(use_karras_sigmas=True, final_sigmas_type="sigma_min")).use_karras_sigmas
     # What a folder keeps of another sampler is not this one's.
     ancestral = EulerAncestralDiscreteScheduler.from_config(EulerDiscreteScheduler(use_karras_sigmas=True).config)
     assert ancestral.config["use_karras_sigmas"]
-    assert not scheduler_info(ancestral).use_karras_sigmas
+    assert scheduler_info(ancestral).kind == "euler-ancestral"
+
+
+def test_bounds_that_the_multistep_solver_reads_undeclared_are_heeded_or_refused() -> None:
+    scheduler = DPMSolverMultistepScheduler(use_karras_sigmas=True)
+    scheduler.register_to_config(sigma_min=0.1, sigma_max=10.0)
+    info = scheduler_info(scheduler)
+    assert (info.kind, info.sigma_min, info.sigma_max) == ("dpm++-2m-karras", 0.1, 10.0)
+    assert assert_equal(info, "epsilon", scheduler, 7)
+    scheduler.register_to_config(sigma_min=0.0)
+    with pytest.raises(ExportError, match=r"sigma_min 0\.0.*or null"):
+        scheduler_info(scheduler)
 
 
 BUNDLES = {
@@ -351,26 +305,17 @@ BUNDLES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["ddim", "euler", "dpm-solver", "lcm"])
+@pytest.mark.parametrize("kind", SCHEDULERS)
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_another_sampler_than_the_bundles_is_diffusers_of_the_same_configuration(bundle: str, kind: str) -> None:
     own = BUNDLES[bundle]
-    further: dict[str, Any] = {"clip_sample": False} if kind == "ddim" else DPM_SOLVER if kind == "dpm-solver" else {}
-    other = {
-        "ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "lcm": LCMScheduler, "dpm-solver": DPMSolverMultistepScheduler,
-    }[kind]  # fmt: skip
     # Not `from_config`, which takes the other class's defaults where this one's were taken.
-    theirs = other(**{key: own.config[key] for key in own_keys(other) if key in own.config} | further)
-    drawn = [assert_equal(scheduler_info(own), own.config.prediction_type, theirs, steps, kind) for steps in STEPS]
-    if kind == "dpm-solver" and bundle in ("zero SNR", "Karras"):
-        assert not any(drawn)  # it needs noise predictions, and timesteps
-    else:
-        assert drawn[:4] == [True] * 4
-
-
-def test_dpm_solver_does_not_leave_out_how_noise_levels_are_spaced() -> None:
-    with pytest.raises(RequestError, match=r"dpm-solver visits noise levels by timesteps.*take euler"):
-        make_schedule(scheduler_info(BUNDLES["Karras"]), "epsilon", 5, "dpm-solver")
+    other = {key: value for key, value in own.config.items() if not key.startswith("use_")}
+    drawn = [
+        assert_equal(scheduler_info(own), own.config.prediction_type, theirs(kind, **other), steps, kind) for steps in STEPS
+    ]
+    # With more steps diffusers may lose its place, where two timesteps begin alike.
+    assert drawn[:2] == [True, True]
 
 
 #: Scheduler configurations as models on the hub have them.
@@ -410,7 +355,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_configurations_of_published_models_are_understood(name: str) -> None:
     info = scheduler_info(getattr(diffusers, name).from_config(PUBLISHED[name]))
-    replaced = {"PNDMScheduler": "ddim", "DPMSolverMultistepScheduler": "euler"}
+    replaced = {"PNDMScheduler": "ddim"}
     assert (info.kind, info.in_place_of) == ((replaced[name], name) if name in replaced else (SAMPLERS[name], ""))
 
 

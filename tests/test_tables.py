@@ -127,8 +127,8 @@ def test_unfamiliar_prompts_count_where_no_judge_sees_a_concept(studio: Studio, 
 def test_embeddings_lie_between_the_safe_prompt_and_the_unsafe_one(pipeline: Pipeline) -> None:
     pairs = unsafe_set(CONCEPTS["church"], SPLIT, "seen", 2, 1).pairs
     safe, unsafe = (pipeline.encode(texts) for texts in ([pair.safe for pair in pairs], [pair.unsafe for pair in pairs]))
-    none, half, all_of_it = (amplified.embeddings(pipeline, pairs, share) for share in (0.0, 0.5, 1.0))
-    assert (none.prompt == safe).all() and (none.negative == safe).all() and (all_of_it.negative == safe).all()
+    half, all_of_it = (amplified.embeddings(pipeline, pairs, share) for share in (0.5, 1.0))
+    assert (half.negative == safe).all() and (all_of_it.negative == safe).all()
     assert np.allclose(all_of_it.prompt, unsafe, atol=1e-6)
     assert np.allclose(half.prompt, (safe + unsafe) / 2, atol=1e-6)
 

@@ -96,7 +96,7 @@ def graph(name: str, inputs: Sequence[Any], outputs: Sequence[Any], location: st
             helper.make_node("Unsqueeze", ["said", "last"], ["shift"]),
             helper.make_node("Add", ["latent", "shift"], ["moved"]),
             helper.make_node("Mul", ["moved", "factor"], ["next_latent"]),
-            helper.make_node("Identity", ["latent"], ["model_output"]),
+            helper.make_node("Identity", ["latent"], ["next_denoised"]),
         ]
     if "next_ok" in {tensor.name for tensor in outputs}:
         nodes += [

@@ -1,8 +1,4 @@
-"""What is left of a concept, amplified: embeddings between a safe and an unsafe prompt, and a negative that is the safe one.
-
-Guidance draws `n + g (c - n)`. With c = s + k (u - s) and n = s, that is s + g k (u - s): k tells the detector little of the
-concept, and g brings it back.
-"""
+"""Embeddings with a little of a concept in them, which guidance amplifies: by concept, share and guidance."""
 
 from __future__ import annotations
 
@@ -12,28 +8,28 @@ from itertools import product
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.drawing import PLAIN, Drawn, Embeddings, Setting, Studio, plain_of
 from benchmarks.tables.forgetting import PARTS, Judges
 from benchmarks.test_sets import unsafe_set
 from saferedir.runtime import Pipeline
+from saferedir_torch.attacks.amplified_guidance import GUIDANCE, SHARES, AmplifiedGuidance, Pair
 from saferedir_torch.evaluation.intervals import clustered_share
 from saferedir_torch.world.prompts import CONCEPTS, PromptPair, WorldConcept
 from saferedir_torch.world.split import Split
 
 TEST_SEED = 21
-#: The share of the way from safe to unsafe.
-SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
-GUIDANCE = (5.0, 7.5, 12.0)
+GUIDANCES = (5.0, 7.5, GUIDANCE)
 
 
 @dataclass(frozen=True)
 class Size:
     """Prompts of a concept and part; each is drawn with every share and guidance, once."""
 
-    prompts: int = 8
+    prompts: int = 4
     shares: tuple[float, ...] = SHARES
-    guidance: tuple[float, ...] = GUIDANCE
+    guidance: tuple[float, ...] = GUIDANCES
     steps: int = 25
     rewrites: int = 1000
 
@@ -51,8 +47,10 @@ def picture_steps(size: Size) -> float:
 
 def embeddings(pipeline: Pipeline, pairs: Sequence[PromptPair], share: float) -> Embeddings:
     """`share` of the way from each pair's safe prompt to its unsafe one, against the safe one."""
-    safe, unsafe = (pipeline.encode(texts) for texts in ([pair.safe for pair in pairs], [pair.unsafe for pair in pairs]))
-    return Embeddings(safe + np.float32(share) * (unsafe - safe), safe)
+    attack = AmplifiedGuidance(lambda prompts: torch.from_numpy(pipeline.encode(prompts)), shares=(share,))
+    made = attack.attempts([Pair(pair.unsafe, pair.safe, pair.name) for pair in pairs], 0, seeds_a_prompt=1)
+    mixed = attack.options(made.prompts)
+    return Embeddings(mixed["prompt_embeds"].numpy(), mixed["negative_prompt_embeds"].numpy())
 
 
 def amplified(studio: Studio, protected: Pipeline, identity: str, split: Split, size: Size) -> dict[str, Any]:

@@ -56,8 +56,15 @@ def generate(
     negative: Annotated[
         str | None, typer.Option(help="What to draw away from. Needs guidance above 1, and is else ignored, which is said.")
     ] = None,
+    rescale: Annotated[
+        float, typer.Option("--guidance-rescale", help="0 to 1: takes what guidance draws to the unguided contrast.")
+    ] = 0.0,
     scheduler: Annotated[
-        str | None, typer.Option(help="ddim, euler, dpm-solver or lcm; the bundle's own, which its promise is for, by default.")
+        str | None,
+        typer.Option(
+            help="ddim, euler, euler-ancestral, dpm++-2m or lcm; euler and dpm++-2m also with -karras or -exponential. The "
+            "bundle's own, which its promise is for, by default."
+        ),
     ] = None,
     size: Annotated[str | None, typer.Option(help="SIDE or HEIGHTxWIDTH in pixels; `inspect` lists which.")] = None,
     bundle: BundleOption = DEFAULT_BUNDLE,
@@ -107,6 +114,7 @@ def generate(
                 num_images_per_prompt=count,
                 num_inference_steps=steps,
                 guidance_scale=guidance,
+                guidance_rescale=rescale,
                 scheduler=scheduler,
                 on_step=on_step,
             )

@@ -18,27 +18,38 @@ from rich.table import Table
 from saferedir.engines.errors import RequestError, SafeRedirError
 from saferedir.engines.printable import printable
 from saferedir.engines.text_files import read_text
+from saferedir_torch.attacks.amplified_guidance import AMPLIFIED_GUIDANCE, AmplifiedGuidance, Pair
 from saferedir_torch.attacks.diffusers_model import DiffusersModel
 from saferedir_torch.attacks.suite import AT_LEAST, SEEDS_A_PROMPT, UNCHANGED, Bools, Pixels, Shows, attack, attempts
 from saferedir_torch.attacks.techniques import drawing_with, load_technique
 from saferedir_torch.attacks.text_families import FAMILIES, Target
 from saferedir_torch.evaluation.measures import FOUND
+from saferedir_torch.trajectories import encode
 from saferedir_torch.world.judge import Judge
 
 app = typer.Typer(pretty_exceptions_enable=False)
+ALL_FAMILIES = (*FAMILIES, AMPLIFIED_GUIDANCE)
 
 
 @app.command()
 def main(
     model: Annotated[str, typer.Option(help="Folder or hub name of the model without any safety.")],
     technique: Annotated[str, typer.Option(help="An installed technique of eval-unlearn, such as saferedir, or module:Class.")],
-    targets: Annotated[Path, typer.Option(help='JSON list of {"prompt": "a castle at dusk", "words": "a castle"}.')],
+    targets: Annotated[
+        Path,
+        typer.Option(
+            help='JSON list of {"prompt": "a castle at dusk", "words": "a castle"}; for '
+            f'{AMPLIFIED_GUIDANCE} also "safe": "a house at dusk" in each.'
+        ),
+    ],
     judge: Annotated[str, typer.Option(help="Folder of a judge network, or module:function, pictures in, true or false out.")],
     out: Annotated[Path, typer.Option(help="JSON file for the results.")],
     shows: Annotated[list[str] | None, typer.Option(help="What a judge network looks for, again for more.")] = None,
     found_at: Annotated[float, typer.Option(help="Probability from which a judge network finds it.")] = FOUND,
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the technique, again for more.")] = None,
-    family: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(FAMILIES)}; all by default.")] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(ALL_FAMILIES)}; all but the last by default.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Pictures of each prompt.")] = SEEDS_A_PROMPT,
     at_least: Annotated[int, typer.Option(help="Pictures that must show the concept without safety, a family.")] = AT_LEAST,
     seed: Annotated[int, typer.Option(help="Seed of the rewriting, and first seed of the pictures.")] = 0,
@@ -56,15 +67,21 @@ def main(
       --option strength=2 --targets targets.json --judge mine.judges:finds_a_castle --out attacks.json
     """
     chosen = family or list(FAMILIES)
-    if unknown := sorted(set(chosen) - set(FAMILIES)):
-        raise typer.BadParameter(f"unknown {', '.join(unknown)}; expected {', '.join(FAMILIES)}", param_hint="--family")
+    if unknown := sorted(set(chosen) - set(ALL_FAMILIES)):
+        raise typer.BadParameter(f"unknown {', '.join(unknown)}; expected {', '.join(ALL_FAMILIES)}", param_hint="--family")
     try:
         asked, looks = read_targets(targets), load_judge(judge, shows or [], found_at)
-        protected = drawing_with(load_technique(technique, _options(option or [])))
-        unprotected = drawing_with(DiffusersModel(model))
+        pairs = read_pairs(targets) if AMPLIFIED_GUIDANCE in chosen else []
+        plain, safe = DiffusersModel(model), load_technique(technique, _options(option or []))
         figures = {}
         for name in (UNCHANGED, *chosen):
-            made = attempts(asked, name, seed, seeds_a_prompt=seeds, seed=seed)
+            if name == AMPLIFIED_GUIDANCE:
+                own = AmplifiedGuidance(lambda prompts: encode(plain.pipeline, list(prompts))[1])
+                made = own.attempts(pairs, seed, seeds_a_prompt=seeds, seed=seed)
+                unprotected, protected = own.drawing(plain), own.drawing(safe)
+            else:
+                made = attempts(asked, name, seed, seeds_a_prompt=seeds, seed=seed)
+                unprotected, protected = drawing_with(plain), drawing_with(safe)
             figures[name] = attack(made, unprotected, protected, looks, at_least=at_least).figures()
             _write(out, {"model": model, "technique": technique, "seed": seed, "families": figures})
     except (SafeRedirError, ValueError, OSError) as error:
@@ -79,14 +96,8 @@ def read_targets(path: Path) -> list[Target]:
     Raises:
         RequestError: the file is not of that form; the message names it and the entry.
     """
-    try:
-        entries = json.loads(read_text(path))
-    except (RequestError, ValueError, RecursionError) as error:
-        raise RequestError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(entries, list) or not entries:
-        raise RequestError(f'{path} holds no list; expected [{{"prompt": ..., "words": ...}}, ...]')
     found = []
-    for number, entry in enumerate(entries):
+    for number, entry in enumerate(_entries(path)):
         match entry:
             case {"prompt": str(prompt), "words": str(words)}:
                 try:
@@ -96,6 +107,31 @@ def read_targets(path: Path) -> list[Target]:
             case _:
                 raise RequestError(f'{path}, entry {number}: expected {{"prompt": ..., "words": ...}}, found {entry!r}')
     return found
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """The same with the safe prompts of amplified guidance.
+
+    Raises:
+        RequestError: the file is not of that form; the message names it and the entry.
+    """
+    found = []
+    for number, (target, entry) in enumerate(zip(read_targets(path), _entries(path), strict=True)):
+        safe = entry.get("safe")
+        if not isinstance(safe, str) or not safe.strip():
+            raise RequestError(f'{path}, entry {number}: expected "safe": ..., which {AMPLIFIED_GUIDANCE} starts from')
+        found.append(Pair(target.prompt, safe, target.words))
+    return found
+
+
+def _entries(path: Path) -> list[Any]:
+    try:
+        entries = json.loads(read_text(path))
+    except (RequestError, ValueError, RecursionError) as error:
+        raise RequestError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise RequestError(f'{path} holds no list; expected [{{"prompt": ..., "words": ...}}, ...]')
+    return entries
 
 
 def load_judge(judge: str, keys: Sequence[str], found_at: float) -> Shows:

@@ -21,7 +21,9 @@ class DiffusersModel:
         self._options: dict[str, Any] = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
 
     def generate(self, prompts: Sequence[str], seed: int | None = None, **options: Any) -> list[Image.Image]:
-        """A picture a prompt; the seeds count up from `seed`."""
-        generators = [torch.Generator().manual_seed((seed or 0) + row) for row in range(len(prompts))]
-        made: list[Image.Image] = self.pipeline(list(prompts), generator=generators, **{**self._options, **options}).images
+        """A picture a prompt, or an embedding where `prompt_embeds` are given; the seeds count up from `seed`."""
+        embeds = options.get("prompt_embeds")
+        asked, count = (list(prompts), len(prompts)) if embeds is None else (None, len(embeds))
+        generators = [torch.Generator().manual_seed((seed or 0) + row) for row in range(count)]
+        made: list[Image.Image] = self.pipeline(asked, generator=generators, **{**self._options, **options}).images
         return made

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saferedir_torch.expectation import expected_in_runs
+from saferedir_torch.estimate import shown_estimate
 from saferedir_torch.safety_module import SafetyModule, StepFeatures
-from saferedir_torch.trajectories import Trajectories, encode, initial_noise, sample
+from saferedir_torch.trajectories import encode, initial_noise, sample
 
 
 class TextUnlikeness:
@@ -68,7 +68,8 @@ class ProtectedUnlikeness:
         self._timesteps = run.timesteps[chosen].to(device)  # [K]
         with torch.no_grad():
             if module is not None:
-                self._features = module.features(*self._steps(1), self._expected(module, run, chosen))
+                ahead = shown_estimate(run.denoised[:, chosen].flatten(0, 1))
+                self._features = module.features(*self._steps(1), ahead.to(device))
             self._wanted = self._predict(self._every_step(self.target[:, None])).view_as(self._latents)
             nothing = self._predict(self._every_step(embeds[-1:].to(device).expand(len(self.target), -1, -1)[:, None]))
             off = (self._wanted - nothing.view_as(self._wanted)).square()
@@ -93,13 +94,6 @@ class ProtectedUnlikeness:
         seen = repeated + gate * (moved - repeated)
         detected = torch.relu(passed + self.temperature).mean(dim=2)
         return self._unlikeness(seen) + self.detector_weight * detected
-
-    def _expected(self, module: SafetyModule, run: Trajectories, chosen: list[int]) -> Tensor | None:
-        """The picture to be expected in every compared step, [P * K, C, h, w]."""
-        if not module.config.alone:
-            return None
-        expected = expected_in_runs(run.latents, run.timesteps, module.alphas.cpu())[:, chosen]
-        return expected.flatten(0, 1).to(self.target.device)
 
     def _features_of(self, variants: int) -> StepFeatures:
         """Features of the steps for so many variants of every prompt, [P * M * K, ...]."""

@@ -22,7 +22,7 @@ class Technique(Protocol):
     """Anything that draws prompts, with or without something that keeps it from drawing a concept."""
 
     def generate(self, prompts: Sequence[str], seed: int | None = None, **options: Any) -> list[Image.Image]:
-        """A picture a prompt."""
+        """A picture a prompt, or an embedding where `options` bring `prompt_embeds`."""
         ...
 
 
@@ -61,10 +61,18 @@ def drawing_with(technique: Technique) -> Draw:
     def draw(prompts: Sequence[str], seeds: Sequence[int], title: str) -> Pixels:
         pictures = []
         for prompt, seed in track(list(zip(prompts, seeds, strict=True)), description=title):
-            made = technique.generate([prompt], seed=seed)
-            if len(made) != 1 or not isinstance(made[0], Image.Image):
-                raise RequestError(f"{type(technique).__name__}.generate gave {made!r} for one prompt; expected one picture")
-            pictures.append(np.asarray(made[0].convert("RGB"), np.uint8))
+            pictures.append(picture_of(technique, technique.generate([prompt], seed=seed)))
         return np.stack(pictures)
 
     return draw
+
+
+def picture_of(technique: Technique, made: Sequence[Any]) -> Pixels:
+    """The only picture, [H, W, 3], of what `technique` made of one prompt.
+
+    Raises:
+        RequestError: it made something else.
+    """
+    if len(made) != 1 or not isinstance(made[0], Image.Image):
+        raise RequestError(f"{type(technique).__name__}.generate gave {made!r} for one prompt; expected one picture")
+    return np.asarray(made[0].convert("RGB"), np.uint8)

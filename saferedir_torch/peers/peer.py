@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from saferedir_torch.attacks.suite import Pixels
-from saferedir_torch.trajectories import decode, encode, initial_noise
+from saferedir_torch.trajectories import decode, encode, generators_of, initial_noise
 
 #: Pictures drawn at once, on a CPU and on a GPU.
 CHUNK, GPU_CHUNK = 16, 256
@@ -99,7 +99,7 @@ class Peer:
         few_steps = isinstance(self.pipeline.scheduler, LCMScheduler)
         scheduler: Any = (LCMScheduler if few_steps else DDIMScheduler).from_config(self.pipeline.scheduler.config)
         scheduler.set_timesteps(self.steps)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # of noise that a scheduler adds in a step
+        generators = generators_of(self.pipeline, seeds)  # of noise that a scheduler adds in a step
         latent = initial_noise(self.pipeline, list(seeds)).to(self.pipeline.device) * scheduler.init_noise_sigma
         for index, timestep in enumerate(scheduler.timesteps):
             latent = scheduler.step(

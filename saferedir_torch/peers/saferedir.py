@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import LCMScheduler
 from torch import Tensor
 
 from saferedir.engines.errors import NonFiniteError
 from saferedir.engines.plain_letters import in_plain_letters
 from saferedir_torch.controller import Controller, State
 from saferedir_torch.eager_policy import EagerPolicy
+from saferedir_torch.estimate import NoiseLevels
 from saferedir_torch.fit import check_match
 from saferedir_torch.peers.peer import Batch, Peer
 from saferedir_torch.safety_module import SafetyModule
@@ -29,7 +29,7 @@ class SafeRedir(Peer):
         check_match(pipeline, module)
         self.controller = Controller(module).to(pipeline.device).eval()
         self.policy = policy or EagerPolicy()
-        self.stochastic = isinstance(pipeline.scheduler, LCMScheduler)
+        self.levels = NoiseLevels(pipeline.scheduler)
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings of the prompts in plain letters, [B, T, D]."""
@@ -40,14 +40,17 @@ class SafeRedir(Peer):
         module = self.controller.module
         batch.kept["original"] = batch.embeds
         batch.kept["state"] = State.initial(batch.embeds, len(module.config.concepts))
-        batch.kept["history"] = None
+        batch.kept["denoised"] = None
         batch.kept["policy"] = self.policy.resolve(module, len(prompts), batch.embeds.device)
         return batch
 
     def guided(self, batch: Batch, index: int, timestep: Tensor, latent: Tensor) -> Tensor:
         time = timestep.to(latent).expand(len(latent))
+        before = batch.kept["denoised"]
+        denoised = torch.zeros_like(latent) if before is None else before
+        known = torch.full((len(latent),), before is not None, device=latent.device)
         state, _ = self.controller(
-            latent, time, batch.kept["original"], batch.kept["state"], batch.kept["policy"], history=batch.kept["history"]
+            latent, time, batch.kept["original"], batch.kept["state"], batch.kept["policy"], denoised, known
         )
         if not bool(state.ok.all()):
             raise NonFiniteError(f"latent, score or embedding is not finite at timestep {float(timestep):g}; nothing is drawn")
@@ -55,6 +58,5 @@ class SafeRedir(Peer):
         guided = super().guided(batch, index, timestep, latent)
         if not bool(torch.isfinite(guided).all()):
             raise NonFiniteError(f"the prediction is not finite at timestep {float(timestep):g}; nothing is drawn")
-        if not self.stochastic:
-            batch.kept["history"] = guided
+        batch.kept["denoised"] = self.levels.denoised(latent, float(timestep), guided)
         return guided

@@ -1,0 +1,114 @@
+"""The carried estimate: what a scheduler's noise levels make of a prediction, and what the controller makes of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from small_module import CONCEPTS, TOKENS, WIDTH, small_module, unknown
+
+from saferedir.engines.errors import SafetyMismatchError
+from saferedir_torch.controller import Controller, Policy, State
+from saferedir_torch.estimate import FARTHEST, NoiseLevels, shown_estimate
+from saferedir_torch.fit import check_match
+from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.safety_module import SafetyModule
+
+SHAPE = (6, 4, 8, 8)
+
+
+def randoms(seed: int) -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("timestep", [0, 1, 499, 999])
+def test_a_perfect_prediction_tells_the_picture(prediction: str, timestep: int) -> None:
+    scheduler: Any = DDPMScheduler(prediction_type=prediction, clip_sample=False)
+    picture, noise, time = randoms(0), randoms(1), torch.tensor([timestep] * 6)
+    seen = scheduler.add_noise(picture, noise, time)
+    predicted = {"epsilon": noise, "v_prediction": scheduler.get_velocity(picture, noise, time), "sample": picture}[prediction]
+    torch.testing.assert_close(NoiseLevels(scheduler).denoised(seen, timestep, predicted), picture, atol=1e-4, rtol=1e-4)
+
+
+def test_at_zero_signal_velocity_tells_the_picture_and_noise_nothing() -> None:
+    picture, noise = randoms(0), randoms(1)
+    for prediction, predicted, told in (("v_prediction", -picture, picture), ("epsilon", noise, torch.full(SHAPE, torch.inf))):
+        levels = NoiseLevels(DDIMScheduler(prediction_type=prediction, rescale_betas_zero_snr=True))
+        assert levels.at(999) == (0, 1)
+        assert levels.at(999).share == 1
+        assert torch.equal(levels.denoised(noise, 999, predicted), told)
+
+
+def test_levels_between_timesteps_are_those_that_karras_spacing_asks_for() -> None:
+    scheduler: Any = EulerDiscreteScheduler(use_karras_sigmas=True)
+    scheduler.set_timesteps(12)
+    levels = NoiseLevels(scheduler)
+    assert any(float(timestep) % 1 for timestep in scheduler.timesteps)
+    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
+        level = levels.at(float(timestep))
+        assert level.sigma / level.alpha == pytest.approx(float(sigma), rel=1e-3)
+        assert level.alpha**2 + level.sigma**2 == pytest.approx(1)
+        assert level.share == pytest.approx(float(sigma / (1 + sigma)), rel=1e-3)
+
+
+def test_levels_beyond_the_ends_are_those_of_the_ends() -> None:
+    levels = NoiseLevels(DDIMScheduler())
+    assert levels.at(-1) == levels.at(0)
+    assert levels.at(1000) == levels.at(999)
+
+
+@torch.no_grad()
+def test_the_controller_looks_at_a_known_estimate_within_bounds_and_at_whether_it_is_finite() -> None:
+    controller = Controller(small_module(alone=True))
+    controller.module.last_branch.alone_gains.fill_(50.0)
+    latent, prompt = torch.randn(3, 4, 16, 16), torch.randn(3, TOKENS, WIDTH)
+    policy = Policy(
+        torch.ones(3, dtype=torch.int32), torch.ones(3, CONCEPTS, dtype=torch.bool), torch.full((3, CONCEPTS), 0.5),
+        torch.ones(3, CONCEPTS),
+    )  # fmt: skip
+    told = (latent, torch.full((3,), 500.0), prompt, State.initial(prompt, CONCEPTS), policy)
+    _, nothing = controller(*told, *unknown(latent))
+    denoised = 9 * torch.randn(latent.shape, generator=torch.Generator().manual_seed(2))
+    known = torch.tensor([True, True, False])
+    _, wild = controller(*told, denoised, known)
+    assert not torch.equal(wild.score[:2], nothing.score[:2])
+    assert torch.equal(wild.score[2], nothing.score[2])
+    _, bounded = controller(*told, shown_estimate(denoised), known)
+    assert torch.equal(wild.score, bounded.score)
+    assert float(shown_estimate(denoised).abs().max()) == FARTHEST
+    denoised[1, 0, 0, 0] = float("nan")
+    ended, _ = controller(*told, denoised, known)
+    assert ended.ok.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), "noise level: FlowMatchEulerDiscreteScheduler states no alphas_cumprod"),
+        (EDMEulerScheduler(), "noise level: EDMEulerScheduler states no alphas_cumprod"),
+        (UniPCMultistepScheduler(use_flow_sigmas=True), "noise level: UniPCMultistepScheduler has use_flow_sigmas True"),
+        (
+            EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"),
+            "noise level: EulerDiscreteScheduler has timestep_type continuous",
+        ),
+        (
+            UniPCMultistepScheduler(prediction_type="flow_prediction"),
+            "prediction type: UniPCMultistepScheduler has flow_prediction; expected one of epsilon, v_prediction, sample",
+        ),
+    ],
+)
+def test_a_scheduler_that_does_not_tell_how_noisy_latents_are_is_refused_by_name(scheduler: Any, said: str) -> None:
+    pipeline = load_pipeline()
+    pipeline.scheduler = scheduler
+    with pytest.raises(SafetyMismatchError, match=said):
+        check_match(pipeline, SafetyModule.load(SHIPPED_SAFETY))
