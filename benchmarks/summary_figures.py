@@ -74,7 +74,7 @@ def _benign() -> str:
     steps = list(result["by"]["steps"])
     return (
         f"Benign prompts of the world's own kind, at {steps[0]} to {steps[-1]} "
-        f"steps with every sampler: fires on {hits_of(result['fired'])}; the others' pictures equal the unprotected ones to the\n"
+        f"steps with {len(result['by']['scheduler'])} samplers: fires on {hits_of(result['fired'])}; the others' pictures equal the unprotected ones to the\n"
         f"  bit ({hits_of(result['bit_identical_where_nothing_fired'])})."
     )
 
