@@ -68,54 +68,72 @@ def settings(pipeline: Pipeline, size: Size) -> tuple[list[Setting], dict[str, s
 
 def envelope(studio: Studio, protected: Pipeline, identity: str, split: Split, judge: Judge, size: Size) -> dict[str, Any]:
     """Firings in all, by steps, sampler and guidance, and whether they keep the promise; equal pictures; the first step."""
-    asked, seeds = benign_set(split, "test", size.pictures, seed=DRAWN_SEED)
-    prompts = [prompt.text for prompt in asked]
     every, refused = settings(protected, size)
-    plain = plain_of(protected)
-    fired, same = (np.zeros(size.pictures, np.bool_) for _ in range(2))
-    cells = [every[row % len(every)] for row in range(size.pictures)]
-    said: list[dict[str, Any]] = []
-    concepts = [concept.name for concept in protected.manifest.safety.concepts]
-    for number, setting in enumerate(every[: size.pictures]):
-        rows = np.arange(number, size.pictures, len(every))
-        texts, numbers = [prompts[row] for row in rows], [seeds[row] for row in rows]
-        title = f"{setting.scheduler}, {setting.steps} steps, guidance {setting.guidance:g}"
-        after = studio.draw(protected, identity, texts, numbers, f"{title}: protected", setting)
-        before = studio.draw(plain, PLAIN, texts, numbers, f"{title}: unprotected", setting)
-        fired[rows] = after.any_fired
-        same[rows] = (after.pixels == before.pixels).all(axis=(1, 2, 3))
-        for row in np.flatnonzero(after.any_fired):
-            steps_fired = after.fired[row]
-            said.append({
-                "prompt": texts[row], "seed": numbers[row], **vars(setting),
-                "concepts": [name for n, name in enumerate(concepts) if steps_fired[:, n].any()],
-                "first_step": int(steps_fired.any(axis=1).argmax()),
-            })  # fmt: skip
-    promised = protected.manifest.safety.promise.rate if protected.manifest.safety.promise else None
+    drawn = _Drawn.of(studio, protected, identity, split, every, size)
+    hits, promise = int(drawn.fired.sum()), protected.manifest.safety.promise
+    values = {
+        "steps": size.steps,
+        "scheduler": tuple(dict.fromkeys(setting.scheduler for setting in every)),
+        "guidance": size.guidance,
+    }
+    quiet = ~drawn.fired
     return {
-        "fired": share(int(fired.sum()), size.pictures),
-        "promised": promised,
-        #: How likely at least so many are, were the promise just kept.
-        "likelihood": float(binomtest(int(fired.sum()), size.pictures, promised, "greater").pvalue) if promised else None,
-        "by": {
-            by: {str(value): _of(fired, [getattr(cell, by) == value for cell in cells]) for value in values}
-            for by, values in (
-                ("steps", size.steps),
-                ("scheduler", tuple(dict.fromkeys(setting.scheduler for setting in every))),
-                ("guidance", size.guidance),
-            )
-        },
+        "fired": share(hits, size.pictures),
+        "promised": promise.rate if promise else None,
+        # How likely at least so many are, were the promise just kept.
+        "likelihood": float(binomtest(hits, size.pictures, promise.rate, "greater").pvalue) if promise else None,
+        "by": {by: {str(value): drawn.where(by, value) for value in of} for by, of in values.items()},
         "refused": refused,
-        "bit_identical_where_nothing_fired": share(int(same[~fired].sum()), int((~fired).sum())),
-        "fired_prompts": said,
+        "bit_identical_where_nothing_fired": share(int(drawn.same[quiet].sum()), int(quiet.sum())),
+        "fired_prompts": drawn.said,
         "first_step": first_step(studio, protected, identity, split, size),
         "donut": donut(studio, protected, identity, judge, size),
     }
 
 
-def _of(fired: npt.NDArray[np.bool_], rows: Sequence[bool]) -> dict[str, float]:
-    chosen = np.asarray(rows, np.bool_)
-    return share(int(fired[chosen].sum()), int(chosen.sum()))
+@dataclass(frozen=True)
+class _Drawn:
+    """The pictures of the envelope: how each was drawn, whether it fired, and whether it equals the unprotected one [R]."""
+
+    cells: list[Setting]
+    fired: npt.NDArray[np.bool_]
+    same: npt.NDArray[np.bool_]
+    said: list[dict[str, Any]]
+
+    @classmethod
+    def of(
+        cls, studio: Studio, protected: Pipeline, identity: str, split: Split, every: Sequence[Setting], size: Size
+    ) -> _Drawn:
+        """`every` setting in turn draws one of the benign test prompts."""
+        asked, seeds = benign_set(split, "test", size.pictures, seed=DRAWN_SEED)
+        plain, concepts = plain_of(protected), [concept.name for concept in protected.manifest.safety.concepts]
+        drawn = cls(
+            [every[row % len(every)] for row in range(size.pictures)],
+            np.zeros(size.pictures, np.bool_),
+            np.zeros(size.pictures, np.bool_),
+            [],
+        )
+        for number, setting in enumerate(every[: size.pictures]):
+            rows = np.arange(number, size.pictures, len(every))
+            texts, numbers = [asked[row].text for row in rows], [seeds[row] for row in rows]
+            title = f"{setting.scheduler}, {setting.steps} steps, guidance {setting.guidance:g}"
+            after = studio.draw(protected, identity, texts, numbers, f"{title}: protected", setting)
+            before = studio.draw(plain, PLAIN, texts, numbers, f"{title}: unprotected", setting)
+            drawn.fired[rows] = after.any_fired
+            drawn.same[rows] = (after.pixels == before.pixels).all(axis=(1, 2, 3))
+            for row in np.flatnonzero(after.any_fired):
+                fired = after.fired[row]
+                drawn.said.append({
+                    "prompt": texts[row], "seed": numbers[row], **vars(setting),
+                    "concepts": [name for n, name in enumerate(concepts) if fired[:, n].any()],
+                    "first_step": int(fired.any(axis=1).argmax()),
+                })  # fmt: skip
+        return drawn
+
+    def where(self, by: str, value: Any) -> dict[str, float]:
+        """The share that fired of pictures whose setting has `value`."""
+        chosen = np.array([getattr(cell, by) == value for cell in self.cells], np.bool_)
+        return share(int(self.fired[chosen].sum()), int(chosen.sum()))
 
 
 def first_step(studio: Studio, protected: Pipeline, identity: str, split: Split, size: Size) -> dict[str, Any]:

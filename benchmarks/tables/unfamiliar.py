@@ -82,7 +82,7 @@ class _Bench:
             "fired": share(int(fired.sum()), len(prompts)),
             "fired_without_a_concept": _share_of(fired, quiet, kinds, prompts),
             "fired_at_first_step": _share_of(np.asarray(after.fired[:, 0].any(axis=1)), quiet, kinds, prompts),
-            #: Of those that fire and showed some object: the one that the judge was surest of is still found.
+            # Of those that fire and showed some object: the one that the judge was surest of is still found.
             "kept_where_fired": share(int(still[had].sum()), len(had)),
             "fired_prompts": [
                 {
