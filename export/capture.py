@@ -59,7 +59,7 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     **{name: (Kernel(14, None, NUMBERS),) for name in ("Add", "Div", "Mul", "Sub")},
     **{name: (Kernel(13, None, ANY),) for name in ("Concat", "Expand", "Gather", "Slice")},
     **{name: (Kernel(13, 20, ANY), Kernel(21, 22, ANY)) for name in ("Squeeze", "Transpose", "Unsqueeze")},
-    **{name: (Kernel(18, None, frozenset((FLOAT, HALF, INT32))),) for name in ("ReduceL2", "ReduceMean")},
+    **{name: (Kernel(18, None, frozenset((FLOAT, HALF, INT32))),) for name in ("ReduceL1", "ReduceL2", "ReduceMean")},
     **{name: (Kernel(18, None, ORDERED),) for name in ("ReduceMax", "ReduceMin")},
     **{name: (Kernel(7, None, FLOATS),) for name in ("Cos", "Sin")},
     **{name: (Kernel(7, None, BOOLS),) for name in ("And", "Or")},

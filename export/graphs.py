@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from saferedir.engines.manifest import sized
@@ -13,6 +12,7 @@ from saferedir.engines.step import Form, step_inputs, step_outputs
 from saferedir.export.engine_graph import Graph, StepModule, step_graph
 from saferedir.export.model_graphs import PlainStepGraph, Size, model_graphs, own_size, pipeline_example
 from saferedir.export.safety_graphs import SafetyGraph
+from saferedir_torch.controller import finite
 from saferedir_torch.safety_module import SafetyModule
 
 
@@ -30,7 +30,7 @@ class StepGraph(StepModule):
         said = self.safety(*(told[name] for name in step_inputs(Form.SAFETY)))
         given = dict(zip(step_outputs(Form.SAFETY), said, strict=True))
         drawn = self.denoiser.drawn(tensors | {"prompt": given["next_prompt"]}, seen)
-        given["next_ok"] = given["next_ok"] & torch.isfinite(drawn["next_latent"]).flatten(1).all(dim=1)
+        given["next_ok"] = given["next_ok"] & finite(drawn["next_latent"])
         return given | drawn
 
 

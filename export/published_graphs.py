@@ -11,6 +11,7 @@ from saferedir.engines.step import Form, engine_outputs
 from saferedir.export.engine_graph import EXAMPLE_BATCH, Graph, StepModule, graph, step_example, step_graph
 from saferedir.export.model_graphs import PlainStepGraph, model_graphs
 from saferedir.export.safety_graphs import named
+from saferedir_torch.controller import finite
 from saferedir_torch.published import PublishedNetwork
 from saferedir_torch.published_controller import PublishedController, PublishedPolicy, PublishedState
 
@@ -60,8 +61,8 @@ class PublishedStepGraph(PublishedSafetyGraph):
     def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         seen = tensors["latent"] * tensors["input_scale"]
         drawn = self.denoiser.drawn(tensors, seen)
-        finite = torch.isfinite(drawn["next_latent"]).flatten(1).all(dim=1)
-        return super().compute(tensors | {"latent": seen, "ok": tensors["ok"] & finite}) | drawn
+        ok = tensors["ok"] & finite(drawn["next_latent"])
+        return super().compute(tensors | {"latent": seen, "ok": ok}) | drawn
 
 
 def published_graphs(pipeline: Any | None, network: PublishedNetwork, *, mask_again: bool) -> dict[str, Graph]:

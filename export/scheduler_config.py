@@ -175,6 +175,8 @@ def replacement(scheduler: Any) -> str | None:
     lost = [key for key in OF_REPLACED if key in own and config[key] not in (None, [])]
     if info.in_place_of == MULTISTEP:
         lost = _unlike_ours(config)
+    if REPLACED.get(info.in_place_of) not in (*SPACED, None):
+        lost += [key for key in SPACINGS if key in own and config[key]]
     return f"drawn with {info.kind} in place of {info.in_place_of}" + (
         f", without its {', '.join(f'{key} {config[key]}' for key in lost)}" if lost else ""
     )

@@ -42,7 +42,7 @@ class NoiseLevels:
         Raises:
             SafetyMismatchError: the scheduler does not tell how noisy a latent is, or its model's prediction is not known here.
         """
-        name, config = type(scheduler).__name__, scheduler.config
+        name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
         alphas = getattr(scheduler, "alphas_cumprod", None)
         if alphas is None:
             raise SafetyMismatchError(

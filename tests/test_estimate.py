@@ -14,6 +14,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_module import CONCEPTS, TOKENS, WIDTH, small_module, unknown
 
 from saferedir.engines.errors import SafetyMismatchError
@@ -38,6 +40,17 @@ def test_a_perfect_prediction_tells_the_picture(prediction: str, timestep: int) 
     seen = scheduler.add_noise(picture, noise, time)
     predicted = {"epsilon": noise, "v_prediction": scheduler.get_velocity(picture, noise, time), "sample": picture}[prediction]
     torch.testing.assert_close(NoiseLevels(scheduler).denoised(seen, timestep, predicted), picture, atol=1e-4, rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=50)
+@given(times=st.lists(st.floats(0, 999), min_size=2, max_size=8), zero_snr=st.booleans())
+def test_levels_are_of_variance_1_and_noisier_the_later_in_training(times: list[float], zero_snr: bool) -> None:
+    levels = NoiseLevels(DDIMScheduler(rescale_betas_zero_snr=zero_snr))
+    found = [levels.at(time) for time in sorted(times)]
+    assert all(level.alpha**2 + level.sigma**2 == pytest.approx(1) for level in found)
+    shares = [level.share for level in found]
+    assert shares == sorted(shares)
+    assert all(0 < share <= 1 for share in shares)
 
 
 def test_at_zero_signal_velocity_tells_the_picture_and_noise_nothing() -> None:
@@ -91,10 +104,15 @@ def test_the_controller_looks_at_a_known_estimate_within_bounds_and_at_whether_i
     assert ended.ok.tolist() == [True, False, True]
 
 
+class Unknown:
+    """A sampler of somebody's own."""
+
+
 @pytest.mark.parametrize(
     ("scheduler", "said"),
     [
         (FlowMatchEulerDiscreteScheduler(), "noise level: FlowMatchEulerDiscreteScheduler states no alphas_cumprod"),
+        (Unknown(), "noise level: Unknown states no alphas_cumprod, .*; expected one that states them, such as DDIMScheduler"),
         (EDMEulerScheduler(), "noise level: EDMEulerScheduler states no alphas_cumprod"),
         (UniPCMultistepScheduler(use_flow_sigmas=True), "noise level: UniPCMultistepScheduler has use_flow_sigmas True"),
         (

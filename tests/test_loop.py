@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import pytest
 
 from saferedir.engines import open_bundle
 from saferedir.engines.bundle import DEFAULT_BUNDLE
+from saferedir.engines.step import NUMBERS
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.backend import Array, Call, DeviceTensor
 from saferedir.runtime.ort import OrtBackend, resolve_provider
+from saferedir.runtime.replay import RecordingBackend
 
 STEPS = 5
 
@@ -56,6 +59,20 @@ def test_between_the_first_and_the_last_step_there_are_steps_alone(engine: str, 
     assert backend.log[first - 1] == "bind"
     assert backend.log[first + STEPS] == "download"
     assert engine not in backend.log[first + STEPS :]
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm++-2m", "euler-ancestral", "lcm"])
+def test_a_step_is_given_the_estimate_that_the_last_one_moved_by(pipeline: Pipeline, scheduler: str) -> None:
+    recording = RecordingBackend(pipeline.backend, pipeline.manifest.engines)
+    Pipeline(pipeline.bundle, recording)(["a cat", "a fox"], num_inference_steps=4, scheduler=scheduler)
+    given = recording.recorded["step"]
+    assert [step["numbers"][:, NUMBERS.index("known")].tolist() for step in given] == [[0, 0], [1, 1], [1, 1], [1, 1]]
+    assert not given[0]["denoised"].any()
+    for before, after in pairwise(given):
+        of = dict(zip(NUMBERS, before["numbers"][0], strict=True))
+        moved = of["of_latent"] * before["latent"] + of["of_denoised"] * after["denoised"]
+        moved = moved + of["of_before"] * before["denoised"] + of["of_noise"] * before["noise"]
+        np.testing.assert_allclose(after["latent"], moved, atol=1e-5)
 
 
 @pytest.mark.parametrize(("devices", "chosen"), [(0, "ort-cpu"), (1, "ort-cuda")])

@@ -222,7 +222,10 @@ def test_a_key_that_no_sampler_knows_is_refused_by_name() -> None:
             "drawn with dpm++-2m-karras in place of DPMSolverMultistepScheduler, without its algorithm_type sde-dpmsolver++, "
             "solver_order 3",
         ),
-        (KDPM2AncestralDiscreteScheduler(), "drawn with euler-ancestral in place of KDPM2AncestralDiscreteScheduler"),
+        (
+            KDPM2AncestralDiscreteScheduler(use_karras_sigmas=True),
+            "drawn with euler-ancestral in place of KDPM2AncestralDiscreteScheduler, without its use_karras_sigmas True",
+        ),
         (LMSDiscreteScheduler(use_karras_sigmas=True), "drawn with euler-karras in place of LMSDiscreteScheduler"),
         (UniPCMultistepScheduler(), "drawn with dpm++-2m in place of UniPCMultistepScheduler, without its solver_order 2"),
     ],
