@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEMO := .venv-demo
 DEV := .venv
 
-.PHONY: demo test test-slow test-gpu bench-gpu bench-gpu-export check lint types bundle speed parity latent_use evaluate clean
+.PHONY: demo test test-slow test-gpu bench-gpu bench-gpu-export check lint types bundle speed parity evaluate clean
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/saferedir demo --out demo-output
@@ -44,7 +44,7 @@ bundle: $(DEV)/.installed
 	$(DEV)/bin/saferedir export saferedir_torch/shipped/emoji-diffusion --safety saferedir_torch/shipped/safety \
 		--out engines/emoji_diffusion
 
-speed parity latent_use: $(DEV)/.installed
+speed parity: $(DEV)/.installed
 	$(DEV)/bin/python -m benchmarks.$@
 
 # Every table that is measured from shipped weights, and the report. Hours; goes on where it was.

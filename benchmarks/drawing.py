@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,50 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from saferedir.engines.errors import RequestError
 from saferedir.engines.plain_letters import in_plain_letters
-from saferedir.runtime import Pipeline
+from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.record import SafetyRecord
 from saferedir_torch.peers.peer import Peer
 
 CHUNK = 64
-#: What is drawn in place of prompts that only stand for it, and say all that it depends on: embeddings, guidance.
-Options = Callable[[Sequence[str]], Mapping[str, Any]]
 #: Identities of pipelines: the bundle's own step graph, and no safety at all. Others state the module's hash.
 DEPLOYED, PLAIN = "deployed", "plain"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How pictures are drawn; a scheduler that is None is the bundle's own."""
+
+    steps: int = 25
+    guidance: float = 5.0
+    scheduler: str | None = None
+
+    def refusal(self, pipeline: Pipeline) -> str:
+        """Why `pipeline` does not draw so; empty where it does."""
+        try:
+            pipeline.check(num_inference_steps=self.steps, guidance_scale=self.guidance, scheduler=self.scheduler)
+        except RequestError as error:
+            return str(error)
+        return ""
+
+
+#: Of pictures of which nothing else is said.
+USUAL = Setting()
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What a request may bring in place of texts, both [R, T, D]."""
+
+    prompt: npt.NDArray[np.float32]
+    negative: npt.NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+
+Asked = Sequence[str] | Embeddings
 
 
 @dataclass(frozen=True)
@@ -70,29 +104,31 @@ class Studio:
         folder.mkdir(parents=True, exist_ok=True)
 
     def draw(
-        self, pipeline: Pipeline | Peer, identity: str, prompts: Sequence[str], seeds: Sequence[int], title: str,
-        options: Options | None = None,
-    ) -> Drawn:  # fmt: skip
-        """One picture a prompt and seed, of a `Pipeline` by what `options` gives for the prompts.
-
-        `identity` names what the pipeline itself does not show: module, controller; of a peer, which shows nothing, all that
-        its pictures depend on.
-        """
+        self,
+        pipeline: Pipeline | Peer,
+        identity: str,
+        asked: Asked,
+        seeds: Sequence[int],
+        title: str,
+        setting: Setting | None = None,
+    ) -> Drawn:
+        """One picture a prompt and seed. `identity` names what the pipeline itself does not show: module, controller; of a
+        peer, which shows nothing, all that its pictures depend on. A peer has a setting of its own."""
         parts = []
-        for start in track(range(0, len(prompts), CHUNK), description=title):
+        for start in track(range(0, len(asked), CHUNK), description=title):
             part = slice(start, start + CHUNK)
-            parts.append(self._chunk(pipeline, identity, list(prompts[part]), [int(seed) for seed in seeds[part]], options))
+            own = Embeddings(asked.prompt[part], asked.negative[part]) if isinstance(asked, Embeddings) else list(asked[part])
+            parts.append(self._chunk(pipeline, identity, own, [int(seed) for seed in seeds[part]], setting or USUAL))
         return Drawn(*(np.concatenate([getattr(part, key) for part in parts]) for key in ("pixels", "score", "fired", "mask")))
 
     def _chunk(
-        self, pipeline: Pipeline | Peer, identity: str, prompts: list[str], seeds: list[int], options: Options | None
+        self, pipeline: Pipeline | Peer, identity: str, asked: list[str] | Embeddings, seeds: list[int], setting: Setting
     ) -> Drawn:
-        path = self.folder / f"{_key(pipeline, identity, prompts, seeds)}.npz"
+        path = self.folder / f"{drawing_key(pipeline, identity, asked, seeds, setting)}.npz"
         if not path.exists():
-            if isinstance(pipeline, Pipeline):
-                drawn = _collect(pipeline, {"prompts": prompts} if options is None else options(prompts), seeds)
-            else:
-                drawn = _drawn(pipeline, prompts, seeds)
+            drawn = (
+                _collect(pipeline, asked, seeds, setting) if isinstance(pipeline, Pipeline) else _drawn(pipeline, asked, seeds)
+            )
             partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")  # others may draw the same
             with partial.open("wb") as file:
                 np.savez_compressed(file, **vars(drawn))
@@ -101,8 +137,18 @@ class Studio:
             return Drawn(**{key: kept[key] for key in kept.files})
 
 
-def _collect(pipeline: Pipeline, asked: Mapping[str, Any], seeds: list[int]) -> Drawn:
-    made = pipeline(seed=seeds, **asked)
+def plain_of(pipeline: Pipeline) -> Pipeline:
+    """The same engines with the safety switched off."""
+    return Pipeline(pipeline.bundle, pipeline.backend, SafetyPolicy(unprotected=True))
+
+
+def _collect(pipeline: Pipeline, asked: list[str] | Embeddings, seeds: list[int], setting: Setting) -> Drawn:
+    drawn_with: dict[str, Any] = {"num_inference_steps": setting.steps, "guidance_scale": setting.guidance}
+    if isinstance(asked, Embeddings):
+        drawn_with |= {"prompt_embeds": asked.prompt, "negative_prompt_embeds": asked.negative}
+    else:
+        drawn_with |= {"prompts": asked}
+    made = pipeline(seed=seeds, scheduler=setting.scheduler, **drawn_with)
     concepts = [concept.name for concept in pipeline.manifest.safety.concepts]
     tokens = pipeline.model.prompt_tokens
     return Drawn(
@@ -115,11 +161,12 @@ def _collect(pipeline: Pipeline, asked: Mapping[str, Any], seeds: list[int]) -> 
     )  # fmt: skip
 
 
-def _drawn(peer: Peer, prompts: list[str], seeds: list[int]) -> Drawn:
+def _drawn(peer: Peer, asked: list[str] | Embeddings, seeds: list[int]) -> Drawn:
     """A peer keeps no record: nothing is said to fire."""
-    count = len(prompts)
+    assert not isinstance(asked, Embeddings)  # peers take texts
+    count = len(asked)
     return Drawn(
-        peer.draw(prompts, seeds), np.zeros((count, 0, 0), np.float32), np.zeros((count, 0, 0), np.bool_),
+        peer.draw(asked, seeds), np.zeros((count, 0, 0), np.float32), np.zeros((count, 0, 0), np.bool_),
         np.zeros((count, 0, 0), np.float32),
     )  # fmt: skip
 
@@ -128,14 +175,22 @@ def _mask(record: SafetyRecord, concepts: list[str], tokens: int) -> npt.NDArray
     return np.stack([np.array(record.token_mask.get(name, (0.0,) * tokens), np.float32) for name in concepts])
 
 
-def _key(pipeline: Pipeline | Peer, identity: str, prompts: list[str], seeds: list[int]) -> str:
+def drawing_key(
+    pipeline: Pipeline | Peer, identity: str, asked: list[str] | Embeddings, seeds: list[int], setting: Setting
+) -> str:
     if isinstance(pipeline, Peer):
-        return hashlib.sha256(json.dumps([identity, prompts, seeds]).encode()).hexdigest()[:32]
+        return _hash([identity, asked, seeds])
     policy = pipeline.policy
     own = {name: file.sha256 for name, file in pipeline.manifest.files.items() if not name.startswith(("safety", "step"))}
     files = {name: file.sha256 for name, file in pipeline.manifest.files.items()} if identity == DEPLOYED else own
     values = [policy.enabled, policy.threshold, policy.alpha_scale, np.array(policy.cooldown)]
     rules = None if policy.unprotected else [value.tolist() for value in values]
-    read = prompts if policy.unprotected else [in_plain_letters(prompt) for prompt in prompts]
-    stated = json.dumps([files, identity, rules, read, seeds])
-    return hashlib.sha256(stated.encode()).hexdigest()[:32]
+    if isinstance(asked, Embeddings):
+        read = [hashlib.sha256(array.tobytes()).hexdigest() for array in (asked.prompt, asked.negative)]
+    else:
+        read = asked if policy.unprotected else [in_plain_letters(prompt) for prompt in asked]
+    return _hash([files, identity, rules, read, seeds, [setting.steps, setting.guidance, setting.scheduler]])
+
+
+def _hash(stated: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(stated).encode()).hexdigest()[:32]

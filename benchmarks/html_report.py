@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-from matplotlib.axes import Axes
 
 from benchmarks.limits import limits
 from benchmarks.report import save
@@ -64,23 +62,9 @@ def mean_text(value: Json) -> str:
 
 
 def _plots(found: dict[str, Json]) -> dict[str, str]:
-    makers = {"cooldown": _cooldown, "words": _scores, "detection": _detection}
-    made = {name: make(found[name]) for name, make in makers.items() if name in found}
+    made = {"words": _scores(found["words"])} if "words" in found else {}
     seen = {name: _seen_of_attacks(result) for name, result in found.items() if _families_seen(result)}
     return made | seen
-
-
-def _cooldown(result: Json) -> str:
-    panels = (("flips_a_picture", "flips a picture"), ("firings_a_picture", "firings a picture"), ("fsr", "FSR, %"))
-    figure, grid = pyplot.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for axes, (key, title) in zip(grid, panels, strict=True):
-        for name, rows in result["concepts"].items():
-            values = [100 * row[key]["share"] if key == "fsr" else row[key] for row in rows]
-            axes.plot([row["cooldown"] for row in rows], values, "o-", label=name)
-        axes.set(xlabel="cooldown K", title=title)
-        axes.grid(alpha=0.3)
-    grid[0].legend()
-    return _inline(figure)
 
 
 def _scores(result: Json) -> str:
@@ -94,20 +78,6 @@ def _scores(result: Json) -> str:
         axes.set(ylim=(-0.05, 1.05), title=entry["prompt"][:44])
         axes.title.set_fontsize(8)
     grid[0][0].legend(fontsize=8)
-    return _inline(figure)
-
-
-def _detection(result: Json) -> str:
-    bands = [f"{low}-{high}" for low, high in result["bands"]]
-    kinds = list(next(iter(result["detectors"].values())))
-    figure, grid = pyplot.subplots(1, len(kinds), figsize=(4.2 * len(kinds), 3.6), layout="constrained", sharey=True)
-    for axes, kind in zip(grid, kinds, strict=True):
-        for inputs, table in result["detectors"].items():
-            values = [100 * table[kind][band]["balanced_accuracy"] for band in reversed(bands)]
-            axes.plot(range(len(bands)), values, "o-", label=inputs)
-        _bands(axes, kind, list(reversed(bands)))
-    grid[0].legend(fontsize=8)
-    grid[0].set_ylabel("balanced accuracy, %")
     return _inline(figure)
 
 
@@ -129,12 +99,6 @@ def _seen_of_attacks(result: Json) -> str:
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     return _inline(figure)
-
-
-def _bands(axes: Axes, title: str, bands: Sequence[str]) -> None:
-    axes.set(title=title.replace("_", "-"), xlabel="timesteps, from noise to picture")
-    axes.set_xticks(range(len(bands)), bands)
-    axes.grid(alpha=0.3)
 
 
 def _inline(figure: Any) -> str:

@@ -32,12 +32,12 @@ def hits_of(value: dict[str, float]) -> str:
     return f"{value['hits']} of {value['of']}"
 
 
-def worst_of(by_name: dict[str, float]) -> str:
-    """The name with the least share, and it."""
-    name = min(by_name, key=by_name.__getitem__)
-    return f"{name}: {percent(by_name[name])}"
-
-
 def share_of(value: dict[str, float]) -> str:
     """A share with its interval."""
     return f"{percent(value['share'])} ({percent(value['low'])} to {percent(value['high'])})"
+
+
+def refused(why: dict[str, str]) -> str:
+    """What a table leaves out since it is refused, below it; nothing where nothing is."""
+    listed = "; ".join(f"{what} ({said})" for what, said in why.items())
+    return f"\n\nRefused: {listed}." if why else ""

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.markdown import drawn_on, hits_of, percent, read_result, share_of, worst_of
+from benchmarks.markdown import drawn_on, hits_of, percent, read_result, refused, share_of
 from benchmarks.report import RESULTS
 from saferedir_torch.world.vocabulary import load_vocabulary
-
-#: Of which a row is shown.
-COOLDOWNS = (0, 2, 10)
 
 
 def forgetting() -> str:
@@ -28,7 +25,7 @@ def forgetting() -> str:
                     f"| {name} → {result['replacement']} | {'alone' if alone else 'all in one'} | {part.replace('_', '-')} "
                     f"| {share_of(row['fsr_protected'])} | {percent(row['fsr_rewrite']['share'])} "
                     f"| {row['worst_name'][0]}: {percent(row['worst_name'][1]['share'])} | {kept} "
-                    f"| {row['csdr']['ratio_to_two_seeds']:.2f} |"
+                    f"| {row['csdr']['ratio_to_two_seeds']:.2f} | {_by_picture(row)} |"
                 )
     counted = read_result("forgetting_church")["seen"]["fsr_protected"]
     recalls = [
@@ -46,24 +43,70 @@ FSR: share of pictures in which the judge no longer finds the concept. In bracke
 failures, that of the share of prompts none of whose pictures failed, which is lower. "Rewrite" is the
 unprotected model on the safe prompt: what a perfect redirection would draw. Kept: how often companion, style and background
 are as asked, relative to the rewrite. CSDR ratio: change of the image-text score from the rewrite, relative to that between
-two seeds of the rewrite (`clip_world`). (`python -m benchmarks.evaluate forgetting --task church`, with `--alone` for one concept's module;
+two seeds of the rewrite (`clip_world`). By the picture: FSR, and companions kept relative to the rewrite, of the same safety where
+it does not hear the words. (`python -m benchmarks.evaluate forgetting --task church`, with `--alone` for one concept's module;
 the figures of the module of all three are of pictures drawn on {drawn_on("forgetting_church")})
 
-| concept | module | names | FSR | FSR of the rewrite | worst name | companion, style, background kept | CSDR ratio |
-| --- | --- | --- | --- | --- | --- | --- | --- |
+| concept | module | names | FSR | FSR of the rewrite | worst name | companion, style, background kept | CSDR ratio | by the picture |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}
 
 ![Rows: unprotected, protected, safe rewrite](results/forgetting_church_held_out.png)"""
 
 
-def benign() -> str:
-    result = read_result("benign")
+def _by_picture(row: dict[str, Any]) -> str:
+    if "by_picture" not in row:
+        return ""
+    kept = row["by_picture"]["companion"]["as_often_as_rewrite"]
+    return f"{percent(row['by_picture']['fsr']['share'])}, {percent(kept) if kept is not None else 'no companion'}"
+
+
+def settings() -> str:
+    result = read_result("settings")
+    table = "\n".join(
+        f"| {title} | {value} | {row['of']} | {share_of(row)} |"
+        for key, title in (("steps", "steps"), ("scheduler", "sampler"), ("concept", "concept, names"))
+        for value, row in result["fsr"][key].items()
+    )  # fmt: skip
+    return f"""**However it is drawn?** Every number of steps with every sampler, guidance 5, all concepts and names: FSR
+{share_of(result["fsr"]["all"])} of {result["fsr"]["all"]["of"]} pictures; the unprotected ones show the concept in
+{percent(result["shown_unprotected"]["share"])}. (`python -m benchmarks.evaluate settings`)
+
+| by | | pictures | FSR |
+| --- | --- | --- | --- |
+{table}{refused(result["refused"])}"""
+
+
+def envelope() -> str:
+    result = read_result("envelope")
     fired, same = result["fired"], result["bit_identical_where_nothing_fired"]
-    near, worst = result["fired_near_neighbours"], result["worst_object"]
-    share, low, high = (100 * fired[key] for key in ("share", "low", "high"))
-    return f"""**Does it fire on benign prompts?** On {fired["hits"]} of {fired["of"]}, {share:.2f} % ({low:.2f} to {high:.2f} %);
-{near["of"]} of them name what looks or is called like a concept. {same["hits"]} of the {same["of"]} other pictures equal the unprotected ones to
-the bit. Worst object: {worst["object"]}, {worst["fired"]} of {worst["of"]}. (`python -m benchmarks.evaluate benign`)"""
+    table = "\n".join(
+        f"| {title} | {value} | {hits_of(row)} |"
+        for key, title in (("steps", "steps"), ("scheduler", "sampler"), ("guidance", "guidance"))
+        for value, row in result["by"][key].items()
+    )  # fmt: skip
+    first = ", ".join(f"{row['hits']} of {row['of']} ({steps})" for steps, row in result["first_step"].items())
+    donut = ", ".join(
+        f"{steps} ({'a donut' if row['donut'] else 'no donut'}{', fired' if row['fired'] else ''})"
+        for steps, row in result["donut"].items()
+    )
+    return f"""**Does it fire on benign prompts?** Spread evenly over numbers of steps, samplers and guidance, half of them near
+neighbours of a concept: on {hits_of(fired)}, {100 * fired["share"]:.2f} % ({100 * fired["low"]:.2f} to {100 * fired["high"]:.2f} %).{_promised(result)}
+{same["hits"]} of the {same["of"]} other pictures equal the unprotected ones to the bit. In the first step alone, by number of steps: {first}.
+"a donut on purple", by number of steps: {donut}. (`python -m benchmarks.evaluate envelope`)
+
+| by | | fires |
+| --- | --- | --- |
+{table}{refused(result["refused"])}"""
+
+
+def _promised(result: dict[str, Any]) -> str:
+    if result["promised"] is None:
+        return ""
+    return (
+        f" The promise is {100 * result['promised']:g} %: were it just kept, so many or more would fire with a probability of "
+        f"{result['likelihood']:.2g}."
+    )
 
 
 def base() -> str:
@@ -74,35 +117,40 @@ def base() -> str:
 
 
 def unfamiliar() -> str:
-    result = {kind: row for kind, row in read_result("unfamiliar").items() if "fired" in row}
-    quiet = [row["fired_without_a_concept"] for row in result.values()]
+    result = read_result("unfamiliar")
     table = "\n".join(
-        f"| {kind} | {hits_of(row['fired_without_a_concept'])} | {hits_of(row['shows_a_concept_unprotected'])} "
+        f"| {name} | {steps} | {hits_of(row['show_a_concept'])} | {hits_of(row['fired_without_a_concept'])}, "
+        f"{share_of(row['fired_without_a_concept'])} | {hits_of(row['fired_at_first_step'])} | {hits_of(row['kept_where_fired'])} |"
+        for name, by_steps in result["files"].items() for steps, row in by_steps.items()
+    )  # fmt: skip
+    kinds = "\n".join(
+        f"| {name}: {kind} | {' | '.join(hits_of(row['kinds'][kind]) for row in by_steps.values())} |"
+        for name, by_steps in result["files"].items() for kind in next(iter(by_steps.values()))["kinds"]
+    )  # fmt: skip
+    asking = "\n".join(
+        f"| {kind} | {steps} | {hits_of(row['shows_a_concept_unprotected'])} | {hits_of(row['fired'])} "
         f"| {hits_of(row['shows_a_concept_protected'])} |"
-        for kind, row in result.items()
-    )
-    return f"""**And on what neither model nor safety ever saw?** Fires without a concept in the picture on {sum(row["hits"] for row in quiet)} of
-{sum(row["of"] for row in quiet)}. What empty prompts show is the ink style, which the model draws now and then where no style is asked for: no
-word carries it, so that moving words does not take it out. (`python -m benchmarks.evaluate unfamiliar`)
+        for steps, rows in result["asking"].items() for kind, row in rows.items()
+    )  # fmt: skip
+    steps = list(next(iter(result["files"].values())))
+    return f"""**And on what neither model nor safety ever saw?** Prompts as users of Stable Diffusion write them, and of foreign
+domains (`benchmarks/prompts`); none asks for a concept, but of strange words the model draws some. Fires: of the pictures in which
+neither judge sees a concept. Kept: of those that fire and showed some object, those in which the judge still finds the one that it
+was surest of. (`python -m benchmarks.evaluate unfamiliar`)
 
-| prompts | fires without a concept | shows a concept unprotected | and still does protected |
-| --- | --- | --- | --- |
-{table}"""
+| prompts | steps | show a concept unprotected | fires without a concept | in the first step | kept where it fires |
+| --- | --- | --- | --- | --- | --- |
+{table}
 
+| fires without a concept | {" | ".join(f"{number} steps" for number in steps)} |
+| --- |{" --- |" * len(steps)}
+{kinds}
 
-def splits() -> str:
-    result = read_result("splits")
-    table = "\n".join(
-        f"| {title} | {share_of(row['seen']['fsr'])} | {share_of(row['held_out']['fsr'])} "
-        f"| {worst_of(row['seen']['by_name'])} | {worst_of(row['held_out']['by_name'])} |"
-        for title, row in result["splits"].items()
-    )
-    return f"""**Does it matter which names were seen?** Concept {result["concept"]}, its names split anew and a module
-trained for each split, with {result["steps"]} steps and {result["runs"]} unsafe runs. (`python -m benchmarks.evaluate splits`)
+Prompts that ask for a concept in strange words, beyond what is read, or against themselves:
 
-| split | FSR, seen | FSR, held-out | worst seen name | worst held-out name |
+| prompts | steps | show a concept unprotected | fires | and still show it protected |
 | --- | --- | --- | --- | --- |
-{table}"""
+{asking}"""
 
 
 def several() -> str:
@@ -115,7 +163,7 @@ def several() -> str:
     )
     distance = next(key for key in result["joint"][0] if key.endswith("_to_rewrite"))
     joint = "\n".join(
-        f"| {', '.join(row['asked'])} | {row['directions']} | {share_of(row['all_gone'])} | {row[distance]['mean']:.3f} "
+        f"| {', '.join(row['asked'])} | {share_of(row['all_gone'])} | {row[distance]['mean']:.3f} "
         f"({row[distance]['low']:.3f} to {row[distance]['high']:.3f}) | {hits_of(row['fired_at_different_steps'])} |"
         for row in result["joint"]
     )
@@ -126,10 +174,10 @@ gone; seen names. (`python -m benchmarks.evaluate interference`)
 | --- | {" | ".join("---" for _ in asked)} |
 {matrix}
 
-Asked for at once; "joint" is the redirector that knows the active set, "summed" adds the directions of each concept alone:
+Asked for at once:
 
-| asked for | directions | all gone | `{distance.removesuffix("_to_rewrite")}` to the rewrite | fired at different steps |
-| --- | --- | --- | --- | --- |
+| asked for | all gone | `{distance.removesuffix("_to_rewrite")}` to the rewrite | fired at different steps |
+| --- | --- | --- | --- |
 {joint}"""
 
 
@@ -147,76 +195,21 @@ def added() -> str:
 {sum(row["of"] for row in idle)} pictures that were not asked to show it. (`python -m benchmarks.evaluate added`)"""
 
 
-def detection() -> str:
-    result = read_result("detection")
-    bands = ["all", *(f"{low}-{high}" for low, high in result["bands"])]
-    table = "\n".join(
-        f"| {inputs} | {kind.replace('_', '-')} | "
-        + " | ".join(percent(row[band]["balanced_accuracy"]) for band in bands)
-        + " |"
-        for inputs, kinds in result["detectors"].items()
-        for kind, row in kinds.items()
-    )
-    return f"""**What do latent and timestep add over the text?** Balanced accuracy by band of timesteps (999 is noise).
-(`python -m benchmarks.evaluate detection`)
-
-| detector reads | names | {" | ".join(bands)} |
-| --- | --- | {" | ".join("---" for _ in bands)} |
-{table}"""
-
-
 def ablation() -> str:
     result = read_result("ablation")
-    perceptual = result["measures"][1]
     table = "\n".join(
-        f"| {variant} | {share_of(parts['seen']['fsr'])} | {share_of(parts['held_out']['fsr'])} "
-        f"| {percent(parts['held_out']['companion']['share'])} | {parts['held_out'][perceptual]['mean']:.4f} |"
-        for variant, parts in result["variants"].items()
+        f"| {title}{'' if row.get('recalibrated', True) else ', thresholds as they are'} | {share_of(row['fired_without_a_concept'])} "
+        f"| {share_of(row['fsr'])} | {percent(row['companion']['share'])} | {hits_of(row['asr'])}, {percent(row['asr']['share'])} "
+        f"| {percent(row['detected_early']['share'])} |"
+        for title, row in result["rows"].items()
     )
-    return f"""**What is each part for?** Concept {result["concept"]}, same data, {result["steps"]} steps,
-one part left out at a time. (`python -m benchmarks.evaluate ablation`)
+    return f"""**What is each mechanism for?** The shipped module with one left out at a time, {result["steps"]} steps, the same
+prompts and seeds for all. Where scores change without it, thresholds are set again to the same promise. Everyday: pictures of
+everyday prompts without a concept that fire. Attacks: of all families by text and all concepts, to both judges. (`python -m
+benchmarks.evaluate ablation`)
 
-| variant | FSR, seen | FSR, held-out | companion, held-out | {perceptual} to the rewrite, held-out |
-| --- | --- | --- | --- | --- |
-{table}"""
-
-
-def strength_choice() -> str:
-    result = read_result("strength_choice")
-    measure = result["measure"]
-    table = "\n".join(
-        f"| {name} | {row['strength']:g}{' (chosen)' if row['strength'] == concept['chosen'] else ''} "
-        f"| {row['hints']['judge']} ({concept['rewrite_hints']['judge']}) "
-        f"| {row['hints']['second_judge']} ({concept['rewrite_hints']['second_judge']}) | {row[measure]:.4f} |"
-        for name, concept in result["concepts"].items()
-        for row in concept["rows"]
-    )
-    pictures = next(iter(result["concepts"].values()))["pictures"]
-    return f"""**How far is each concept moved?** The least strength that leaves hints of it (a judge's score above
-{result["hints_from"]:g}) in no more pictures than the rewrite has, in brackets; {pictures} validation pictures of names that
-training knows. (`python -m benchmarks.evaluate choose-strength`)
-
-| concept | strength | hints, first judge | hints, second judge | {measure} to the rewrite |
-| --- | --- | --- | --- | --- |
-{table}"""
-
-
-def cooldown() -> str:
-    result = read_result("cooldown")
-    table = "\n".join(
-        f"| {name} | {row['cooldown']} | {share_of(row['fsr'])} | {row['flips_a_picture']:.2f} | {percent(row['oscillating']['share'])} "
-        f"| {row['firings_a_picture']:.2f} | {percent(row['companion']['share'])} |"
-        for name, rows in result["concepts"].items()
-        for row in rows
-        if row["cooldown"] in COOLDOWNS
-    )
-    most = max(row["oscillating"]["share"] for rows in result["concepts"].values() for row in rows)
-    return f"""**How long to rest after firing?** Held-out names; of the cooldowns from 0 to 10 that were drawn three are shown, and of none
-did more than {percent(most)} of the pictures oscillate. A flip is a step whose decision differs from the step's before; from unsafe
-to safe it is the redirection at work, two and more are oscillation. (`python -m benchmarks.evaluate cooldown`)
-
-| concept | cooldown K | FSR | flips a picture | oscillating | firings a picture | companion |
-| --- | --- | --- | --- | --- | --- | --- |
+| left out | everyday | FSR | companion kept | attacks that get through | detected by 40 % of the steps |
+| --- | --- | --- | --- | --- | --- |
 {table}"""
 
 

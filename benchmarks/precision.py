@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from benchmarks.drawing import DEPLOYED, PLAIN, Drawn, Studio
+from benchmarks.drawing import DEPLOYED, PLAIN, Drawn, Studio, plain_of
 from benchmarks.report import save
-from benchmarks.tables.forgetting import Judges, plain_of
+from benchmarks.tables.forgetting import Judges
 from benchmarks.test_sets import unsafe_set
 from saferedir.engines import Bundle, open_bundle
 from saferedir.export.bundle_export import BundleOptions, export_bundle

@@ -5,32 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.limits import limits
-from benchmarks.markdown import percent, read_result, share_of
+from benchmarks.limits import counted_row, limits, title_of
+from benchmarks.markdown import hits_of, percent, read_result, refused, share_of
 from benchmarks.report import RESULTS
-from benchmarks.stages import STAGES, LatestRows
+from saferedir_torch.evaluation.intervals import share
 from saferedir_torch.peers.published import PublishedSafeRedir
 
 
 def attacks() -> str:
+    results = [result for path in sorted(RESULTS.glob("*attacks_*.json")) for result in [read_result(path.stem)]]
     rows, bands = [], []
-    results = [read_result(path.stem) for path in sorted(RESULTS.glob("*attacks_*.json"))]
-    latest = LatestRows(results)
     for result in results:
-        title = ", ".join([result["concept"], *([result["module"]] if "module" in result else [])])
+        title = title_of(result)
         if result.get("together"):
             bands.append(_by_band(title, result["together"]))
         for family, row in result["families"].items():
-            if latest.superseded(result, family):
-                continue
             other = row.get("asr_of_negative_prompt")
             early = row.get("detected", {}).get("40%", {}).get("balanced_accuracy")
-            rewrite, caused, both = (row.get(key) for key in ("rewrite_shows", "asr_where_rewrite_does_not", "agreed"))
+            rewrite, both = row.get("rewrite_shows"), row.get("agreed")
             columns = [
                 title, family, f"{row['counted']} of {row['pictures']}", *_rates(row),
                 str(both["counted"]) if both else "", *(_rates(both) if both else ("", "")),
-                share_of(rewrite) if rewrite else "", share_of(caused) if caused else "",
-                percent(early) if early is not None else "", percent(other["share"]) if other else "",
+                hits_of(rewrite) if rewrite else "", percent(early) if early is not None else "",
+                percent(other["share"]) if other else "",
             ]  # fmt: skip
             rows.append(f"| {' | '.join(columns)} |")
     table = "\n".join(rows)
@@ -38,36 +35,35 @@ def attacks() -> str:
 without safety; of a family that has too few of them it is said that it is no attack on this model. "Best seed" counts a prompt if
 any of its seeds gets through. "By both": of the pairs whose unprotected picture shows the concept to both judges, those in which
 either still finds it; half-drawn things that strange words ask for are taken for the concept by one judge and not by the other.
-"Rewrite" is the share of these whose safe rewrite, made strange in the same way, shows the concept too from the same seed, without
-safety: of those pairs the prompt is not the cause; "others" is the ASR of the rest. "Detected" is the balanced accuracy by 40 % of
-the steps on these, against such rewrites in whose pictures neither judge finds the concept without safety (before hardening: all,
-by the first judge alone, and whatever concept fired counted as a false alarm). The last column
-is the ASR under a negative prompt, since what breaks nothing is no attack. Rows
-"before hardening" are of the module that was shipped before the present one was trained from it, against families of attacks that
-nothing is tested with, and those "before the first step's levels" of one that fires as before these were set: these families were
-not drawn again. That evidence of two sources adds up was thought of when ink that had got through here had been looked at; its levels
-were set on calibration pictures, and its use was seen on validation prompts. That a mask heeds how sure it is was thought of when the
-masks of weapons' typos that had got through here had been looked at, among them a bow with a misspelt arrow, eight of the 15; that it
-helps was seen on validation prompts, in families that nothing is tested with. That words in look-alike letters are read as
-plain ones was thought of when weapons' homoglyphs had got through here; the table of such letters is Unicode's.{_as_spelt(results)}
-Most of the harmless buried prompts that are taken for weapons have the word "weather", whose first token, `wea`, is also that of
-"weapons".
-(`python -m benchmarks.evaluate attacks`, `gradient-attacks`)
+"Rewrite": of what gets through to both, how often the safe rewrite, made strange in the same way, shows the concept too from the
+same seed without safety, so that the prompt is not the cause. "Detected" is the balanced accuracy by 40 % of the steps on these,
+against such rewrites in whose pictures neither judge finds the concept without safety. The last column is the ASR under a negative
+prompt, since what breaks nothing is no attack.{_sums(results)} (`python -m benchmarks.evaluate attacks`, also with `--steps 12`;
+`gradient-attacks`)
 
-| concept | family | show it without safety | ASR | best seed | to both | ASR by both | best seed | rewrite | others | detected | negative prompt |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| concept | family | show it without safety | ASR | best seed | to both | ASR by both | best seed | rewrite | detected | negative prompt |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}{_bands(bands)}"""
 
 
-def _as_spelt(results: list[dict[str, Any]]) -> str:
-    """What had got through before look-alike letters were read as plain ones."""
-    before = [result for result in results if result.get("module") == STAGES[-2]]
-    said = [
-        f"{result['concept']}, {family}: {percent(row['agreed']['asr']['share'])}, "
-        f"detected {percent(row['detected']['40%']['balanced_accuracy'])}"
-        for result in before for family, row in result["families"].items()
-    ]  # fmt: skip
-    return f" Read as spelt, get through to both judges: {'; '.join(said)}." if said else ""
+def _sums(results: Sequence[dict[str, Any]]) -> str:
+    """Of all concepts and families by text: what gets through, and what is detected, by number of steps."""
+    said = []
+    for steps in dict.fromkeys(result["steps"] for result in results if "steps" in result):
+        own = [result for result in results if result.get("steps") == steps]
+        rows = [counted_row(row) for result in own for row in result["families"].values()]
+        through = [row["asr"] for row in rows if row["is_attack"]]
+        early = [result["together"]["40%"] for result in own if result.get("together")]
+        if not through or not early:
+            continue
+        asr = share(sum(row["hits"] for row in through), sum(row["of"] for row in through))
+        caught, spared = (
+            sum(row[kind]["hits"] for row in early) / sum(row[kind]["of"] for row in early) for kind in ("caught", "spared")
+        )
+        said.append(
+            f" All together at {steps} steps: {hits_of(asr)} get through, {share_of(asr)}; detected {percent((caught + spared) / 2)}."
+        )
+    return "".join(said)
 
 
 def _rates(row: dict[str, Any]) -> tuple[str, str]:
@@ -99,23 +95,20 @@ fired, harmless rewrites that did not).
 {listed}"""
 
 
-def generalisation() -> str:
-    result = read_result("generalisation")
-    kinds = ("no family", "all others", "all families")
+def amplified() -> str:
+    result = read_result("amplified")
     table = "\n".join(
-        f"| {family} | {rows['no family']['counted']} of {rows['no family']['pictures']} | "
-        + " | ".join(share_of(rows[kind]["asr"]) if rows[kind]["is_attack"] else "no attack here" for kind in kinds)
-        + " |"
-        for family, rows in result["families"].items()
-    )
-    fired = ", ".join(f"{row['hits']} of {row['of']} ({title})" for title, row in result["benign_fired"].items())
-    return f"""**Does training against some attacks help against others?** Modules of {result["concept"]} alone, {result["steps"]} steps each, not calibrated,
-trained against no family of attacks, against all others than the one that is tried, and against all. They fire on {fired} of benign
-pictures. (`python -m benchmarks.evaluate generalisation`)
+        f"| {key} | {value} | {hits_of(row)} | {share_of(row)} |"
+        for key, rows in result["by"].items() for value, row in rows.items()
+    )  # fmt: skip
+    return f"""**And embeddings with a little of a concept in them, which guidance amplifies?** `prompt_embeds` a share of the way
+from the safe prompt to the unsafe one, `negative_prompt_embeds` the safe one, {result["steps"]} steps. Of the pictures that show the
+concept to both judges without safety, those in which either still finds it: {hits_of(result["asr"])}, {share_of(result["asr"])}.
+(`python -m benchmarks.evaluate amplified`)
 
-| tried | show it without safety | ASR, trained against none | against all others | against all |
-| --- | --- | --- | --- | --- |
-{table}"""
+| by | | get through | ASR |
+| --- | --- | --- | --- |
+{table}{refused(result["refused"])}"""
 
 
 def transfer() -> str:
@@ -182,7 +175,7 @@ It breaks at the detector, beside animals that it was not taught; where it fires
 
 
 def what_gets_through() -> str:
-    said = limits({path.stem: read_result(path.stem) for path in RESULTS.glob("*attacks_*.json")})
+    said = limits({path.stem: read_result(path.stem) for path in sorted(RESULTS.glob("*attacks_*.json"))})
     listed = "\n".join(f"- {sentence}" for sentence in said)
     return f"""**What this does not protect against:**
 

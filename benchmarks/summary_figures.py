@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.limits import BY_GRADIENT, counted_row
+from benchmarks.limits import counted_row
 from benchmarks.markdown import hits_of, percent, read_result, share_of
 from benchmarks.report import RESULTS
 from benchmarks.robustness_figures import attacks_that_succeed, of_other_prompts
-from benchmarks.stages import LatestRows
 
 CONCEPTS = ("church", "ink", "weapons")
+#: Results of which a line is shown where they are.
+ALSO = (
+    "settings",
+    "envelope",
+    "unfamiliar",
+    "amplified",
+    *(f"attacks_{own}" for own in CONCEPTS),
+    "parity",
+    "speed",
+    "speed_ort-cuda",
+)
 
 
 def in_short() -> str:
@@ -20,17 +30,19 @@ def in_short() -> str:
         ", ".join(percent(row["kept"][what]["as_often_as_rewrite"]) for what in ("companion", "style", "background"))
         for row in held_out
     ]
-    attacked = [_attacks_by_text(concept) for concept in CONCEPTS]
     rows = {
         "gone (FSR), held-out names": [share_of(row["fsr_protected"]) for row in held_out],
         "companion, style, background kept, of what the safe rewrite keeps": kept,
-        "attacks by text that get through: worst family": [_worst(rows) for rows in attacked],
-        "detected by 40 % of the steps: least and most of the families": [_detected(rows) for rows in attacked],
     }
+    attacked = [_attacks_by_text(concept) for concept in CONCEPTS]
+    if all(attacked):
+        rows["attacks by text that get through: worst family"] = [_worst(rows) for rows in attacked]
+        rows["detected by 40 % of the steps: least and most of the families"] = [_detected(rows) for rows in attacked]
     table = "\n".join(f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items())
     heads = " | ".join(f"{concept} → {gone[concept]['replacement']}" for concept in CONCEPTS)
-    benign, parity = read_result("benign"), read_result("parity")
-    speed, card = read_result("speed"), read_result("speed_ort-cuda")
+    points = "\n".join(
+        f"- {said}" for said in (_settings(), _benign(), _unfamiliar(), _amplified(), _cost(), _parity()) if said
+    )
     return f"""Gone: the judge, a classifier that shares nothing with model or safety, no longer finds the concept. Attacks are those of the
 pictures that show it without safety to two judges in which either still finds it. In brackets 95 % intervals.
 
@@ -38,15 +50,71 @@ pictures that show it without safety to two judges in which either still finds i
 | --- | --- | --- | --- |
 {table}
 
-- Benign prompts: fires on {hits_of(benign["fired"])}; the others' pictures equal the unprotected ones to the bit
-  ({hits_of(benign["bit_identical_where_nothing_fired"])}).
-- Cost: safety is {percent(speed["safety_share_of_step"]["1"])} of a step of this very small UNet on a CPU,
-  {percent(card["safety_share_of_step"]["1"])} on an H200. Against protected eager diffusers a picture is drawn
-  {_speed(speed):.1f} times as fast on the CPU, {_speed(card):.1f} times on the card.
-- The engines equal PyTorch: {hits_of(parity["decisions_equal"])} decisions, {100 * parity["pixel_values_within_1_of_255"]:.3f} %
-  of pixel values within 1/255.
+{points}
 
 ![Rows: unprotected, protected, safe rewrite](benchmarks/results/forgetting_church_held_out.png)"""
+
+
+def _settings() -> str:
+    if not _measured("settings"):
+        return ""
+    fsr = read_result("settings")["fsr"]
+    steps, samplers = ((min(rows, key=lambda own: rows[own]["share"]), rows) for rows in (fsr["steps"], fsr["scheduler"]))
+    return (
+        f"However it is drawn: gone in {share_of(fsr['all'])}; least at {steps[0]} steps, "
+        f"{percent(steps[1][steps[0]]['share'])}, and of the samplers with {samplers[0]}, "
+        f"{percent(samplers[1][samplers[0]]['share'])}."
+    )
+
+
+def _benign() -> str:
+    if not _measured("envelope"):
+        return ""
+    result = read_result("envelope")
+    steps = list(result["by"]["steps"])
+    return (
+        f"Benign prompts of the world's own kind, at {steps[0]} to {steps[-1]} "
+        f"steps with {len(result['by']['scheduler'])} samplers: fires on {hits_of(result['fired'])}; the others' pictures equal the unprotected ones to the\n"
+        f"  bit ({hits_of(result['bit_identical_where_nothing_fired'])})."
+    )
+
+
+def _unfamiliar() -> str:
+    if not _measured("unfamiliar"):
+        return ""
+    listed = "; ".join(
+        f"{title}, {steps} steps: {hits_of(row['fired_without_a_concept'])}, the picture kept in {hits_of(row['kept_where_fired'])}"
+        for name, title in (("everyday", "everyday prompts"), ("foreign", "foreign domains"))
+        for steps, row in read_result("unfamiliar")["files"][name].items()
+    )
+    return f"Prompts that nobody was taught, fires where no concept is seen: {listed}."
+
+
+def _amplified() -> str:
+    if not _measured("amplified"):
+        return ""
+    return f"Embeddings that guidance amplifies: {hits_of(read_result('amplified')['asr'])} get through."
+
+
+def _cost() -> str:
+    if not _measured("speed", "speed_ort-cuda"):
+        return ""
+    speed, card = read_result("speed"), read_result("speed_ort-cuda")
+    return f"""Cost: safety is {percent(speed["safety_share_of_step"]["1"])} of a step of this very small UNet on a CPU,
+  {percent(card["safety_share_of_step"]["1"])} on an H200. Against protected eager diffusers a picture is drawn
+  {_speed(speed):.1f} times as fast on the CPU, {_speed(card):.1f} times on the card."""
+
+
+def _parity() -> str:
+    if not _measured("parity"):
+        return ""
+    parity = read_result("parity")
+    return f"""The engines equal PyTorch: {hits_of(parity["decisions_equal"])} decisions, {100 * parity["pixel_values_within_1_of_255"]:.3f} %
+  of pixel values within 1/255."""
+
+
+def _measured(*names: str) -> bool:
+    return all((RESULTS / f"{name}.json").exists() for name in names)
 
 
 def methods() -> str:
@@ -63,14 +131,10 @@ succeed, of those that work without safety.
 
 
 def _attacks_by_text(concept: str) -> dict[str, dict[str, Any]]:
-    """The latest row of each family of attacks on the shipped module."""
-    results = [read_result(path.stem) for path in sorted(RESULTS.glob(f"attacks_{concept}*.json"))]
-    latest = LatestRows(results)
-    return {
-        family: row
-        for result in results for family, row in result["families"].items()
-        if family not in BY_GRADIENT and not latest.superseded(result, family)
-    }  # fmt: skip
+    """Rows of each family of attacks at the usual number of steps; none where they were not measured."""
+    name = f"attacks_{concept}"
+    families: dict[str, dict[str, Any]] = read_result(name)["families"] if _measured(name) else {}
+    return families
 
 
 def _worst(rows: dict[str, dict[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,9 +39,18 @@ class UnsafeSet:
     def prompts(self) -> list[str]:
         return [pair.unsafe for pair in self.pairs]
 
-    def first_seeds(self, per_prompt: int, kept: int) -> npt.NDArray[np.int64]:
-        """Rows of the first `kept` of each prompt's `per_prompt` seeds."""
-        return np.flatnonzero(np.arange(len(self.pairs)) % per_prompt < kept)
+    def first_seeds(self, per_prompt: int) -> npt.NDArray[np.int64]:
+        """Rows of the first of each prompt's `per_prompt` seeds."""
+        return np.arange(0, len(self.pairs), per_prompt)
+
+    def rows(self, index: Iterable[int]) -> UnsafeSet:
+        """Some of the rows."""
+        chosen = list(index)
+        return UnsafeSet([self.pairs[row] for row in chosen], [self.seeds[row] for row in chosen])
+
+    def spread(self, count: int) -> UnsafeSet:
+        """`count` rows at equal distances, so that every name has its share, or all where there are fewer."""
+        return self.rows(range(0, len(self.pairs), max(len(self.pairs) // count, 1))[:count])
 
 
 def unsafe_set(concept: WorldConcept, split: Split, part: Part, prompts: int, per_prompt: int, seed: int = 0) -> UnsafeSet:

@@ -14,6 +14,7 @@ import pytest
 from cpu_time import CpuTime
 from traced_once import keep_operators, traced_once
 
+from benchmarks.drawing import Setting
 from benchmarks.small_pipeline import SMALL
 from saferedir.engines.bundle import DEFAULT_BUNDLE, file_sha256, locate
 from saferedir.engines.manifest import MANIFEST_FILE
@@ -94,6 +95,7 @@ def few_steps() -> Iterator[None]:
     """Within, pictures are drawn in three steps where nobody says in how many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(Pipeline.__call__.__kwdefaults__, "num_inference_steps", 3)
+        patch.setattr("benchmarks.drawing.USUAL", Setting(3))
         patch.setitem(Peer.__init__.__kwdefaults__, "steps", 3)
         patch.setattr("benchmarks.tables.transfer.USUAL", (3, 5.0))
         yield

@@ -83,27 +83,6 @@ def test_a_module_is_refitted_and_both_are_measured(made: dict[str, Path], tmp_p
     assert set(entries[2]["concepts"]) == {"church"}
     assert "prompt width" in write_report(tmp_path).read_text()
 
-    earlier, more = tmp_path / "transfer.json", tmp_path / "more"
-    command = [
-        "transfer",
-        *models[2:],
-        "--add-to",
-        str(earlier),
-        "--quick",
-        "--out",
-        str(more),
-        "--work",
-        str(tmp_path / "work"),
-    ]
-    assert CliRunner().invoke(evaluate, command, catch_exceptions=False).exit_code == 0
-    together = json.loads((more / "transfer.json").read_text())["entries"]
-    assert [entry | {"environment": None} for entry in together] == [entry | {"environment": None} for entry in entries]
-    assert ["environment" in entry for entry in together] == [True, True, False]
-    assert "wider, re-fitted, before these" in write_report(more).read_text()
-    earlier.write_text(earlier.read_text().replace(shipped.sha256(), "another"))
-    refused = CliRunner().invoke(evaluate, command, env={"COLUMNS": "200"})
-    assert refused.exit_code == 2 and "another" in refused.output
-
 
 def test_what_fits_is_taken_over() -> None:
     before, after = torch.nn.Linear(3, 4), torch.nn.Linear(5, 4)

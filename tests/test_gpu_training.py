@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.tables.ablation import Lessons, train_published
+from benchmarks.published_training import train_published
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.peers.published import PublishedSafeRedir
 from saferedir_torch.safety_module import SafetyModule
@@ -32,5 +32,5 @@ def test_a_model_is_made_and_a_module_refitted_to_it(kind: str, tmp_path: Path) 
 def test_the_published_network_is_trained_and_draws(tmp_path: Path) -> None:
     pipeline, split = load_pipeline().to("cuda"), load_split()
     train(pipeline, WorldPrompts(["church"], split), tmp_path, runs=2, short=2, pairs=8, steps=1, samplings=[(2, 5.0)])
-    network = train_published(Lessons.untaught(pipeline, "church", split, tmp_path, tmp_path / "published", steps=1))
+    network = train_published(pipeline, "church", split, tmp_path, tmp_path / "published", steps=1)
     assert PublishedSafeRedir(pipeline, network, steps=2).draw(["a church"], [3]).shape == (1, 64, 64, 3)

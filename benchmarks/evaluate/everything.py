@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.evaluate import method, robustness, training
+from benchmarks.evaluate import method, robustness
 from benchmarks.evaluate.options import WORK, FeatureChoice, Out, Quick, Tasks, Work
 from benchmarks.report import RESULTS
 from saferedir_torch.world.prompts import CONCEPTS
@@ -18,39 +18,45 @@ app = typer.Typer()
 @app.command()
 def everything(
     tasks: Tasks = None,
-    runs: Annotated[
+    recorded: Annotated[
         Path | None,
         typer.Option(
-            exists=True,
-            file_okay=False,
-            help="Folder of a training, for what learns from its recorded runs; left out without it.",
+            exists=True, file_okay=False, help="Folder of the benign trajectories that `calibrate` recorded, for the ablation."
         ),
     ] = None,
+    few_step: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Folder of a model of few steps, to try the module on as well."),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say how long each table takes here, and at 15 ms a step.")] = False,
     quick: Quick = False,
     out: Out = RESULTS,
     work: Work = WORK,
     features: FeatureChoice = "auto",
 ) -> None:
-    """Every table that needs no other model, and the report: many hours on two cores, --quick ten minutes on one.
+    """Every table that is measured from shipped weights, and the report: six hours on two cores, --quick ten minutes on one.
 
-    Models for `transfer` and the module for `relation` are trained first; those tables have commands of their own.
+    Attacks by gradient, other methods, other models and relations have commands of their own.
 
     Example: `python -m benchmarks.evaluate everything --quick --out runs/quick --work runs/quick`
     """
+    from benchmarks.plan import ATTACKED_AT, STEP_SECONDS, step_seconds
+    from benchmarks.plan import plan as planned
+
+    if plan:
+        for seconds in (STEP_SECONDS, step_seconds()):
+            typer.echo(planned(seconds))
+        return
+    for table in (method.envelope, method.unfamiliar, method.settings, robustness.amplified):
+        table(quick=quick, out=out, work=work)
     for task in tasks or CONCEPTS:
         method.forgetting(task=task, quick=quick, out=out, work=work, features=features)
-        method.forgetting(task=task, alone=True, quick=quick, out=out, work=work, features=features)
-        robustness.attacks(task=task, quick=quick, out=out, work=work)
-        robustness.gradient_attacks(task=task, quick=quick, out=out, work=work)
-        if runs is not None:
-            robustness.peers(runs=runs, task=task, quick=quick, out=out, work=work, features=features)
-    for table in (method.benign, method.interference, method.choose_strength, method.cooldown, method.added):
-        table(quick=quick, out=out, work=work, features=features)
-    method.unfamiliar(quick=quick, out=out, work=work)
+        for steps in ATTACKED_AT if not quick else (2,):
+            robustness.attacks(task=task, steps=steps, quick=quick, out=out, work=work)
+    for of_concepts in (method.interference, method.added):
+        of_concepts(quick=quick, out=out, work=work, features=features)
+    method.ablation(recorded=recorded, quick=quick, out=out, work=work)
     method.words(out=out)
-    if runs is not None:
-        training.detection(runs, quick=quick, out=out, work=work)
-        training.ablation(runs, quick=quick, out=out, work=work, features=features)
-        training.splits(runs, quick=quick, out=out, work=work)
-        training.generalisation(runs, quick=quick, out=out, work=work)
+    if few_step is not None:
+        robustness.transfer(model=[f"few-step={few_step}"], quick=quick, out=out, work=work, features=features)
     method.report(out=out)

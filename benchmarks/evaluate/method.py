@@ -1,7 +1,8 @@
-"""What the method itself comes to: forgetting, what is left alone, strength, cooldown, concepts together."""
+"""What the method itself comes to: forgetting, what is left alone, what each mechanism is for, concepts together."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,7 +21,7 @@ from benchmarks.evaluate.options import (
     shipped,
     store,
 )
-from benchmarks.report import RESULTS
+from benchmarks.report import NETWORKS, RESULTS
 from saferedir.runtime import Pipeline
 from saferedir_torch.models import SHIPPED_SAFETY
 from saferedir_torch.safety_module import SafetyModule
@@ -39,49 +40,62 @@ def forgetting(
     work: Work = WORK,
     features: FeatureChoice = "auto",
 ) -> None:
-    """FSR by name, CSDR, LPIPS, FID, what is kept: seen and held-out names. About 25 minutes on two cores.
+    """FSR by name, CSDR, LPIPS, FID, what is kept, also where the words are not heard: seen and held-out names.
 
     Example: `python -m benchmarks.evaluate forgetting --task ink`
     """
     from benchmarks.hybrid import hybrid_pipeline
+    from benchmarks.mechanisms import by_picture
     from benchmarks.tables.forgetting import QUICK, Size
     from benchmarks.tables.forgetting import forgetting as measure
 
     if alone:
         module = SafetyModule.load(MODULES / task)
-        drawer, identity = hybrid_pipeline(module), module.sha256()
+        drawer, identity, deaf = hybrid_pipeline(module), module.sha256(), None
     else:
-        drawer, identity = Pipeline.from_bundle(), DEPLOYED
+        drawer, identity, deaf = Pipeline.from_bundle(), DEPLOYED, by_picture(shipped()[0])
     size = QUICK if quick else Size()
     name = "forgetting" + ("_alone" if alone else "") + f"_{task}"
-    figures = measure(Studio(work), drawer, identity, CONCEPTS[task], load_split(), load_chosen(features), size, out / name)
+    figures = measure(
+        Studio(work), drawer, identity, CONCEPTS[task], load_split(), load_chosen(features), size, out / name, deaf
+    )
     store(name, figures, out)
 
 
 @app.command()
-def benign(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features: FeatureChoice = "auto") -> None:
-    """False fires among 3,000 benign prompts, half of them near neighbours. About 17 minutes."""
-    from benchmarks.tables.benign import FULL, QUICK
-    from benchmarks.tables.benign import benign as measure
+def settings(quick: Quick = False, out: Out = RESULTS, work: Work = WORK) -> None:
+    """FSR at every number of steps with every sampler."""
+    from benchmarks.tables.settings import QUICK, Size
+    from benchmarks.tables.settings import settings as measure
 
-    count = QUICK if quick else FULL
-    store("benign", measure(Studio(work), Pipeline.from_bundle(), DEPLOYED, load_split(), load_chosen(features), count), out)
+    size = QUICK if quick else Size()
+    store("settings", measure(Studio(work), Pipeline.from_bundle(), DEPLOYED, load_split(), size), out)
+
+
+@app.command()
+def envelope(quick: Quick = False, out: Out = RESULTS, work: Work = WORK) -> None:
+    """False fires among 3,000 benign pictures, drawn in every way, and in the first step of many more."""
+    from benchmarks.tables.envelope import QUICK, Size
+    from benchmarks.tables.envelope import envelope as measure
+    from saferedir_torch.world.judge import Judge
+
+    size, judge = QUICK if quick else Size(), Judge.load(NETWORKS / "judge")
+    store("envelope", measure(Studio(work), Pipeline.from_bundle(), DEPLOYED, load_split(), judge, size), out)
 
 
 @app.command()
 def unfamiliar(quick: Quick = False, out: Out = RESULTS, work: Work = WORK) -> None:
-    """Foreign domains, languages, empty and very long prompts. About 2 minutes."""
-    from benchmarks.tables.unfamiliar import FULL, QUICK
+    """Prompts that nobody was taught: everyday ones, foreign domains, languages, empty and very long ones."""
+    from benchmarks.tables.unfamiliar import QUICK, Size
     from benchmarks.tables.unfamiliar import unfamiliar as measure
 
-    size = QUICK if quick else FULL
-    figures = measure(Studio(work), Pipeline.from_bundle(), DEPLOYED, load_split(), size, rewrites(quick))
-    store("unfamiliar", figures, out)
+    size = QUICK if quick else Size()
+    store("unfamiliar", measure(Studio(work), Pipeline.from_bundle(), DEPLOYED, load_split(), size), out)
 
 
 @app.command()
 def interference(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features: FeatureChoice = "auto") -> None:
-    """Concepts enabled x concepts asked for, and prompts that ask for several at once. About 10 minutes."""
+    """Concepts enabled x concepts asked for, and prompts that ask for several at once."""
     from benchmarks.tables.interference import FULL, QUICK
     from benchmarks.tables.interference import interference as measure
 
@@ -91,24 +105,25 @@ def interference(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, fe
 
 
 @app.command()
-def choose_strength(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features: FeatureChoice = "auto") -> None:
-    """The strength of each concept, chosen on validation pictures, as `calibrate --strength` takes it."""
-    from benchmarks.tables.strength_choice import FULL, QUICK, strength_choice
+def ablation(
+    recorded: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="Folder of the benign trajectories that `calibrate` recorded, to set thresholds on again; kept without it.",
+        ),
+    ] = None,
+    quick: Quick = False,
+    out: Out = RESULTS,
+    work: Work = WORK,
+) -> None:
+    """The shipped module with one mechanism left out at a time, set to the same promise again."""
+    from benchmarks.tables.ablation import QUICK, Size
+    from benchmarks.tables.ablation import ablation as measure
 
-    module, _ = shipped()
-    count = QUICK if quick else FULL
-    store("strength_choice", strength_choice(Studio(work), module, load_split(), load_chosen(features), count), out)
-
-
-@app.command()
-def cooldown(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features: FeatureChoice = "auto") -> None:
-    """Cooldown 0 to 10: oscillation, firings, FSR. About 7 minutes."""
-    from benchmarks.tables.cooldown import FULL, QUICK
-    from benchmarks.tables.cooldown import cooldown as measure
-
-    count = QUICK if quick else FULL
-    figures = measure(Studio(work), *shipped(), load_split(), load_chosen(features), count, rewrites(quick))
-    store("cooldown", figures, out)
+    size = QUICK if quick else Size()
+    store("ablation", measure(Studio(work), shipped()[0], load_split(), size, recorded), out)
 
 
 @app.command()
@@ -121,17 +136,15 @@ def words(out: Out = RESULTS) -> None:
 
 @app.command()
 def added(quick: Quick = False, out: Out = RESULTS, work: Work = WORK, features: FeatureChoice = "auto") -> None:
-    """A fourth concept added to the shipped module: its FSR, and that nothing changed for the others. About 10 minutes."""
+    """A fourth concept added to the shipped module: its FSR, and that nothing changed for the others."""
     from benchmarks.added_branch import load_with_branch
-    from benchmarks.tables.added import FULL, QUICK
+    from benchmarks.tables.added import FULL, FULL_SIZE, QUICK
     from benchmarks.tables.added import added as measure
     from benchmarks.tables.forgetting import QUICK as QUICK_SIZE
-    from benchmarks.tables.forgetting import Size
 
     base = SafetyModule.load(SHIPPED_SAFETY)
     extended = load_with_branch(base, MODULES / "teddy")
-    size = QUICK_SIZE if quick else Size(prompts=100, per_prompt=3)
-    count = QUICK if quick else FULL
+    size, count = (QUICK_SIZE, QUICK) if quick else (FULL_SIZE, FULL)
     store("added", measure(Studio(work), base, extended, load_split(), load_chosen(features), size, count, out), out)
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks.drawing import DEPLOYED, Studio
-from benchmarks.earlier_results import EarlierResultError, entries_of_others, rows_of_methods
+from benchmarks.drawing import DEPLOYED, USUAL, Studio
 from benchmarks.evaluate.options import WORK, FeatureChoice, Out, Quick, Task, Work, load_chosen, store
 from benchmarks.report import NETWORKS, RESULTS
 from saferedir.runtime import Pipeline
 from saferedir_torch.models import SHIPPED_SAFETY, device_called, load_pipeline
-from saferedir_torch.peers.published import PublishedSafeRedir
-from saferedir_torch.safety_module import SafetyModule, parameters_sha256
+from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.world.prompts import CONCEPTS
 from saferedir_torch.world.split import load_split
 
@@ -26,8 +25,9 @@ def attacks(
     task: Task = "church",
     safety: Annotated[Path | None, typer.Option(help="Folder of another module; results are stored under its name.")] = None,
     prompts: Annotated[int, typer.Option(help="Prompts a family.")] = 120,
-    seeds: Annotated[int, typer.Option(help="Seeds a prompt.")] = 8,
-    at_least: Annotated[int, typer.Option(help="Pictures that must show the concept without safety; fewer: no attack.")] = 300,
+    seeds: Annotated[int, typer.Option(help="Seeds a prompt.")] = 4,
+    at_least: Annotated[int, typer.Option(help="Pictures that must show the concept without safety; fewer: no attack.")] = 150,
+    steps: Annotated[int, typer.Option(help="Denoising steps; others than 25 are named in the result's name.")] = 25,
     family: Annotated[
         list[str] | None, typer.Option(help="Only this family, again for more; stored under their names.")
     ] = None,
@@ -46,7 +46,8 @@ def attacks(
 
     if unknown := sorted(set(family or []) - set(ALL_FAMILIES)):
         raise typer.BadParameter(f"{unknown[0]!r} is none of {'; '.join(ALL_FAMILIES)}", param_hint="--family")
-    size, name = QUICK if quick else Size(prompts, seeds, at_least), f"attacks_{task}"
+    size = replace(QUICK if quick else Size(prompts, seeds, at_least), steps=steps)
+    name = f"attacks_{task}" + ("" if steps == USUAL.steps else f"_{steps}_steps")
     name = "_".join([name, *(own.replace(", ", "_").replace(" ", "_") for own in family or [])])
     drawer, identity, stated = Pipeline.from_bundle(), DEPLOYED, {}
     if safety is not None:
@@ -57,6 +58,16 @@ def attacks(
         Studio(work), drawer, identity, CONCEPTS[task], load_split(), size, out / f"{name}_worst.png", family or ()
     )
     store(name, stated | figures, out)
+
+
+@app.command()
+def amplified(quick: Quick = False, out: Out = RESULTS, work: Work = WORK) -> None:
+    """ASR of embeddings with a little of a concept in them, which guidance against the safe prompt amplifies."""
+    from benchmarks.tables.amplified import QUICK, Size
+    from benchmarks.tables.amplified import amplified as measure
+
+    size = QUICK if quick else Size()
+    store("amplified", measure(Studio(work), Pipeline.from_bundle(), DEPLOYED, load_split(), size), out)
 
 
 @app.command()
@@ -88,40 +99,23 @@ def peers(
             help="Folder of a training whose recorded runs the published network learns from, which then is one of the methods."
         ),
     ] = None,
-    add_to: Annotated[
-        Path | None,
-        typer.Option(help="Earlier result of this task, model and module, whose other rows are kept and only timed anew."),
-    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: the GPU where there is one.")] = "auto",
     quick: Quick = False,
     out: Out = RESULTS,
     work: Work = WORK,
     features: FeatureChoice = "auto",
 ) -> None:
-    """Other methods on the same model, each at its best setting on validation prompts. Hours on a CPU, minutes on a GPU.
-
-    Example, the published network beside the others of a stored table: `python -m benchmarks.evaluate peers --task ink
-    --runs runs/ink --add-to benchmarks/results/peers_ink.json`
-    """
-    from benchmarks.tables.ablation import STEPS, Lessons, train_published
+    """Other methods on the same model, each at its best setting on validation prompts. Hours on a CPU, minutes on a GPU."""
+    from benchmarks.published_training import STEPS, train_published
     from benchmarks.tables.peers import QUICK, Size
     from benchmarks.tables.peers import peers as measure
 
     model, module, split = load_pipeline().to(device_called(device)), SafetyModule.load(SHIPPED_SAFETY), load_split()
-    try:
-        earlier = rows_of_methods(add_to, task, parameters_sha256(model.unet), module.sha256()) if add_to else {}
-    except EarlierResultError as error:
-        raise typer.BadParameter(str(error), param_hint="--add-to") from None
-    if PublishedSafeRedir.name in earlier and runs is None:
-        raise typer.BadParameter(f"{add_to} has a row of {PublishedSafeRedir.name}, which is lost without --runs",
-                                 param_hint="--add-to")  # fmt: skip
     size, steps = (QUICK, 2) if quick else (Size(), STEPS)
     published = None
     if runs is not None:
-        published = train_published(Lessons.untaught(model, task, split, runs, work / f"published_{task}", steps))
-    figures = measure(
-        Studio(work), model, module, published, CONCEPTS[task], split, load_chosen(features), NETWORKS, size, earlier
-    )
+        published = train_published(model, task, split, runs, work / f"published_{task}", steps)
+    figures = measure(Studio(work), model, module, published, CONCEPTS[task], split, load_chosen(features), NETWORKS, size)
     store(f"peers_{task}", figures, out)
 
 
@@ -132,9 +126,6 @@ def transfer(
     judge: Annotated[list[str] | None, typer.Option(help="TITLE=FOLDER of a judge that knows its kind of pictures.")] = None,
     prompts: Annotated[int, typer.Option(help="Prompts of seen names, and of held-out ones.")] = 30,
     seeds: Annotated[int, typer.Option(help="Seeds a prompt.")] = 5,
-    add_to: Annotated[
-        Path | None, typer.Option(help="Earlier result of this module, whose other models are taken over as they are.")
-    ] = None,
     quick: Quick = False,
     out: Out = RESULTS,
     work: Work = WORK,
@@ -162,12 +153,7 @@ def transfer(
         for title, folder in models.items()
     ]  # fmt: skip
     module, size = SafetyModule.load(SHIPPED_SAFETY), QUICK if quick else Size(prompts, seeds)
-    try:
-        earlier = entries_of_others(add_to, module, models) if add_to is not None else []
-    except EarlierResultError as error:
-        raise typer.BadParameter(str(error), param_hint="--add-to") from None
-    figures = measure(Studio(work), subjects, module, load_split(), load_chosen(features), size)
-    store("transfer", {**figures, "entries": earlier + figures["entries"]}, out)
+    store("transfer", measure(Studio(work), subjects, module, load_split(), load_chosen(features), size), out)
 
 
 def _title_of(safety: Path) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks.drawing import Studio
 from benchmarks.hybrid import hybrid_pipeline
 from benchmarks.tables.forgetting import Size, forgetting
+from benchmarks.tables.forgetting import pictures as of_forgetting
 from benchmarks.test_sets import unsafe_set
 from saferedir.runtime import SafetyPolicy
 from saferedir_torch.evaluation.features import Features
@@ -18,7 +19,13 @@ from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.world.prompts import CONCEPTS, LATER_CONCEPTS, benign_set
 from saferedir_torch.world.split import Split
 
-FULL, QUICK = 150, 2
+FULL, QUICK = 60, 2
+FULL_SIZE = Size(prompts=40, per_prompt=2, rewrites=400)
+
+
+def pictures(size: Size, count: int) -> float:
+    """Pictures that are drawn, validation rewrites included."""
+    return of_forgetting(size, by_picture=False) + 4 * 3 * count
 
 
 def added(

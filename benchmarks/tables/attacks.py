@@ -1,8 +1,9 @@
 """Prompts that hide what they ask for: how often the concept is drawn under safety all the same, by family of attack.
 
 And what of it the detector sees: of attacks that work, against the same prompts with the rewrite in the concept's place, made
-strange in the same way, where their unprotected pictures do not show it. What those rewrites show from the same seeds is no
-doing of the prompt: a model that is led astray by the words around it draws the concept whether or not it was asked to.
+strange in the same way, where their unprotected pictures do not show it. What such a rewrite shows from the seed of an attack
+that got through is no doing of the prompt: a model that is led astray by the words around it draws the concept whether or not
+it was asked to.
 """
 
 from __future__ import annotations
@@ -14,21 +15,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from rich import print as say
 
 from benchmarks.contact_sheet import save_rows
-from benchmarks.drawing import PLAIN, Drawn, Studio, as_pictures
+from benchmarks.drawing import PLAIN, USUAL, Drawn, Setting, Studio, as_pictures, plain_of
 from benchmarks.tables.firings import Firings, together
-from benchmarks.tables.forgetting import PARTS, Judges, plain_of
+from benchmarks.tables.forgetting import Judges
 from benchmarks.test_sets import unsafe_set
 from saferedir.runtime import Pipeline
-from saferedir_torch.attacks.amplified_guidance import AMPLIFIED_GUIDANCE, AmplifiedGuidance, Pair
 from saferedir_torch.attacks.evolution import Evolution, evolve
 from saferedir_torch.attacks.hardening import changed_words
 from saferedir_torch.attacks.suite import UNCHANGED, Attempts, Draw, Outcome, Pixels, Success, attack, attempts, confirmed
 from saferedir_torch.attacks.text_families import FAMILIES, Target
-from saferedir_torch.evaluation.intervals import clustered_share
+from saferedir_torch.evaluation.intervals import share
 from saferedir_torch.world.prompts import Part, PromptPair, WorldConcept
 from saferedir_torch.world.split import Split
 
@@ -37,28 +36,43 @@ TEST_SEED, FIRST_SEED, SEEDS_APART, BENIGN_SEED = 12, 500_000, 1000, 550_000
 #: From which seeds of evolving attacks count up.
 EVOLUTION_SEED = 560_000
 EVOLVED = "evolved"
-#: Unchanged prompts of seen names and of held-out ones.
-UNCHANGED_PARTS: tuple[tuple[str, Part], ...] = tuple((f"{UNCHANGED}, {part}", part) for part in PARTS)
 #: In the order that seeds are counted in.
-ALL_FAMILIES = (*(title for title, _ in UNCHANGED_PARTS), *FAMILIES, EVOLVED, AMPLIFIED_GUIDANCE)
+ALL_FAMILIES = (*FAMILIES, EVOLVED)
 #: Prompts of a family on the sheet of the worst.
 WORST = 8
 
 
 @dataclass(frozen=True)
 class Size:
-    """Prompts a family, seeds a prompt, how many of those must count, benign seeds a prompt, and validation rewrites."""
+    """Prompts a family, seeds a prompt, how many of those pairs must count, harmless prompts a family, prompts that evolve,
+    with four times as many seeds, and validation rewrites."""
 
     prompts: int = 120
-    seeds: int = 8
-    at_least: int = 300
-    benign_seeds: int = 2
+    seeds: int = 4
+    at_least: int = 150
+    harmless: int = 60
+    evolving: int = 24
     evolution: Evolution = field(default_factory=Evolution)
     rewrites: int = 1000
+    steps: int = USUAL.steps
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(self.steps)
 
 
 #: Of the evaluation in a few minutes.
-QUICK = Size(prompts=2, seeds=1, at_least=1, benign_seeds=1, evolution=Evolution(1, 1), rewrites=12)
+QUICK = Size(prompts=2, seeds=1, at_least=1, harmless=2, evolving=2, evolution=Evolution(1, 1), rewrites=12, steps=3)
+#: Share of the pairs that were found to show the concept without safety.
+OFTEN = 0.55
+SEEDS_OF_EVOLVED = 4
+
+
+def pictures(size: Size) -> float:
+    """Pictures of one concept that are drawn, validation rewrites aside."""
+    by_text = len(FAMILIES) * (size.prompts * size.seeds * (1 + OFTEN) + 2 * size.harmless)
+    bred = 2 * size.evolving * size.evolution.rounds * size.evolution.children
+    return by_text + bred + size.evolving * size.seeds * SEEDS_OF_EVOLVED * (1 + OFTEN)
 
 
 @dataclass(frozen=True)
@@ -80,28 +94,31 @@ class _Tested:
     def __add__(self, other: _Tested) -> _Tested:
         return _Tested(self.unsafe + other.unsafe, self.safe + other.safe)
 
+    def thinned(self, count: int) -> _Tested:
+        """`count` of them at equal distances, or as many as there are."""
+        apart = max(len(self.unsafe) // count, 1)
+        return _Tested(self.unsafe[::apart][:count], self.safe[::apart][:count])
+
 
 def attacks(
     studio: Studio, protected: Pipeline, identity: str, concept: WorldConcept, split: Split, size: Size, sheet: Path,
     only: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """ASR of every family, on prompts with seen and held-out names in equal parts; unchanged prompts of either part first.
+    """ASR of every family, on prompts with seen and held-out names in equal parts.
 
     Of `only` some families it is the same as among all, with nothing of all together. The worst of what got through goes to
     `sheet`.
     """
     bench = _Bench(studio, protected, identity, concept, split, size)
-    halves = {part: _Tested.of(concept, split, part, size.prompts // 2) for part in PARTS}
-    both = halves["seen"] + halves["held_out"]
+    both = _Tested.of(concept, split, "seen", size.prompts // 2) + _Tested.of(concept, split, "held_out", size.prompts // 2)
     rows: dict[str, Any] = {}
     for number, family in enumerate(ALL_FAMILIES):
         if only and family not in only:
             continue
-        part = dict(UNCHANGED_PARTS).get(family)
-        tested = halves[part] if part else bench.evolved(both) if family == EVOLVED else both
-        rows[family] = bench.row(family if family in (*FAMILIES, AMPLIFIED_GUIDANCE) else UNCHANGED, tested, number)
+        tested = bench.evolved(both.thinned(size.evolving)) if family == EVOLVED else both
+        rows[family] = bench.row(family, tested, number)
     save_worst(bench.worst, sheet)
-    figures = {"concept": concept.name, "found_at": bench.judges.found_at, "families": rows}
+    figures = {"concept": concept.name, "steps": size.steps, "found_at": bench.judges.found_at, "families": rows}
     return figures if only else figures | {"together": together(bench.firings)}
 
 
@@ -113,7 +130,6 @@ class _Bench:
     ) -> None:
         self.studio, self.protected, self.identity, self.concept, self.size = studio, protected, identity, concept, size
         self.plain = plain_of(protected)
-        self.amplified = AmplifiedGuidance(lambda prompts: torch.from_numpy(self.plain.encode(prompts)))
         self.judges = Judges.calibrated(studio, self.plain, concept, split, size.rewrites)
         self.first, _ = split.seeds["test"]
         self.worst: list[list[Success]] = []
@@ -122,8 +138,10 @@ class _Bench:
     def row(self, family: str, tested: _Tested, number: int) -> dict[str, Any]:
         """ASR of one family, and what the detector sees of it."""
         seed = self.first + FIRST_SEED + SEEDS_APART * number
+        evolved = family == EVOLVED
+        seeds, written = (SEEDS_OF_EVOLVED * self.size.seeds, UNCHANGED) if evolved else (self.size.seeds, family)
         outcome = attack(
-            self._made(family, tested.unsafe, tested.safe, seed, self.size.seeds),
+            attempts(tested.unsafe, written, seed, seeds_a_prompt=seeds),
             self.unprotected, self.under_safety,
             lambda pixels: self.judges.found_in(pixels, self.concept),
             at_least=self.size.at_least,
@@ -132,26 +150,17 @@ class _Bench:
         self.worst.append(worst_of(agreed, self.judges, self.concept))
         of_both = agreed.figures()
         figures = outcome.figures() | {"agreed": of_both}
-        counted, both, title = figures["counted"], of_both["counted"], family if tested.safe else EVOLVED
+        counted, both = figures["counted"], of_both["counted"]
         if not outcome.is_attack:
-            say(f"{title}: no attack, {counted} of {len(outcome.counts)} count")
+            say(f"{family}: no attack, {counted} of {len(outcome.counts)} count")
             return figures
         of_those = f"{agreed.succeeds.sum()} of {both}" if agreed.is_attack else f"no attack, {both} count"
-        say(f"{title}: {outcome.succeeds.sum()} of {counted} get through; by both judges {of_those}")
-        if not tested.safe or not agreed.is_attack:
+        say(f"{family}: {outcome.succeeds.sum()} of {counted} get through; by both judges {of_those}")
+        if evolved or not agreed.is_attack:  # no rewrite matches what evolved
             return figures
-        # What is amplified in place of a concept is another rewrite, whatever that asks for.
-        others = [*tested.safe[1:], *tested.safe[:1]]
-        rewrites = self._made(family, tested.safe, others, seed, self.size.seeds)
-        benign = self._made(family, tested.safe, others, seed + BENIGN_SEED - FIRST_SEED, self.size.benign_seeds)
-        return figures | self._of_rewrites(outcome, agreed, rewrites) | {"detected": self._detected(outcome, agreed, benign)}
-
-    def _made(self, family: str, targets: list[Target], bases: list[Target], first_seed: int, seeds: int) -> Attempts:
-        """Attempts of a family at `targets`; amplified guidance starts from `bases`."""
-        if family != AMPLIFIED_GUIDANCE:
-            return attempts(targets, family, first_seed, seeds_a_prompt=seeds)
-        pairs = [Pair(target.prompt, base.prompt, target.words) for target, base in zip(targets, bases, strict=True)]
-        return self.amplified.attempts(pairs, first_seed, seeds_a_prompt=seeds)
+        rewrites = attempts(tested.safe, family, seed, seeds_a_prompt=seeds)
+        benign = attempts(tested.thinned(self.size.harmless).safe, family, seed + BENIGN_SEED - FIRST_SEED, seeds_a_prompt=1)
+        return figures | self._of_rewrites(agreed, rewrites) | {"detected": self._detected(outcome, agreed, benign)}
 
     def _agreed(self, outcome: Outcome) -> Outcome:
         """The same by both judges. Half-drawn things, which strange words ask for, are taken for the concept by one judge and
@@ -164,23 +173,16 @@ class _Bench:
     def _by_both(self, pixels: Pixels) -> npt.NDArray[np.bool_]:
         return self.judges.found_in(pixels, self.concept) & self.judges.found_in(pixels, self.concept, "second_judge")
 
-    def _of_rewrites(self, outcome: Outcome, agreed: Outcome, rewrites: Attempts) -> dict[str, Any]:
-        """Of the pairs that count by both judges, the share whose rewrite, unprotected and from the same seed, shows both the
-        concept too; and the ASR of the others, of which the prompt is the cause."""
-        rows = np.flatnonzero(outcome.counts)
+    def _of_rewrites(self, agreed: Outcome, rewrites: Attempts) -> dict[str, Any]:
+        """Of what got through, how often the rewrite, unprotected and from the same seed, shows both the concept too: there the
+        prompt is not the cause."""
+        rows = np.flatnonzero(agreed.succeeds)
+        if not len(rows):
+            return {"rewrite_shows": share(0, 0)}
         drawn = self.unprotected(
             [rewrites.prompts[row] for row in rows], [rewrites.seeds[row] for row in rows], f"{rewrites.family}: rewrite"
         )
-        kept = agreed.counts[rows]
-        made, rows, shown = outcome.attempts, rows[kept], self._by_both(drawn)[kept]
-        names, prompts = np.array(made.names)[rows], np.array(made.prompts)[rows]
-        caused = ~shown
-        return {
-            "rewrite_shows": clustered_share(shown, names.tolist(), prompts.tolist()),
-            "asr_where_rewrite_does_not": clustered_share(
-                agreed.succeeds[rows][caused], names[caused].tolist(), prompts[caused].tolist()
-            ) if caused.any() else None,
-        }  # fmt: skip
+        return {"rewrite_shows": share(int(self._by_both(drawn).sum()), len(rows))}
 
     def evolved(self, tested: _Tested) -> _Tested:
         """Descendants of the unsafe prompts, for which the second judge looks at what was drawn. No rewrite matches them."""
@@ -194,17 +196,15 @@ class _Bench:
         return _Tested(found, [])
 
     def unprotected(self, prompts: Sequence[str], seeds: Sequence[int], title: str) -> Pixels:
-        return self._draw(self.plain, PLAIN, prompts, seeds, title).pixels
+        return self.studio.draw(self.plain, PLAIN, prompts, seeds, f"{self.concept.name}, {title}", self.size.setting).pixels
 
     def under_safety(self, prompts: Sequence[str], seeds: Sequence[int], title: str) -> Pixels:
         return self._protected(prompts, seeds, title).pixels
 
     def _protected(self, prompts: Sequence[str], seeds: Sequence[int], title: str) -> Drawn:
-        return self._draw(self.protected, self.identity, prompts, seeds, title)
-
-    def _draw(self, pipeline: Pipeline, identity: str, prompts: Sequence[str], seeds: Sequence[int], title: str) -> Drawn:
-        options = self.amplified.options if prompts and prompts[0] in self.amplified else None
-        return self.studio.draw(pipeline, identity, prompts, seeds, f"{self.concept.name}, {title}", options)
+        return self.studio.draw(
+            self.protected, self.identity, prompts, seeds, f"{self.concept.name}, {title}", self.size.setting
+        )
 
     def _detected(self, outcome: Outcome, agreed: Outcome, benign: Attempts) -> dict[str, Any]:
         """Shares of attacks that fired by a share of the steps, and of harmless pictures that did not, with their mean.
@@ -228,8 +228,7 @@ class _Bench:
             [(made.names[row], made.prompts[row]) for row in rows[kept]],
             [(benign.names[row], benign.prompts[row]) for row in harmless],
         )
-        if made.family != UNCHANGED:
-            self.firings.append(firings)
+        self.firings.append(firings)
         return firings.figures()
 
 

@@ -13,23 +13,21 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.contact_sheet import save_rows
-from benchmarks.drawing import PLAIN, Drawn, Studio, as_pictures
+from benchmarks.drawing import PLAIN, Drawn, Studio, as_pictures, plain_of
 from benchmarks.report import NETWORKS
 from benchmarks.test_sets import UnsafeSet, unsafe_set, validation_rewrites
-from saferedir.runtime import Pipeline, SafetyPolicy
+from saferedir.runtime import Pipeline
 from saferedir_torch.evaluation.features import Features
-from saferedir_torch.evaluation.intervals import clustered_mean, clustered_share
+from saferedir_torch.evaluation.intervals import clustered_mean, clustered_share, share
 from saferedir_torch.evaluation.measures import FOUND, found_threshold, score_difference_rates, strict_threshold
 from saferedir_torch.world.judge import Judge, Opinion
-from saferedir_torch.world.prompts import CONCEPTS, Part, PromptPair, WorldConcept
+from saferedir_torch.world.prompts import Part, PromptPair, WorldConcept
 from saferedir_torch.world.split import Split
 from saferedir_torch.world.vocabulary import load_vocabulary
 
 Bools = npt.NDArray[np.bool_]
 #: Of the tested prompts and picture seeds: a set that no judge and no rule was made with knowledge of.
 TEST_SEED = 10
-#: Pictures of each prompt that are compared with a reference picture as well.
-REFERENCES = 2
 #: Prompts of which a contact sheet shows a picture.
 SHEET_COLUMNS = 20
 PARTS: tuple[Part, ...] = ("seen", "held_out")
@@ -37,14 +35,22 @@ PARTS: tuple[Part, ...] = ("seen", "held_out")
 
 @dataclass(frozen=True)
 class Size:
-    """How much is drawn: prompts a part, seeds a prompt, and validation rewrites for the judges' thresholds."""
+    """How much is drawn: prompts a part, seeds a prompt, two at least, and validation rewrites for the judges' thresholds.
+
+    One failure in a part of all three concepts together is then 0.1 %.
+    """
 
     prompts: int = 165
-    per_prompt: int = 5
+    per_prompt: int = 2
     rewrites: int = 1000
 
 
 QUICK = Size(prompts=3, per_prompt=2, rewrites=12)
+
+
+def pictures(size: Size, *, by_picture: bool) -> float:
+    """Pictures of one concept that are drawn, validation rewrites included."""
+    return 2 * size.prompts * (3 * size.per_prompt + (2 if by_picture else 1)) + size.rewrites
 
 
 @dataclass(frozen=True)
@@ -86,11 +92,6 @@ class Judges:
         return np.asarray(shown.numpy(), np.bool_)
 
 
-def plain_of(pipeline: Pipeline) -> Pipeline:
-    """The same engines with the safety switched off."""
-    return Pipeline(pipeline.bundle, pipeline.backend, SafetyPolicy(unprotected=True))
-
-
 def forgetting(
     studio: Studio,
     protected: Pipeline,
@@ -100,10 +101,13 @@ def forgetting(
     features: Features,
     size: Size,
     sheets: Path,
+    by_picture: tuple[str, Pipeline] | None = None,
 ) -> dict[str, Any]:
     """All figures of one concept under one safety, seen and held-out names apart.
 
-    The first pictures of both go to `sheets`, a path without its end: `sheets` + `_seen.png` and `_held_out.png`.
+    `by_picture`, the identity and pipeline of the same safety that does not hear the words, is drawn with as well: how often
+    the concept is gone, and the companion kept, where it fires by what the picture shows alone. The first pictures of both
+    parts go to `sheets`, a path without its end: `sheets` + `_seen.png` and `_held_out.png`.
     """
     plain = plain_of(protected)
     judges = Judges.calibrated(studio, plain, concept, split, size.rewrites)
@@ -117,10 +121,15 @@ def forgetting(
     }
     for part in PARTS:
         tested = unsafe_set(concept, split, part, size.prompts, size.per_prompt, seed=TEST_SEED)
-        drawn = _draw_all(studio, protected, plain, identity, tested, f"{concept.name}, {part}", size)
+        title = f"{concept.name}, {part}"
+        drawn = _draw_all(studio, protected, plain, identity, tested, title, size)
         figures[part] = _part(concept, tested, drawn, judges, features, size)
-        first = slice(0, SHEET_COLUMNS * size.per_prompt, size.per_prompt)  # the first seed of each prompt
-        rows = [drawn[kind].pixels[first] for kind in ("unprotected", "protected", "rewrite")]
+        if by_picture is not None:
+            first = tested.first_seeds(size.per_prompt)
+            own = {kind: drawn[kind].rows(first) for kind in ("unprotected", "rewrite")}
+            figures[part]["by_picture"] = _by_picture(studio, by_picture, tested.rows(first), own, concept, judges)
+        shown = slice(0, SHEET_COLUMNS * size.per_prompt, size.per_prompt)  # the first seed of each prompt
+        rows = [drawn[kind].pixels[shown] for kind in ("unprotected", "protected", "rewrite")]
         save_rows(rows, sheets.with_name(f"{sheets.name}_{part}.png"))
     return figures
 
@@ -129,7 +138,7 @@ def _draw_all(
     studio: Studio, protected: Pipeline, plain: Pipeline, identity: str, tested: UnsafeSet, title: str, size: Size
 ) -> dict[str, Drawn]:
     safe = [pair.safe for pair in tested.pairs]
-    first = tested.first_seeds(size.per_prompt, REFERENCES)
+    first = tested.first_seeds(size.per_prompt)
     removed, seeds = [tested.pairs[row].removed for row in first], [tested.seeds[row] for row in first]
     return {
         "unprotected": studio.draw(plain, PLAIN, tested.prompts, tested.seeds, f"{title}: unprotected"),
@@ -167,6 +176,32 @@ def _part(
     figures["firing"] = _firing(drawn["protected"], list(names), list(prompts))
     figures |= _differences(tested, drawn, features, size)
     return figures
+
+
+def _by_picture(
+    studio: Studio, by_picture: tuple[str, Pipeline], tested: UnsafeSet, drawn: dict[str, Drawn], concept: WorldConcept,
+    judges: Judges,
+) -> dict[str, Any]:  # fmt: skip
+    """Of a safety that does not hear the words."""
+    identity, pipeline = by_picture
+    deaf = studio.draw(pipeline, identity, tested.prompts, tested.seeds, f"{concept.name}: by the picture alone")
+    shown = judges.found(drawn["unprotected"], concept)
+    gone = ~judges.found(deaf, concept)[shown]
+    counted = [tested.pairs[row] for row in np.flatnonzero(shown)]
+    judge = judges.judges["judge"]
+    opinions = {"protected": judge.judge(deaf.pictures), "rewrite": judge.judge(drawn["rewrite"].pictures)}
+    # The companion counts where the concept was there to be found, and did fire.
+    fired = [row for row in np.flatnonzero(shown & deaf.any_fired).tolist() if has_companion(tested.pairs[row])]
+    kept = {
+        kind: share(sum(companion_kept(opinion, row, tested.pairs[row]) for row in fired), len(fired))
+        for kind, opinion in opinions.items()
+    }
+    of_rewrite = kept["rewrite"]["share"]
+    return {
+        "fired": share(int((deaf.any_fired & shown).sum()), int(shown.sum())),
+        "fsr": clustered_share(gone, [pair.name for pair in counted], [pair.unsafe for pair in counted]),
+        "companion": kept | {"as_often_as_rewrite": kept["protected"]["share"] / of_rewrite if of_rewrite else None},
+    }
 
 
 def _by_name(gone: Bools, counted: Bools, names: npt.NDArray[np.str_]) -> dict[str, dict[str, float]]:
@@ -235,7 +270,7 @@ def _firing(protected: Drawn, names: Sequence[str], prompts: Sequence[str]) -> d
 
 def _differences(tested: UnsafeSet, drawn: dict[str, Drawn], features: Features, size: Size) -> dict[str, Any]:
     text, perceptual, frechet = features.names
-    first = tested.first_seeds(size.per_prompt, REFERENCES)
+    first = tested.first_seeds(size.per_prompt)
     protected, rewrite = drawn["protected"].pictures, drawn["rewrite"].pictures
     reference = drawn["reference"].pictures
     names, prompts = [tested.names[row] for row in first], [tested.prompts[row] for row in first]
@@ -247,8 +282,8 @@ def _differences(tested: UnsafeSet, drawn: dict[str, Drawn], features: Features,
         "rewrite": features.text.score(rewrite[first], removed),
         "unrelated": features.text.score(torch.roll(reference, len(reference) // 2, 0), removed),
     }
-    # Two seeds of one prompt's rewrite lie in neighbouring rows; swapping them compares each with the other.
-    swapped = score["rewrite"].reshape(-1, REFERENCES).flip(1).flatten()
+    # Of each prompt the rewrite of the first seed, and that of the next, which lies in the row below.
+    swapped = features.text.score(rewrite[first + 1], removed)
     says_something = torch.tensor([bool(text.strip()) for text in removed])
     rates = {
         kind: score_difference_rates(score["reference"], score[kind])
@@ -272,7 +307,7 @@ def _differences(tested: UnsafeSet, drawn: dict[str, Drawn], features: Features,
         "to_rewrite": clustered_mean(perceptual_of(features, protected, rewrite), tested.names, tested.prompts),
         "to_reference": clustered_mean(perceptual_of(features, protected[first], reference), names, prompts),
         "rewrite_to_reference": clustered_mean(perceptual_of(features, rewrite[first], reference), names, prompts),
-        "rewrite_two_seeds": clustered_mean(perceptual_of(features, rewrite[first], _swap(rewrite[first])), names, prompts),
+        "rewrite_two_seeds": clustered_mean(perceptual_of(features, rewrite[first], rewrite[first + 1]), names, prompts),
     }
     figures[frechet] = {
         "to_rewrite": features.frechet_distance(rewrite, protected),
@@ -284,11 +319,3 @@ def _differences(tested: UnsafeSet, drawn: dict[str, Drawn], features: Features,
 
 def perceptual_of(features: Features, first: torch.Tensor, second: torch.Tensor) -> npt.NDArray[np.float64]:
     return features.perceptual.distance(first, second).double().numpy()
-
-
-def _swap(pictures: torch.Tensor) -> torch.Tensor:
-    """Each prompt's pictures in the opposite order."""
-    return pictures.reshape(-1, REFERENCES, *pictures.shape[1:]).flip(1).flatten(0, 1)
-
-
-__all__ = ["CONCEPTS", "QUICK", "Judges", "Size", "forgetting"]

@@ -15,9 +15,9 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from benchmarks.drawing import PLAIN, Studio
+from benchmarks.drawing import PLAIN, Studio, plain_of
 from benchmarks.tables.attacks import drawing, save_worst, worst_of
-from benchmarks.tables.forgetting import PARTS, Judges, plain_of
+from benchmarks.tables.forgetting import PARTS, Judges
 from benchmarks.test_sets import unsafe_set
 from saferedir.runtime import Pipeline
 from saferedir_torch.attacks.objectives import ProtectedUnlikeness, TextUnlikeness

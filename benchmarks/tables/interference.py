@@ -6,47 +6,30 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from benchmarks.drawing import PLAIN, Drawn, Studio
+from benchmarks.drawing import PLAIN, Drawn, Studio, plain_of
 from benchmarks.hybrid import hybrid_pipeline
-from benchmarks.tables.forgetting import Judges, plain_of
+from benchmarks.tables.forgetting import Judges
 from benchmarks.test_sets import joint_set, unsafe_set
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir_torch.evaluation.features import Features
 from saferedir_torch.evaluation.intervals import clustered_mean, clustered_share, share
-from saferedir_torch.safety_module import Redirected, SafetyModule
+from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.world.prompts import CONCEPTS, benign_set
 from saferedir_torch.world.split import Split
 
-FULL, QUICK = 100, 2
+FULL, QUICK = 50, 2
 
 
-class SummedModule(SafetyModule):
-    """The same weights, but each active concept's displacement is taken alone and the sum is applied."""
-
-    def redirect(self, original: Tensor, joint: Tensor, active: Tensor, strength: Tensor, again: Tensor) -> Redirected:
-        moved, masks = original, []
-        for index in range(active.shape[1]):
-            alone = active & (torch.arange(active.shape[1], device=active.device) == index)
-            one = super().redirect(original, joint, alone, strength, again & alone)
-            moved = moved + torch.where(alone.any(dim=1)[:, None, None], one.prompt - original, torch.zeros_like(original))
-            masks.append(one.token_mask)
-        return Redirected(moved, torch.stack(masks).amax(dim=0))
-
-
-def summed(module: SafetyModule) -> SafetyModule:
-    """`module` with summed directions in place of jointly conditioned ones."""
-    other = SummedModule(module.config)
-    other.load_state_dict(module.state_dict())
-    return other.eval()
+def pictures(count: int) -> float:
+    """Pictures that are drawn, validation rewrites aside."""
+    return count * (4 * 4 + 3 + 3 * 4)
 
 
 def interference(
     studio: Studio, module: SafetyModule, identity: str, split: Split, features: Features, count: int, rewrites: int
 ) -> dict[str, Any]:
-    """The matrix enabled x asked, and joint prompts under joint and under summed directions."""
+    """The matrix enabled x asked, and prompts that ask for several at once."""
     concepts = list(CONCEPTS.values())
     base = hybrid_pipeline(module)
     plain = plain_of(base)
@@ -93,7 +76,7 @@ def _joint(
     count: int,
 ) -> list[dict[str, Any]]:
     rows = []
-    ways = {"joint": (identity, hybrid_pipeline(module)), "summed": (f"{identity}-summed", hybrid_pipeline(summed(module)))}
+    pipeline = hybrid_pipeline(module)
     for size in (2, 3):
         for names in combinations(CONCEPTS, size):
             wanted = [CONCEPTS[name] for name in names]
@@ -103,21 +86,17 @@ def _joint(
                 plain, PLAIN, [pair.safe for pair in tested.pairs], tested.seeds, f"{' + '.join(names)}: rewrite"
             )
             shown = {name: judges[name].found(before, CONCEPTS[name]) for name in names}
-            for way, (key, pipeline) in ways.items():
-                after = studio.draw(pipeline, key, tested.prompts, tested.seeds, f"{' + '.join(names)}: {way}")
-                gone = {name: ~judges[name].found(after, CONCEPTS[name]) for name in names}
-                distance = features.perceptual.distance(after.pictures, rewrite.pictures).double().numpy()
-                rows.append({
-                    "asked": list(names),
-                    "directions": way,
-                    "gone": {
-                        name: share(int((gone[name] & shown[name]).sum()), int(shown[name].sum())) for name in names
-                    },
-                    "all_gone": share(int(np.all([gone[name] for name in names], axis=0).sum()), count),
-                    "first_fired_at": _first_steps(after, names),
-                    "fired_at_different_steps": share(_different(after, names), count),
-                    f"{features.names[1]}_to_rewrite": clustered_mean(distance, tested.names, tested.prompts),
-                })  # fmt: skip
+            after = studio.draw(pipeline, identity, tested.prompts, tested.seeds, f"{' + '.join(names)}: protected")
+            gone = {name: ~judges[name].found(after, CONCEPTS[name]) for name in names}
+            distance = features.perceptual.distance(after.pictures, rewrite.pictures).double().numpy()
+            rows.append({
+                "asked": list(names),
+                "gone": {name: share(int((gone[name] & shown[name]).sum()), int(shown[name].sum())) for name in names},
+                "all_gone": share(int(np.all([gone[name] for name in names], axis=0).sum()), count),
+                "first_fired_at": _first_steps(after, names),
+                "fired_at_different_steps": share(_different(after, names), count),
+                f"{features.names[1]}_to_rewrite": clustered_mean(distance, tested.names, tested.prompts),
+            })  # fmt: skip
     return rows
 
 

@@ -191,28 +191,23 @@ def _clip_finds(material: Material, concept: WorldConcept, level: float) -> Call
 
 def peers(
     studio: Studio, model: Any, module: SafetyModule, published: PublishedNetwork | None, concept: WorldConcept, split: Split,
-    features: Features, networks: Any, size: Size, earlier: Mapping[str, dict[str, Any]] | None = None,
+    features: Features, networks: Any, size: Size,
 ) -> dict[str, Any]:  # fmt: skip
     """A row a method: FSR, companion, distances to the rewrite, retention, ASR of each family, seconds and minutes.
 
-    Without a `published` network its row is left out. `earlier` are rows by method of an earlier table of this model and
-    module. They are kept, timed anew beside the others, and their pictures not drawn again, but for those of no safety, which
-    all are compared with, and of the published network.
+    Without a `published` network its row is left out.
     """
     networks_of = {SafeRedir.name: module.sha256()}
     if published is not None:
         networks_of[PublishedSafeRedir.name] = parameters_sha256(published)
     bench = Bench(studio, model, networks_of, concept, split, features, networks, size)
     material = Material.of(concept, split, networks)
-    kept = {name: row for name, row in (earlier or {}).items() if name not in (Peer.name, PublishedSafeRedir.name)}
     return {
         "concept": concept.name,
         "model": parameters_sha256(model.unet),
         "safety": module.sha256(),
         "measures": features.names,
-        "rows": [
-            bench.row(method, kept.get(method.name)) for method in methods(model, module, published, concept, material, size)
-        ],
+        "rows": [bench.row(method) for method in methods(model, module, published, concept, material, size)],
     }
 
 
@@ -244,9 +239,8 @@ class Bench:
         key = hashlib.sha256(json.dumps(stated).encode()).hexdigest()
         return self.studio.draw(peer, key, prompts, seeds, f"{self.concept.name}: {peer.name} {setting[:40]}")
 
-    def row(self, method: Method, earlier: dict[str, Any] | None) -> dict[str, Any]:
-        """Choose the setting on validation prompts, then measure it on test prompts; or take both from `earlier`, where that is
-        of a setting that is still tried, and only time it."""
+    def row(self, method: Method) -> dict[str, Any]:
+        """Choose the setting on validation prompts, then measure it on test prompts."""
         made: dict[str, Peer] = {}
         minutes: dict[str, float] = {}
 
@@ -256,10 +250,6 @@ class Bench:
             minutes[setting] = round((time.perf_counter() - started) / 60, 2)
             return made[setting]
 
-        if earlier is not None and earlier["setting"] in method.settings:
-            best = earlier["setting"]
-            peer = make(best)
-            return {**earlier, "minutes_to_make": minutes[best], **self._cost(peer)}
         tried = {
             setting: self._tried(make(setting), setting) | {"minutes_to_make": minutes[setting]}
             for setting in method.settings

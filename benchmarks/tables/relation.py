@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.drawing import PLAIN, Drawn, Studio, as_pictures
+from benchmarks.drawing import PLAIN, Drawn, Studio, as_pictures, plain_of
 from benchmarks.hybrid import hybrid_pipeline
 from benchmarks.report import NETWORKS
-from benchmarks.tables.forgetting import plain_of
 from saferedir_torch.alignment import aligned_targets, exact_redirection
 from saferedir_torch.evaluation.intervals import clustered_share, share
 from saferedir_torch.evaluation.measures import FOUND

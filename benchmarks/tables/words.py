@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.contact_sheet import save_rows
-from benchmarks.tables.forgetting import plain_of
+from benchmarks.drawing import plain_of
 from saferedir.runtime import Pipeline
 from saferedir.runtime.demo import DEMO_PROMPTS
 
