@@ -14,6 +14,8 @@ from saferedir.engines.manifest import KnownSha256, Name, Positive, Promise, Sha
 
 #: Bytes.
 LARGEST_CONFIG = 1_000_000
+#: How many timesteps the noise schedule is stated at.
+NOISE_SHARES = 9
 #: Features of a layer, heads of an attention.
 Features = Annotated[int, Meta(ge=1, le=8192)]
 Heads = Annotated[int, Meta(ge=1, le=64)]
@@ -49,6 +51,9 @@ class SafetyConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     text_encoder_direct_sha256: KnownSha256 = ""
     #: SHA-256 over the UNet's parameters; another UNet is allowed and recorded.
     unet_sha256: KnownSha256 = ""
+    #: Noise shares of the model's schedule at equidistant timesteps from the first to the last; the module reads timesteps, and
+    #: fits no other schedule. Empty where that is not known.
+    noise_shares: tuple[Share, ...] = ()
     #: How many concepts each branch of the network holds, in the order of `concepts`: first those trained together, then
     #: one number for every later addition. Empty means all in one.
     branches: Annotated[tuple[Annotated[int, Meta(ge=1, le=1000)], ...], Meta(max_length=1000)] = ()
@@ -79,6 +84,8 @@ class SafetyConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     provenance: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
+        if len(self.noise_shares) not in (0, NOISE_SHARES):
+            raise ValueError(f"noise_shares are {len(self.noise_shares)}; expected {NOISE_SHARES}, or none")
         if sum(self.branch_sizes) != len(self.concepts):
             raise ValueError(f"branches {self.branches} do not add up to {len(self.concepts)} concepts")
         names = self.concept_names

@@ -11,7 +11,8 @@ from msgspec import structs
 from torch import Tensor
 
 from saferedir.engines.errors import TrainingError
-from saferedir_torch.config import Concept, SafetyConfig
+from saferedir_torch.config import NOISE_SHARES, Concept, SafetyConfig
+from saferedir_torch.estimate import NoiseLevels
 from saferedir_torch.fit import encoder_hashes
 from saferedir_torch.learner import STRENGTH
 from saferedir_torch.prompt_source import PromptSource
@@ -38,6 +39,7 @@ def new_module(
         text_encoder_sha256=text_encoder.through_fp16,
         text_encoder_direct_sha256="" if text_encoder.direct == text_encoder.through_fp16 else text_encoder.direct,
         unet_sha256=parameters_sha256(pipeline.unet),
+        noise_shares=NoiseLevels(pipeline.scheduler).shares(NOISE_SHARES),
         refuge=refuge is not None,
         **widths,
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 from torch import nn
 
@@ -164,3 +165,10 @@ def test_diffusers_own_way_to_half_precision_fits(safety: SafetyModule) -> None:
 
     for dtype in DTYPES[1:]:
         check_match(StableDiffusionPipeline.from_pretrained(SHIPPED_MODEL, torch_dtype=dtype), safety)
+
+
+def test_another_noise_schedule_is_refused(pipe: Any, safety: SafetyModule) -> None:
+    check_match(pipe, safety)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, beta_end=0.02)
+    with pytest.raises(SafetyMismatchError, match="noise schedule: noise shares differ by up to"):
+        check_match(pipe, safety)

@@ -57,7 +57,7 @@ def generate(
         str | None, typer.Option(help="What to draw away from. Needs guidance above 1, and is else ignored, which is said.")
     ] = None,
     rescale: Annotated[
-        float, typer.Option("--guidance-rescale", help="0 to 1: takes what guidance draws to the unguided contrast.")
+        float, typer.Option("--guidance-rescale", help="0 to 1: takes what guidance draws to its conditional half's contrast.")
     ] = 0.0,
     scheduler: Annotated[
         str | None,
