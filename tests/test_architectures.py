@@ -30,11 +30,6 @@ pytestmark = pytest.mark.usefixtures("small_training", "few_steps")
 
 
 @pytest.fixture(scope="module")
-def eager() -> Any:
-    return load_pipeline()
-
-
-@pytest.fixture(scope="module")
 def made(small_training: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("architectures")
     kinds = ("other-vae", "wider-text", "transformer")

@@ -35,24 +35,24 @@ def failed(result: subprocess.CompletedProcess[bytes], code: int) -> str:
 
 def test_generate_writes_pictures_and_records(tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
-    result = run("generate", "a church", "a cat", "--steps", "3", "--seed", "9", "--out", str(out), "--json")
+    result = run("generate", "a church", "a cat", "--steps", "4", "--seed", "9", "--out", str(out), "--json")
     assert result.returncode == 0, result.stderr
     records = json.loads(result.stdout)
     assert [Path(entry["file"]).name for entry in records] == ["0000-seed9.png", "0001-seed10.png"]
-    assert [len(entry["steps"]) for entry in records] == [3, 3]
+    assert [len(entry["steps"]) for entry in records] == [4, 4]
     assert Image.open(out / "0000-seed9.png").size == (64, 64)
     assert sorted(path.name for path in out.iterdir()) == ["0000-seed9.png", "0001-seed10.png"]
 
 
 def test_generate_from_a_file_in_plain_words(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
-    result = run("generate", "--file", "prompts.txt", "--count", "2", "--steps", "2", cwd=tmp_path)
+    result = run("generate", "--file", "prompts.txt", "--count", "2", "--steps", "4", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.decode().strip().splitlines()) == 4
 
 
 def test_generate_to_stdout_is_a_png() -> None:
-    result = run("generate", "a cat", "--steps", "2", "--out", "-")
+    result = run("generate", "a cat", "--steps", "4", "--out", "-")
     assert result.returncode == 0, result.stderr
     assert Image.open(io.BytesIO(result.stdout)).size == (64, 64)
 

@@ -22,28 +22,11 @@ from diffusers import (
 from PIL import Image
 
 from saferedir.engines.errors import RequestError, SafetyError, SafetyMismatchError
-from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.protect import EagerPolicy, protect
 from saferedir_torch.safety_module import SafetyModule
 
 UNSAFE, SAFE = "a church next to a cat", "a dog on blue"
 STEPS = 2
-
-
-@pytest.fixture(scope="module")
-def loaded() -> Any:
-    return load_pipeline()
-
-
-@pytest.fixture(scope="module")
-def safety() -> SafetyModule:
-    return SafetyModule.load(SHIPPED_SAFETY)
-
-
-@pytest.fixture
-def pipe(loaded: Any) -> Any:
-    """A pipeline object of the test's own."""
-    return copy.copy(loaded)
 
 
 @pytest.fixture
@@ -357,13 +340,13 @@ def test_what_fired_travels_with_the_result(pipe: Any, safety: SafetyModule, ret
               for seed, prompt in enumerate([UNSAFE, SAFE] * 2))
         )  # fmt: skip
 
-    with protect(pipe, safety, EagerPolicy(thresholds={"church": 0.5}, cooldown=1)) as guard:
+    with protect(pipe, safety, EagerPolicy(thresholds={"church": 0.4}, cooldown=1)) as guard:
         results = asyncio.run(ask())
         with pytest.raises(SafetyError, match="a result's `safety` is its record"):
             _ = guard.last
     assert [bool(result.safety.fired.any()) for result in results] == [True, False, True, False]
     policy = results[0].safety.policy
-    assert (policy.thresholds["church"], policy.alpha_scales["ink"], policy.cooldown) == (0.5, 1.8, 1)
+    assert (policy.thresholds["church"], policy.thresholds["ink"], policy.cooldown) == (0.4, 0.5, 1)
     images, _ = results[1] if not return_dict else (results[1].images, None)
     with protect(pipe, safety):
         assert np.array_equal(images, draw(pipe, SAFE, 1).images)
