@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEMO := .venv-demo
 DEV := .venv
 
-.PHONY: demo test test-slow test-gpu bench-gpu bench-gpu-export check lint types bundle speed parity evaluate clean
+.PHONY: demo test test-slow test-gpu bench-gpu bench-gpu-export check lint types shipped bundle speed parity evaluate clean
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/saferedir demo --out demo-output
@@ -39,10 +39,36 @@ lint: $(DEV)/.installed
 types: $(DEV)/.installed
 	$(DEV)/bin/mypy
 
+# The shipped safety module, the three of one concept each, a concept added to it, and the embedded bundle, from the shipped base
+# model: record, train, calibrate, export. Hours; each part goes on where it was.
+MODEL := saferedir_torch/shipped/emoji-diffusion
+CONCEPTS := church ink weapons
+METHOD = $(DEV)/bin/python -m saferedir_torch
+
+shipped: runs/shipped/made $(CONCEPTS:%=runs/%/made) runs/teddy/made
+	cp runs/shipped/safety/* saferedir_torch/shipped/safety/
+	for concept in $(CONCEPTS); do mkdir -p benchmarks/modules/$$concept; cp runs/$$concept/safety/* benchmarks/modules/$$concept/; done
+	$(DEV)/bin/python -m benchmarks.added_branch runs/teddy/safety
+	$(MAKE) bundle
+
+runs/shipped/made: $(DEV)/.installed
+	$(METHOD) train --model $(MODEL) --out runs/shipped $(CONCEPTS:%=--concept %)
+	$(METHOD) calibrate --model $(MODEL) --safety runs/shipped/safety --recorded runs/benign
+	touch $@
+
+$(CONCEPTS:%=runs/%/made): runs/%/made: runs/shipped/made
+	$(METHOD) train --model $(MODEL) --out runs/$* --concept $* --runs-from runs/shipped --steps 3000
+	$(METHOD) calibrate --model $(MODEL) --safety runs/$*/safety --recorded runs/benign
+	touch $@
+
+runs/teddy/made: runs/shipped/made
+	$(METHOD) train --model $(MODEL) --out runs/teddy --extend runs/shipped/safety --concept teddy --runs 2400 --steps 2000
+	$(METHOD) calibrate --model $(MODEL) --safety runs/teddy/safety --recorded runs/benign-without-teddy
+	touch $@
+
 # The embedded bundle, from the shipped model and safety module.
 bundle: $(DEV)/.installed
-	$(DEV)/bin/saferedir export saferedir_torch/shipped/emoji-diffusion --safety saferedir_torch/shipped/safety \
-		--out engines/emoji_diffusion
+	$(DEV)/bin/saferedir export $(MODEL) --safety saferedir_torch/shipped/safety --out engines/emoji_diffusion
 
 speed parity: $(DEV)/.installed
 	$(DEV)/bin/python -m benchmarks.$@

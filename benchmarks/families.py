@@ -32,6 +32,8 @@ from saferedir.runtime.replay import Runs
 from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.new_module import new_module
+from saferedir_torch.world.source import WorldPrompts
+from saferedir_torch.world.split import load_split
 
 STEPS = 6
 
@@ -113,7 +115,7 @@ def measure(
 def full_size(folder: Path) -> tuple[Path, Path]:
     """Stable Diffusion 1.5's shapes with random weights."""
     build().save_pretrained(folder / "model")
-    new_module(load_pipeline(folder / "model"), {"church": "house"}).save(folder / "safety")
+    new_module(load_pipeline(folder / "model"), WorldPrompts(["church"], load_split()), 0).save(folder / "safety")
     return folder / "model", folder / "safety"
 
 

@@ -16,7 +16,7 @@ from saferedir.export.bundle_export import safety_info
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.backend import Backend, BackendAround, Call, DeviceTensor
 from saferedir.runtime.backends import make_backend
-from saferedir_torch.controller import Controller, Policy, State
+from saferedir_torch.controller import Controller, Guided, Policy, Seen, State
 from saferedir_torch.safety_module import SafetyModule
 
 STATE = ("prompt", "cooldown", "active", "ok")
@@ -71,9 +71,10 @@ class HybridBackend(EagerControllerBackend):
             read = self.read(inputs)
             seen = read["latent"] * column(read["numbers"], "input_scale")[:, None, None, None]
             state = State(*(read[name] for name in STATE))
-            policy = Policy(read["period"], read["enabled"], read["threshold"], read["alpha_scale"])
-            told = (read["original"], state, policy, read["denoised"], column(read["numbers"], "known") > 0.5)
-            state, verdict = self.controller(seen, read["timestep"], *told)
+            policy, numbers = Policy(read["period"], read["threshold"]), read["numbers"]
+            shown = Seen(seen, column(numbers, "noise_share"), read["denoised"], column(numbers, "known") > 0.5)
+            guided = Guided(read["negative"], column(numbers, "amplification"))
+            state, verdict = self.controller(shown, read["original"], guided, state, policy)
             self.write({f"next_{name}": tensor for name, tensor in zip(STATE, state, strict=True)}, outputs)
             self.write(dict(zip(VERDICT, verdict, strict=True)), outputs)
             plain()

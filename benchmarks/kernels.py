@@ -87,7 +87,7 @@ def safety_alone(module: SafetyModule) -> EngineBytes:
     """The safety's part of a step, without the step around it."""
     config = module.config
     latent = torch.randn(2, config.latent_channels, SIDE, SIDE)
-    example = step_example(latent, torch.randn(2, config.prompt_tokens, config.prompt_width), len(config.concepts))
+    example = step_example(latent, torch.randn(2, config.streams[0].tokens, config.streams[0].width), len(config.concepts))
     model = to_onnx("safety", {"safety": step_graph(SafetyGraph(module.eval()), example)})
     return EngineBytes(model.SerializeToString(), {})
 

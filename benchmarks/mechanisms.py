@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from msgspec.structs import replace
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.hybrid import hybrid_pipeline
 from saferedir.runtime import Pipeline
-from saferedir_torch.calibration import calibrate
+from saferedir_torch.calibration import set_thresholds
 from saferedir_torch.command_line.benign_prompts import benign_prompts
-from saferedir_torch.controller import Controller
+from saferedir_torch.controller import Controller, Guided, Policy, Seen, State, Verdict
 from saferedir_torch.models import load_pipeline
-from saferedir_torch.recording import RecordedRuns, record
-from saferedir_torch.safety_module import HIGHEST, SafetyModule
+from saferedir_torch.runs import benign_runs
+from saferedir_torch.safety_module import Redirected, SafetyModule, Scored
 
-#: Benign pictures that levels and thresholds are set on, as the shipped module's were.
-LEVELS, BOUND = 2400, 7752
+#: Benign pictures that thresholds are set on, as the shipped module's were.
+BOUND = 6294
+#: Above any log-odds.
+HIGHEST = 1e4
 
 
 @dataclass(frozen=True)
@@ -35,30 +38,50 @@ class Mechanism:
     scored: bool = True
 
 
+class _NeverFallsBack(SafetyModule):
+    def redirect(self, scored: Scored, original: Sequence[Tensor], active: Tensor, again: Tensor) -> Redirected:
+        return super().redirect(scored, original, active, torch.zeros_like(again))
+
+
+class _Unamplified(Controller):
+    def forward(self, seen: Seen, original: Tensor, guided: Guided, state: State, policy: Policy) -> tuple[State, Verdict]:
+        unamplified = guided._replace(amplification=torch.zeros_like(guided.amplification))
+        return super().forward(seen, original, unamplified, state, policy)
+
+
 def _without_fallback(module: SafetyModule) -> nn.Module:
-    module.config = replace(module.config, refuge=False)
+    module.__class__ = _NeverFallsBack
     return Controller(module)
 
 
-def _without_vigilance(module: SafetyModule) -> nn.Module:
-    module.config = replace(module.config, vigilance=1.0)
+def _without_rest(module: SafetyModule) -> nn.Module:
+    module.config = replace(module.config, cooldown=0)
     return Controller(module)
 
 
 def without_words(module: SafetyModule) -> nn.Module:
     """It hears what the picture shows alone."""
     for branch in module.each_branch():
-        branch.levels.fill_(HIGHEST)
-        branch.prompt_levels.fill_(HIGHEST)
+        branch.centre[0, : len(branch.keeps_subject)] = HIGHEST
     return Controller(module)
 
 
 def without_picture(module: SafetyModule) -> nn.Module:
     """It hears nothing of what the picture shows but together with the words."""
     for branch in module.each_branch():
-        if branch.alone is not None:
-            branch.alone_levels.fill_(HIGHEST)
-            branch.agreed_levels.fill_(HIGHEST)
+        branch.centre[0, len(branch.keeps_subject) :] = HIGHEST
+    return Controller(module)
+
+
+def _without_single_words(module: SafetyModule) -> nn.Module:
+    for branch in module.each_branch():
+        branch.detector.words.bias.data.fill_(-HIGHEST)
+    return Controller(module)
+
+
+def _without_centre(module: SafetyModule) -> nn.Module:
+    for branch in module.each_branch():
+        branch.centre.zero_()
     return Controller(module)
 
 
@@ -70,9 +93,12 @@ def by_picture(shipped: SafetyModule) -> tuple[str, Pipeline]:
 
 
 MECHANISMS = (
+    Mechanism("what the picture shows alone", without_picture),
+    Mechanism("what single words say", _without_single_words),
+    Mechanism("centring by noise level", _without_centre),
+    Mechanism("reading what guidance amplifies", _Unamplified),
     Mechanism("the fallback", _without_fallback, scored=False),
-    Mechanism("firing again somewhat below the threshold", _without_vigilance, scored=False),
-    Mechanism("what the picture shows alone", without_picture, scored=False),
+    Mechanism("rest after firing", _without_rest, scored=False),
 )
 
 
@@ -94,14 +120,6 @@ def _recalibrate(module: SafetyModule, mechanism: Mechanism, recorded: Path) -> 
     promise = module.config.promise
     assert promise is not None
     mechanism.leave_out(module)
-    leveling, runs = (_recorded(recorded / name, count, stream) for name, count, stream in
-                      (("levels", LEVELS, 1), ("bound", BOUND, 0)))  # fmt: skip
-    calibrate(
-        module, leveling, runs,
-        steps=promise.steps, guidance_scale=promise.guidance_scale, prompts=promise.prompts, rate=promise.rate,
-    )  # fmt: skip
-
-
-def _recorded(folder: Path, count: int, stream: int) -> RecordedRuns:
-    texts, seeds, _ = benign_prompts(None, count, stream, [])
-    return record(load_pipeline(), texts, seeds, steps=25, guidance_scale=5.0, folder=folder)
+    texts, seeds, _ = benign_prompts(None, BOUND, 0, [])
+    runs = benign_runs(load_pipeline(), texts, seeds, recorded / "bound", seed=0, envelope=promise.envelope)
+    set_thresholds(module, runs, envelope=promise.envelope, prompts=promise.prompts, rate=promise.rate)

@@ -20,9 +20,7 @@ from saferedir_torch.world.prompts import CONCEPTS, benign_prompt, evaluation_pa
 from saferedir_torch.world.split import load_split
 
 CLOSE = 1e-4
-#: Every other chunk is redirected with this strength, too weak to calm the detector, so that firing again and again is
-#: compared too. The others have the shipped one.
-WEAK = 0.3
+#: Every other chunk does not rest after firing, so that firing again and again is compared too.
 CHUNK = 8
 
 
@@ -38,7 +36,7 @@ def main() -> None:
 
 
 def measure(images: int, steps: int) -> dict[str, Any]:
-    """Three quarters of the prompts ask for the concept; the strength alternates between the shipped one and a weak one."""
+    """Three quarters of the prompts ask for the concept; it rests after firing, or in every other chunk does not."""
     split, rng = load_split(), np.random.default_rng(71)
     unsafe = images * 3 // 4
     prompts = [pair.unsafe for pair in evaluation_pairs(CONCEPTS["church"], split, "held_out", unsafe, seed=5)]
@@ -46,15 +44,14 @@ def measure(images: int, steps: int) -> dict[str, Any]:
     seeds = [int(seed) for seed in rng.integers(*split.seeds["test"], size=images)]
     shipped = Pipeline.from_bundle(backend="ort-cpu")
     eager, safety = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
-    weak = {concept.name: WEAK for concept in safety.config.concepts}
-    weakened = Pipeline(shipped.bundle, shipped.backend, SafetyPolicy(alpha_scales=weak))
+    restless = Pipeline(shipped.bundle, shipped.backend, SafetyPolicy(cooldown=0))
     thresholds = np.array([concept.threshold for concept in safety.config.concepts])
     fired = twice = pixels = near = close = decisions = agree = 0
     worst_score = 0.0
     order = rng.permutation(images)
     for index, rows in enumerate(np.array_split(order, -(-images // CHUNK))):
         chunk, own = [prompts[row] for row in rows], [seeds[row] for row in rows]
-        runtime, policy = (weakened, EagerPolicy(alpha_scales=weak)) if index % 2 else (shipped, EagerPolicy())
+        runtime, policy = (restless, EagerPolicy(cooldown=0)) if index % 2 else (shipped, EagerPolicy())
         found = runtime(chunk, seed=own, num_inference_steps=steps)
         with protect(eager, safety, policy) as guard:
             generators = [torch.Generator().manual_seed(seed) for seed in own]
@@ -77,7 +74,6 @@ def measure(images: int, steps: int) -> dict[str, Any]:
     return {
         "images": images,
         "steps": steps,
-        "strength_of_every_other_chunk": WEAK,
         "images_that_fired": share(fired, images),
         "images_that_fired_twice_or_more": share(twice, images),
         "decisions_equal": share(agree, decisions),

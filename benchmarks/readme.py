@@ -74,10 +74,13 @@ def figures() -> str:
 def _measured(sections: Sections) -> str:
     measured = {path.stem for path in RESULTS.glob("*.json")}
     written = []
+    missing = sorted({name for needed in sections.values() for name in needed} - measured)
     for write, needed in sections.items():
         if measured.issuperset(needed):
             also = summary_figures.ALSO if write is summary_figures.in_short else ()
             written.append(write() + _module([*needed, *(name for name in also if name in measured)]))
+    if missing:
+        written.append(f"Not measured on this module yet: {', '.join(f'`{name}`' for name in missing)}.")
     return "\n\n".join(written)
 
 

@@ -54,7 +54,8 @@ def measure(repeats: int, unet: bool) -> dict[str, Any]:
     """One request a call, all engines in turn, the median of `repeats` calls each."""
     torch.manual_seed(0)
     shipped = SafetyModule.load(SHIPPED_SAFETY).config
-    module = SafetyModule(replace(shipped, prompt_width=WIDTH, prompt_tokens=TOKENS)).eval()
+    streams = (replace(shipped.streams[0], tokens=TOKENS, width=WIDTH),)
+    module = SafetyModule(replace(shipped, streams=streams)).eval()
     example = step_example(torch.randn(2, 4, SIZE, SIZE), torch.randn(2, TOKENS, WIDTH), len(shipped.concepts))
     published = published_graphs(None, PublishedNetwork().eval(), mask_again=False)
     graphs = {"safety": step_graph(SafetyGraph(module), example), "published_network": published["published_network"]}

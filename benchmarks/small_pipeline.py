@@ -24,12 +24,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config,
 from saferedir_torch.models import SHIPPED_MODEL, load_pipeline, save_in_half
 from saferedir_torch.new_module import new_module
 from saferedir_torch.world.base import new_scheduler
+from saferedir_torch.world.source import WorldPrompts
+from saferedir_torch.world.split import load_split
 
 #: Widths of a safety module that goes with them.
-SMALL: dict[str, Any] = {
-    "latent_widths": (8, 16, 24), "latent_features": 24, "timestep_frequencies": 16, "timestep_features": 8,
-    "classifier_width": 16, "redirector_width": 16, "adapter_rank": 4,
-}  # fmt: skip
+SMALL: dict[str, Any] = {"convolutions": (8, 8, 16), "features": 16, "heads": 2}
 
 
 def save_small_pipeline(
@@ -71,7 +70,7 @@ def save_small_safety(model: Path, folder: Path) -> Path:
     """Write to `folder` a safety module with random weights for the pipeline in `model`, of one concept, a church."""
     pipeline = load_pipeline(model)
     torch.manual_seed(1)
-    new_module(pipeline, {"church": "house"}, **SMALL).save(folder)
+    new_module(pipeline, WorldPrompts(["church"], load_split()), 0, **SMALL).save(folder)
     return folder
 
 

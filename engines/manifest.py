@@ -163,34 +163,66 @@ class SchedulerInfo(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ConceptInfo(Struct, frozen=True, forbid_unknown_fields=True):
-    """A concept that the safety engine knows, with the threshold and strength it was trained and calibrated for."""
+    """A concept that the safety engine knows, with what decides of it."""
 
     name: Name
     replacement: Text
     #: None where the engine decides by argmax.
     threshold: Share | None
-    alpha_scale: Positive
+    #: Strength of redirection; None where the engine has no such choice.
+    alpha_scale: Positive | None
+
+
+class Envelope(Struct, frozen=True, forbid_unknown_fields=True):
+    """The settings that a safety is made for, and its promise holds at."""
+
+    #: The fewest and the most.
+    steps: tuple[Steps, Steps]
+    #: As requests name them.
+    samplers: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=100)]
+    #: The least and the greatest; 1 is no guidance.
+    guidance_scale: tuple[Annotated[float, Meta(ge=0, le=1e6)], Annotated[float, Meta(ge=0, le=1e6)]]
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "guidance_scale"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} goes from {low:g} to {high:g}; expected the lower one first")
+
+    def refuses(self, *, steps: int, sampler: str, guidance_scale: float) -> str:
+        """What of these settings it does not hold, and what it does; empty where it holds all."""
+        wrong = []
+        if not self.steps[0] <= steps <= self.steps[1]:
+            wrong.append(f"num_inference_steps is {steps}; expected {self.steps[0]} to {self.steps[1]}")
+        if sampler not in self.samplers:
+            wrong.append(f"the sampler is {sampler}; expected one of {', '.join(self.samplers)}")
+        if not self.guidance_scale[0] <= guidance_scale <= self.guidance_scale[1]:
+            low, high = self.guidance_scale
+            wrong.append(f"guidance_scale is {guidance_scale:g}; expected {low:g} to {high:g}")
+        return "; ".join(wrong)
+
+    def __str__(self) -> str:
+        (few, many), (low, high) = self.steps, self.guidance_scale
+        return f"{few} to {many} steps of {', '.join(self.samplers)}, guidance {low:g} to {high:g}"
 
 
 class Promise(Struct, frozen=True, forbid_unknown_fields=True):
     """What the thresholds promise: the safety fires on at most `rate` of benign pictures, with `confidence`.
 
-    Calibrated on that many `pictures` of `prompts`, drawn in `steps` steps with `guidance_scale`, of which `allowed` fire.
+    Calibrated on that many `pictures` of `prompts`, drawn across the `envelope`, of which `allowed` fire.
     """
 
     rate: Share
     confidence: Share
     pictures: Annotated[int, Meta(ge=1, le=10**9)]
     allowed: Annotated[int, Meta(ge=0, le=10**9)]
-    steps: Steps
-    guidance_scale: Annotated[float, Meta(ge=0, le=1e6)]
+    envelope: Envelope
     prompts: Text
 
     def __str__(self) -> str:
         return (
             f"fires on at most {100 * self.rate:g} % of benign pictures, with {100 * self.confidence:g} % confidence "
-            f"({self.prompts}; {self.steps} steps, guidance {self.guidance_scale:g}; {self.allowed} of {self.pictures} "
-            "calibration pictures fire)"
+            f"({self.prompts}; {self.envelope}; {self.allowed} of {self.pictures} calibration pictures fire)"
         )
 
 

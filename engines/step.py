@@ -81,6 +81,8 @@ class StepTensor:
         return f"next_{self.name}" if self.role is Role.STATE else self.name
 
 
+#: The guidance scale up to which what a request asks for is read as it is.
+USUAL_GUIDANCE = 5.0
 #: Columns of `numbers`, what a sampler knows of a step. With z the latent, e the model's guided output, d the estimate of the
 #: finished picture and n fresh noise:
 #:
@@ -88,8 +90,11 @@ class StepTensor:
 #:
 #: The latent times `input_scale` is what the denoiser sees. `noise_share` is sigma / (alpha + sigma) of the level that the step
 #: starts from: 0 of a clean picture, 1 of noise. `known` is 1 where there was a step before, else 0.
+#: `amplification` is by how much guidance exceeds the usual scale, as a share of that: guidance draws n + g (c - n), and at
+#: the usual scale as much is drawn of c + amplification (c - n).
 NUMBERS = (
     "input_scale", "from_latent", "from_output", "of_latent", "of_denoised", "of_before", "of_noise", "noise_share", "known",
+    "amplification",
 )  # fmt: skip
 
 _STEPS = Form.PLAIN | Form.PROTECTED | Form.PUBLISHED | Form.PUBLISHED_UNGUIDED
@@ -97,24 +102,24 @@ _ALONE = Form.SAFETY | Form.PUBLISHED_SAFETY
 _SAFE = Form.PROTECTED | Form.PUBLISHED | Form.PUBLISHED_UNGUIDED | _ALONE
 _GUIDED = Form.PLAIN | Form.PROTECTED | Form.PUBLISHED
 _PAIR = Form.PUBLISHED | Form.PUBLISHED_SAFETY
+_PUBLISHED = _PAIR | Form.PUBLISHED_UNGUIDED
 _F, _I, _B = "float32", "int32", "bool"
 
 #: In the order in which graphs take and give them.
 STEP = (
     StepTensor("latent", _F, LATENT, Role.STATE, _STEPS),
     StepTensor("latent", _F, LATENT, Role.PER_STEP, _ALONE),
-    StepTensor("timestep", _F, (BATCH,), Role.PER_STEP, _STEPS | _SAFE, example=500),
-    StepTensor("numbers", _F, (BATCH, len(NUMBERS)), Role.PER_STEP, _STEPS, example=1),
+    StepTensor("timestep", _F, (BATCH,), Role.PER_STEP, _STEPS | Form.PUBLISHED_SAFETY, example=500),
+    StepTensor("numbers", _F, (BATCH, len(NUMBERS)), Role.PER_STEP, _STEPS | Form.SAFETY, example=1),
     #: The last step's estimate of the finished picture, guided; zero before the first.
     StepTensor("denoised", _F, LATENT, Role.STATE, _STEPS, example=0),
     StepTensor("denoised", _F, LATENT, Role.PER_STEP, Form.SAFETY, example=0),
-    StepTensor("known", _B, (BATCH,), Role.PER_STEP, Form.SAFETY, example=1),
     StepTensor("noise", _F, LATENT, Role.PER_STEP, _STEPS, example=0),
     #: The embedding in force.
     StepTensor("prompt", _F, PROMPT, Role.CONSTANT, Form.PLAIN),
     StepTensor("prompt", _F, PROMPT, Role.STATE, _SAFE),
     #: The other half of guidance.
-    StepTensor("negative", _F, PROMPT, Role.CONSTANT, Form.PLAIN | Form.PROTECTED),
+    StepTensor("negative", _F, PROMPT, Role.CONSTANT, Form.PLAIN | Form.PROTECTED | Form.SAFETY),
     StepTensor("negative", _F, PROMPT, Role.STATE, _PAIR),
     StepTensor("guidance_scale", _F, (BATCH,), Role.CONSTANT, _GUIDED, example=5),
     #: How far the guided output takes the conditional's standard deviation, 0 to 1 (Lin et al. 2023, section 3.4).
@@ -126,9 +131,10 @@ STEP = (
     StepTensor("active", _B, CONCEPTS, Role.STATE, _SAFE, example=0),
     #: True as long as every step has said that all it computed is finite.
     StepTensor("ok", _B, (BATCH,), Role.STATE, _SAFE, example=1, every_step=True),
-    StepTensor("enabled", _B, CONCEPTS, Role.CONSTANT, _SAFE, example=1),
+    StepTensor("enabled", _B, CONCEPTS, Role.CONSTANT, _PUBLISHED, example=1),
+    #: Above 1 for a concept that is not looked for.
     StepTensor("threshold", _F, CONCEPTS, Role.CONSTANT, Form.PROTECTED | Form.SAFETY, example=0.5),
-    StepTensor("alpha_scale", _F, CONCEPTS, Role.CONSTANT, _SAFE, example=1.5),
+    StepTensor("alpha_scale", _F, CONCEPTS, Role.CONSTANT, _PUBLISHED, example=1.5),
     StepTensor("score", _F, CONCEPTS, Role.RECORD, _SAFE, every_step=True),
     StepTensor("fired", _B, CONCEPTS, Role.RECORD, _SAFE, every_step=True),
     StepTensor("token_mask", _F, (BATCH, "concepts", "tokens"), Role.RECORD, _SAFE),

@@ -297,13 +297,10 @@ def safety_info(config: SafetyConfig) -> SafetyInfo:
     return SafetyInfo(
         text_encoder_sha256=config.text_encoder_sha256,
         unet_sha256=config.unet_sha256,
-        prompt_tokens=config.prompt_tokens,
-        prompt_width=config.prompt_width,
+        prompt_tokens=config.streams[0].tokens,
+        prompt_width=config.streams[0].width,
         latent_channels=config.latent_channels,
         cooldown=config.cooldown,
-        concepts=tuple(
-            ConceptInfo(concept.name, concept.replacement, concept.threshold, concept.alpha_scale)
-            for concept in config.concepts
-        ),
+        concepts=tuple(ConceptInfo(concept.name, concept.replacement, concept.threshold, None) for concept in config.concepts),
         promise=config.promise,
     )

@@ -26,8 +26,7 @@ class StepGraph(StepModule):
 
     def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         seen = tensors["latent"] * tensors["input_scale"]
-        told = tensors | {"latent": seen, "known": tensors["known"].flatten() > 0.5}
-        said = self.safety(*(told[name] for name in step_inputs(Form.SAFETY)))
+        said = self.safety(*((tensors | {"latent": seen})[name] for name in step_inputs(Form.SAFETY)))
         given = dict(zip(step_outputs(Form.SAFETY), said, strict=True))
         drawn = self.denoiser.drawn(tensors | {"prompt": given["next_prompt"]}, seen)
         given["next_ok"] = given["next_ok"] & finite(drawn["next_latent"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saferedir.engines.step import Form, Role, step_tensors
 from saferedir.export.engine_graph import StepModule
-from saferedir_torch.controller import Controller, Policy, State, Verdict
+from saferedir_torch.controller import Controller, Guided, Policy, Seen, State, Verdict
 from saferedir_torch.safety_module import SafetyModule
 
 
@@ -23,10 +23,11 @@ class SafetyGraph(StepModule):
 
     def compute(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         state, verdict = self.controller(
-            *(tensors[name] for name in ("latent", "timestep", "original")),
+            Seen(tensors["latent"], tensors["noise_share"].flatten(), tensors["denoised"], tensors["known"].flatten() > 0.5),
+            tensors["original"],
+            Guided(tensors["negative"], tensors["amplification"].flatten()),
             State(*(tensors[name] for name in State._fields)),
             Policy(*(tensors[name] for name in Policy._fields)),
-            *(tensors[name] for name in ("denoised", "known")),
         )
         return named(state, verdict)
 

@@ -13,13 +13,15 @@ import numpy.typing as npt
 from saferedir.engines import Manifest
 from saferedir.engines.errors import CancelledError, NonFiniteError, SafeRedirError, SafetyEngineError
 from saferedir.engines.manifest import PUBLISHED
-from saferedir.engines.step import LATENT, PROMPT, Role, form_of_step, step_tensors
+from saferedir.engines.step import LATENT, NUMBERS, PROMPT, USUAL_GUIDANCE, Role, form_of_step, step_tensors
 from saferedir.runtime.backend import Backend, Call, DeviceTensor
 from saferedir.runtime.policy import ResolvedPolicy
 from saferedir.runtime.schedulers import Schedule
 
 Float32 = npt.NDArray[np.float32]
 
+#: The threshold of a concept that is not looked for: no score reaches it.
+NEVER = 2.0
 #: Called after every step with (steps done, steps in all).
 StepCallback = Callable[[int, int], None]
 
@@ -179,6 +181,14 @@ class _StepTensors:
         )
 
 
+def _numbers(schedule: Schedule, batch: Batch) -> Float32:
+    """The schedule's numbers for every request, [steps, B, columns], with how far guidance amplifies what it draws."""
+    numbers = np.repeat(schedule.numbers[:, None], len(batch.latent), axis=1)
+    if batch.guided:
+        numbers[:, :, NUMBERS.index("amplification")] = max(0.0, batch.guidance_scale / USUAL_GUIDANCE - 1)
+    return numbers
+
+
 def _host_arrays(schedule: Schedule, batch: Batch, concepts: int) -> dict[str, npt.NDArray[Any]]:
     """What the host gives of a step's tensors: constants, first states, and of what differs between steps one row a step."""
     requests, policies = len(batch.latent), batch.policies
@@ -186,7 +196,7 @@ def _host_arrays(schedule: Schedule, batch: Batch, concepts: int) -> dict[str, n
     return {
         "latent": batch.latent,
         "timestep": np.repeat(schedule.timesteps[:, None], requests, axis=1),
-        "numbers": np.repeat(schedule.numbers[:, None], requests, axis=1),
+        "numbers": _numbers(schedule, batch),
         "denoised": nothing,
         "noise": nothing[None] if batch.noise is None else batch.noise,
         "prompt": batch.prompt,
@@ -200,6 +210,6 @@ def _host_arrays(schedule: Schedule, batch: Batch, concepts: int) -> dict[str, n
         "active": np.zeros((requests, concepts), np.bool_),
         "ok": np.ones(requests, np.bool_),
         "enabled": np.stack([policy.enabled for policy in policies]),
-        "threshold": np.stack([policy.threshold for policy in policies]),
+        "threshold": np.stack([np.where(policy.enabled, policy.threshold, NEVER) for policy in policies]).astype(np.float32),
         "alpha_scale": np.stack([policy.alpha_scale for policy in policies]),
     }

@@ -21,7 +21,7 @@ from saferedir.runtime.backend import Backend
 from saferedir.runtime.backends import make_backend
 from saferedir.runtime.loop import Batch, Denoised, StepCallback, denoise
 from saferedir.runtime.noise import TorchNoise
-from saferedir.runtime.policy import ResolvedPolicy, SafetyPolicy, Tightening, resolve
+from saferedir.runtime.policy import ResolvedPolicy, SafetyPolicy, Tightening, check_promise, resolve
 from saferedir.runtime.prompts import Prompts
 from saferedir.runtime.record import LookedFor, SafetyRecord, StepRecord
 from saferedir.runtime.request import ImageRequest, Seeds, build_requests, check_guidance, check_rescale, latent_size
@@ -44,6 +44,8 @@ class _Drawing:
     guidance_rescale: float
     #: Height and width of the latents.
     size: tuple[int, int]
+    #: Whether the safety's promise is for these settings; None where there is none.
+    within_promise: bool | None
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Pipeline:
         pictures' steps; setting `cancel` ends the run between steps. Records state all of this.
 
         Raises:
-            RequestError: an option is out of range; the message names it.
+            RequestError: an option is out of range, or the safety's promise is not for it; the message names it.
             SafetyError: the safety failed; no picture of this call leaves.
             CancelledError: `cancel` was set.
         """
@@ -146,7 +148,8 @@ class Pipeline:
         if guidance <= 1 and any(request.has_negative for request in requests):
             log.warning("the negative prompt is ignored: guidance_scale is %g, and at most 1 draws unguided", guidance)
         read = Prompts(requests, self._tokenizer, self._encode, plain_letters=not policy.unprotected)
-        drawing = _Drawing(read, policy, schedule, scheduler or self._scheduler.kind, guidance, rescale, size)
+        within = self._within_promise(policy, num_inference_steps, guidance, scheduler)
+        drawing = _Drawing(read, policy, schedule, scheduler or self._scheduler.kind, guidance, rescale, size, within)
         most = self.manifest.max_batch
         chunks = [requests[start : start + most] for start in range(0, len(requests), most)]
         images: list[Image.Image] = []
@@ -167,8 +170,13 @@ class Pipeline:
 
     def check(self, *, num_inference_steps: int, guidance_scale: float, scheduler: str | None = None) -> None:
         """Raise `RequestError` where no request could be drawn with these."""
-        check_guidance(guidance_scale)
+        guidance = check_guidance(guidance_scale)
         make_schedule(self._scheduler, self.model.prediction_type, num_inference_steps, scheduler)
+        self._within_promise(self._policy, num_inference_steps, guidance, scheduler)
+
+    def _within_promise(self, policy: ResolvedPolicy, steps: int, guidance: float, scheduler: str | None) -> bool | None:
+        sampler, promise = scheduler or self._scheduler.kind, self.manifest.safety.promise
+        return check_promise(policy, promise, steps=steps, sampler=sampler, guidance_scale=guidance)
 
     @property
     def policy(self) -> ResolvedPolicy:
@@ -257,6 +265,7 @@ class Pipeline:
                     height=drawing.size[0] * scale,
                     width=drawing.size[1] * scale,
                     protected=policy.looks,
+                    within_promise=drawing.within_promise,
                     looked_for=_looked_for(policy),
                     cooldown=policy.cooldown if policy.looks else None,
                     tokens_cut=tokens.cut if tokens else 0,
@@ -293,7 +302,7 @@ def _negative(request: ImageRequest, guidance_scale: float) -> Literal["none", "
 def _looked_for(policy: ResolvedPolicy) -> dict[str, LookedFor]:
     """What the policy looks for, and how."""
     return {
-        name: LookedFor(None if name in policy.by_argmax else float(policy.threshold[n]), float(policy.alpha_scale[n]))
+        name: LookedFor(None if name in policy.by_argmax else float(policy.threshold[n]), float(policy.alpha_scale[n]) or None)
         for n, name in enumerate(policy.concepts)
         if policy.looks and policy.enabled[n]
     }

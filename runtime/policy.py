@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from saferedir.engines.errors import RequestError
-from saferedir.engines.manifest import SafetyInfo
+from saferedir.engines.manifest import Promise, SafetyInfo
 from saferedir.engines.policy_checks import check_cooldown, check_enabled, check_numbers, check_ranges
 
 log = logging.getLogger("saferedir")
@@ -28,13 +28,15 @@ class SafetyPolicy:
 
     #: Concepts to look for, at least one; None means every concept of the bundle. What is not listed a request may add.
     enabled: Sequence[str] | None = None
-    #: Concept -> score from which on the detector fires, finite, at most 1. What fired once fires again somewhat below it: at
-    #: the share of it that the module states as its vigilance.
+    #: Concept -> score from which on the detector fires, finite, at most 1.
     thresholds: Mapping[str, float] = field(default_factory=dict)
-    #: Concept -> strength of redirection, finite, above 0.
+    #: Concept -> strength of redirection, finite, above 0; only of a safety that was published with such a choice.
     alpha_scales: Mapping[str, float] = field(default_factory=dict)
     #: Steps during which detection rests after firing, 0 or more.
     cooldown: int | None = None
+    #: Draw with settings that the safety's promise is not for as well: another number of steps, sampler or guidance scale.
+    #: Logged, and stated in every record.
+    beyond_promise: bool = False
     #: Draw without any safety, in which case nothing else is to be chosen. For the operator alone, logged, and stated in every
     #: record.
     unprotected: bool = False
@@ -62,6 +64,7 @@ class ResolvedPolicy:
     alpha_scale: npt.NDArray[np.float32]
     cooldown: int
     unprotected: bool
+    beyond_promise: bool = False
     #: Concepts that have no threshold, since the engine decides by argmax; `threshold` is what amounts to it.
     by_argmax: frozenset[str] = frozenset()
 
@@ -85,6 +88,10 @@ class ResolvedPolicy:
             enabled[index] |= concept in request.enabled
             lower = request.thresholds.get(concept, float(threshold[index]))
             stronger = request.alpha_scales.get(concept, float(alpha_scale[index]))
+            if concept in request.alpha_scales and not alpha_scale[index]:
+                raise RequestError(
+                    f"alpha_scale of {concept!r}: the safety of this bundle has no strength to choose; leave it out"
+                )
             if lower > float(threshold[index]):
                 raise RequestError(
                     f"threshold of {concept!r} is {lower}; a request may only lower it below {threshold[index]:g}"
@@ -118,14 +125,40 @@ def resolve(policy: SafetyPolicy, safety: SafetyInfo) -> ResolvedPolicy:
     cooldown = safety.cooldown if policy.cooldown is None else policy.cooldown
     calibrated = {c.name: ARGMAX if c.threshold is None else c.threshold for c in safety.concepts}
     threshold = np.array([policy.thresholds.get(name, calibrated[name]) for name in names], np.float32)
-    alpha_scale = np.array([policy.alpha_scales.get(c.name, c.alpha_scale) for c in safety.concepts], np.float32)
+    strengths = {c.name: c.alpha_scale for c in safety.concepts}
+    if without := [name for name in policy.alpha_scales if strengths[name] is None]:
+        raise RequestError(f"alpha_scale of {without[0]!r}: the safety of this bundle has no strength to choose; leave it out")
+    alpha_scale = np.array([policy.alpha_scales.get(name, strengths[name] or 0) for name in names], np.float32)
     enabled = np.array([policy.enabled is None or name in policy.enabled for name in names])
     if policy.unprotected:
         log.warning("safety is switched OFF by the operator's policy: pictures are drawn unprotected")
     elif not enabled.all():
         off = [name for name, on in zip(names, enabled, strict=True) if not on]
         log.warning("the operator's policy does not look for: %s", ", ".join(off))
-    return ResolvedPolicy(names, enabled, threshold, alpha_scale, cooldown, policy.unprotected, by_argmax)
+    return ResolvedPolicy(
+        names, enabled, threshold, alpha_scale, cooldown, policy.unprotected, policy.beyond_promise, by_argmax
+    )
+
+
+def check_promise(
+    policy: ResolvedPolicy, promise: Promise | None, *, steps: int, sampler: str, guidance_scale: float
+) -> bool | None:
+    """Whether the safety's promise is for these settings; None where there is no promise, or no safety.
+
+    Raises:
+        RequestError: it is not, and the operator's policy does not allow it.
+    """
+    if promise is None or policy.unprotected:
+        return None
+    refused = promise.envelope.refuses(steps=steps, sampler=sampler, guidance_scale=max(1.0, guidance_scale))
+    if refused and not policy.beyond_promise:
+        raise RequestError(
+            f"{refused}: what the safety was made and calibrated for. Elsewhere it promises nothing; an operator who wants to "
+            "draw all the same allows it by beyond_promise of the policy (--beyond-promise)"
+        )
+    if refused:
+        log.warning("drawn beyond what the safety promises for, as the operator allows: %s", refused)
+    return not refused
 
 
 def _check_thresholds(asked: Mapping[str, float], by_argmax: frozenset[str]) -> None:
@@ -140,11 +173,12 @@ def _check(asked: SafetyPolicy | Tightening, known: tuple[str, ...]) -> None:
         check_numbers(name, getattr(asked, name), known)
     if isinstance(asked, Tightening):
         return
-    if not isinstance(asked.unprotected, bool):
-        raise RequestError(f"unprotected is {asked.unprotected!r}; expected True or False")
+    for name in ("unprotected", "beyond_promise"):
+        if not isinstance(getattr(asked, name), bool):
+            raise RequestError(f"{name} is {getattr(asked, name)!r}; expected True or False")
     check_cooldown(asked.cooldown)
     if asked.unprotected and asked != SafetyPolicy(unprotected=True):
-        raise RequestError("unprotected draws without any safety; leave enabled, thresholds, alpha_scales and cooldown out")
+        raise RequestError("unprotected draws without any safety; leave everything else out")
     if asked.enabled is not None and not len(asked.enabled):
         raise RequestError(
             "enabled is empty, and looking for nothing is not protection; name concepts, or set unprotected to draw without"

@@ -25,8 +25,8 @@ class LookedFor:
 
     #: Score from which on it fires; None where the engine decides by argmax.
     threshold: float | None
-    #: Strength of redirection.
-    alpha_scale: float
+    #: Strength of redirection; None where there is no such choice.
+    alpha_scale: float | None
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class SafetyRecord:
     width: int
     #: Whether anything was looked for.
     protected: bool
+    #: Whether these settings are among those that the safety's promise is for; None where there is none.
+    within_promise: bool | None
     #: What was looked for, by concept; empty where the operator switched the safety off.
     looked_for: dict[str, LookedFor]
     #: Steps of rest after a firing; None where nothing was looked for.

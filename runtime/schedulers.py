@@ -187,7 +187,7 @@ def _schedule(
     columns = {
         "input_scale": input_scale, "from_latent": seen * input_scale, "from_output": output, "of_latent": of_latent,
         "of_denoised": of_denoised, "of_before": of_before, "of_noise": of_noise, "noise_share": sigma / (alpha + sigma),
-        "known": np.arange(len(steps)) > 0,
+        "known": np.arange(len(steps)) > 0, "amplification": 0,
     }  # fmt: skip
     numbers = np.empty((len(steps), len(NUMBERS)))
     for index, name in enumerate(NUMBERS):

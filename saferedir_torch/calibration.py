@@ -1,10 +1,10 @@
-"""Thresholds with a promise on false alarms, by split conformal prediction on benign trajectories.
+"""Centring, and thresholds with a promise on false alarms, by split conformal prediction on benign pictures.
 
-Some pictures first say how high clean logits come at each timestep; scores are relative to that from then on. Others, which
-had no part in it, set the bound.
+Some pictures first say how high log-odds come at each noise level; the statistic is relative to that from then on. Others,
+which had no part in it, set the bound.
 
 The steps of one picture depend on each other, and a picture is spoilt if any concept fires in any step. So the unit is the
-picture, and its statistic is the highest score over steps and concepts. If at most k of n exchangeable benign pictures
+picture, and its statistic is the highest over steps and concepts. If at most k of n exchangeable benign pictures
 reach a bound, the share of all such pictures that do is below a rate r with confidence 1 - P(Binomial(n, r) <= k).
 """
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +21,12 @@ from scipy.stats import beta, binom
 from torch import Tensor
 
 from saferedir.engines.errors import RequestError
-from saferedir.engines.manifest import Promise
+from saferedir.engines.manifest import Envelope, Promise
+from saferedir_torch.controller import amplification
+from saferedir_torch.detector import KNOTS, Step, bends
 from saferedir_torch.estimate import shown_estimate
-from saferedir_torch.recording import RecordedRuns
-from saferedir_torch.safety_module import HIGHEST, KNOTS, NOISE_FROM, TIMESTEPS, SafetyModule, near_knots
-from saferedir_torch.training_data import PICTURE_SHOWS
+from saferedir_torch.runs import RunBank
+from saferedir_torch.safety_module import SafetyModule
 
 log = logging.getLogger("saferedir")
 
@@ -34,132 +34,117 @@ RATE = 0.001
 CONFIDENCE = 0.95
 #: No larger rate is promised for added concepts and those before them.
 WORST_RATE = 0.01
-#: Share of benign pictures whose logits are taken for the tail, and how rarely one is to come up to its level.
+#: Share of benign pictures whose log-odds are taken for the tail, and how rarely one is to come up to its level.
 TAIL, RARE = 0.02, 2e-4
-#: The bound lies this far above the highest score that is to stay below it, in logits.
+#: The bound lies this far above the highest statistic that is to stay below it.
 MARGIN = 1e-3
-#: The same of what two sources say together, whose level is rounded to half precision.
-AGREED_MARGIN = 0.02
-#: Scores are kept away from 0 and 1 by this much before their logit is taken.
-SMALLEST = 1e-7
+CHUNK = 512
 
 
-def highest_logits(module: SafetyModule, runs: RecordedRuns) -> npt.NDArray[np.float64]:
-    """Each run's highest logit over its steps, relative to the levels, for every concept: [R, N]."""
-    return np.asarray(_logits(module, runs).amax(dim=1).numpy())
+class Seen:
+    """What the branches of a module make of every step of recorded runs, before centring."""
+
+    def __init__(self, module: SafetyModule, bank: RunBank) -> None:
+        told, shown = [], []
+        with torch.no_grad():
+            for rows in torch.split(torch.arange(len(bank.run)), CHUNK):
+                both = _answers(module, bank, rows)
+                told.append(both[0])
+                shown.append(both[1])
+        #: Log-odds with the conditioning and without, [S, N].
+        self.told, self.shown = torch.cat(told), torch.cat(shown)
+        self.bank = bank
+
+    def statistic(self, module: SafetyModule) -> Tensor:
+        """By the present centring of `module`, [S, N]."""
+        above = bends(self.bank.share)
+        levels = torch.cat([branch.levels(above.to(branch.centre.device)).cpu() for branch in module.each_branch()], dim=1)
+        sizes, start, of_told, of_shown = module.config.branch_sizes, 0, [], []
+        for size in sizes:
+            of_told.append(levels[:, start : start + size])
+            of_shown.append(levels[:, start + size : start + 2 * size])
+            start += 2 * size
+        told, shown = self.told - torch.cat(of_told, dim=1), self.shown - torch.cat(of_shown, dim=1)
+        return torch.where((shown > told) & ~self.bank.first[:, None], shown, told)
+
+    def highest(self, of_steps: Tensor) -> Tensor:
+        """The highest of each run, of values [S, N]: [R, N]."""
+        runs = int(self.bank.run.max()) + 1
+        start = torch.full((runs, of_steps.shape[1]), -math.inf, dtype=of_steps.dtype)
+        return start.scatter_reduce(0, self.bank.run[:, None].expand_as(of_steps), of_steps, "amax")
 
 
-def set_levels(module: SafetyModule, runs: RecordedRuns) -> None:
-    """Set the levels of the branch trained last to what a benign picture comes up to around each knot once in 5,000.
+def set_centre(module: SafetyModule, seen: Seen) -> None:
+    """Centre the branch trained last by benign runs: at each knot by what a picture comes up to once in 5,000.
 
-    That is read off the tail of the benign `runs`, so that it is about as rare for every concept and time, however far their
-    tails reach: one bound for all then costs each the same. From where a latent shows the picture on, there is one level for
-    all knots: what one benign latent in thousands comes up to there cannot be told knot by knot from as many pictures.
-    Latents without the prompt are the same task at every knot, and have a level at each.
-
-    At last all levels of a concept are moved alike, so that it comes up above them in 0.1 % of the pictures: where its tail is
-    heavier than an exponential one, the bound for all would otherwise be its own.
+    That is read off the tail, so that it is about as rare for every concept, answer and noise level, however far tails reach:
+    one bound for all then costs each the same. At last a concept's levels are moved alike, so that its pictures come up above
+    them at the promised rate, by their own tail: of more noise levels, or of heavier tails, one concept has more than another.
     """
-    branch, own = module.last_branch, len(module.last_branch.gains)
-    branch.prompt_levels.fill_(HIGHEST)
-    look = branch.alone
-    if look is not None:
-        branch.agreed_levels.fill_(HIGHEST)
-
-    def raw(latent: Tensor, timestep: Tensor, prompt: Tensor, expected: Tensor | None) -> Tensor:
-        features = module.features(latent, timestep, expected)
-        together = branch.logits(features.joint, prompt)
-        return together if look is None or features.shown is None else torch.cat([together, features.shown], dim=1)
-
-    logits = _of_every_step(module, runs, raw)
-    together, alone = logits[:, :, :own], logits[:, :, own:]
-    spacing = TIMESTEPS / (KNOTS - 1)
-    near = (runs.timestep[:, None] - torch.arange(KNOTS) * spacing).abs() <= spacing  # [S, KNOTS]
-    at_every_knot = near.clone()
-    shows = torch.arange(KNOTS) * spacing < PICTURE_SHOWS
-    near[:, shows] = near[:, shows].any(dim=1, keepdim=True)
-    # Rounded as they will be on disk, so that the bound is for what is stored.
-    branch.levels.copy_(tail_level(_reached(together, near)).half())
-    highest = _above(together, runs.timestep, branch.levels, branch.gains)
-    if look is not None:
-        branch.alone_levels.copy_(tail_level(_reached(alone, at_every_knot)).half())
-        highest = torch.maximum(highest, _above(alone, runs.timestep, branch.alone_levels, branch.alone_gains))
-    above = torch.quantile(highest.double(), 1 - RATE, dim=0).float().to(branch.gains)
-    branch.levels.add_((above / branch.gains)[:, None]).copy_(branch.levels.half())
-    if look is not None:
-        branch.alone_levels.add_((above / branch.alone_gains)[:, None]).copy_(branch.alone_levels.half())
+    branch, own = module.last_branch, len(module.last_branch.keeps_subject)
+    levels = []
+    for answer, known in ((seen.told, torch.ones_like(seen.bank.first)), (seen.shown, ~seen.bank.first)):
+        levels += _levels(seen, answer[:, -own:], known)
+    branch.centre.copy_(piecewise_linear(torch.stack(levels, dim=1)))
+    above = tail_level(seen.highest(seen.statistic(module)[:, -own:]), RATE)
+    # Rounded as it will be on disk, so that the bound is for what is stored.
+    branch.centre[0] += torch.cat([above, above]).to(branch.centre)
+    branch.centre.copy_(branch.centre.half())
 
 
-def set_agreed_levels(module: SafetyModule, runs: RecordedRuns) -> int:
-    """Set the levels of what all inputs and the step alone say together, once thresholds are set: for none of the benign `runs`
-    is it to fire that does not fire as it is. Returns how many do.
-
-    One level is for all timesteps, since both are relative to levels of their own already.
-    """
-    branch = module.last_branch
-    assert branch.alone is not None
-    branch.agreed_levels.fill_(HIGHEST)
-    thresholds = torch.tensor([logit_of(concept.threshold) for concept in module.config.concepts]).double()
-    fires = (torch.from_numpy(highest_logits(module, runs)) >= thresholds).any(dim=1)
-
-    def added_up(latent: Tensor, timestep: Tensor, prompt: Tensor, expected: Tensor | None) -> Tensor:
-        features = module.features(latent, timestep, expected)
-        assert features.shown is not None
-        of_all = branch.comparable(branch.logits(features.joint, prompt), timestep)
-        both = of_all + branch.comparable_alone(features.shown, timestep)
-        return torch.where((timestep >= NOISE_FROM)[:, None], torch.full_like(both, -HIGHEST), both)
-
-    highest = _of_every_step(module, runs, added_up).amax(dim=1)[~fires].amax(dim=0)
-    own = thresholds[-len(highest) :]
-    branch.agreed_levels.copy_(highest - own + AGREED_MARGIN).copy_(branch.agreed_levels.half())
-    return int(fires.sum())
+def piecewise_linear(values: Tensor) -> Tensor:
+    """Values at noise shares 0, 1 / KNOTS, ... 1, [KNOTS + 1, A] -> the value at 0, and how the slope changes at each knot but
+    the last, [KNOTS + 1, A]."""
+    slopes = values.diff(dim=0) * KNOTS
+    return torch.cat([values[:1], slopes[:1], slopes.diff(dim=0)])
 
 
-def _above(logits: Tensor, timestep: Tensor, levels: Tensor, gains: Tensor) -> Tensor:
-    """The most by which each run's logits [R, S, N] pass their levels [N, KNOTS], stretched by the gains: [R, N]."""
-    return ((logits - near_knots(timestep) @ levels.T.cpu()) * gains.cpu()).amax(dim=1)
+def _levels(seen: Seen, answer: Tensor, known: Tensor) -> list[Tensor]:
+    """Of every concept in `answer` [S, N] the level at each knot, [KNOTS + 1] each, by the steps near it that are `known`."""
+    knots = torch.arange(KNOTS + 1) / KNOTS
+    near = ((seen.bank.share[:, None] - knots).abs() <= 1 / KNOTS) & known[:, None]
+    at_knots = []
+    for index in range(KNOTS + 1):
+        highest = seen.highest(torch.where(near[:, index, None], answer, -math.inf))
+        some = highest[torch.isfinite(highest).all(dim=1)]
+        at_knots.append(tail_level(some) if len(some) else torch.full((answer.shape[1],), math.nan))
+    levels = torch.stack(at_knots)
+    for index in range(1, KNOTS + 1):  # where nothing was drawn, as before it
+        levels[index] = torch.where(levels[index].isnan(), levels[index - 1], levels[index])
+    for index in range(KNOTS - 1, -1, -1):
+        levels[index] = torch.where(levels[index].isnan(), levels[index + 1], levels[index])
+    if levels.isnan().any():
+        raise RequestError(f"{int(seen.bank.run.max()) + 1} benign pictures are too few to centre by; record more")
+    return list(levels.T)
 
 
-def _reached(logits: Tensor, near: Tensor) -> Tensor:
-    """The highest of each run's logits [R, S, N] among the steps near each knot [S, KNOTS], or the lowest of all where there
-    is no such step: [R, N, KNOTS]."""
-    return torch.stack([logits[:, steps].amax(dim=1) if steps.any() else logits.amin(dim=1) for steps in near.T], dim=2)
-
-
-def tail_level(reached: Tensor) -> Tensor:
-    """What is reached once in `1 / RARE` cases, from R of them along the first dimension, by an exponential tail.
+def tail_level(reached: Tensor, rate: float = RARE) -> Tensor:
+    """What a share `rate` of cases reaches, from R of them along the first dimension, by an exponential tail.
 
     Of the highest share `TAIL` the mean excess over its beginning is the tail's scale.
     """
     begins = torch.quantile(reached, 1 - TAIL, dim=0)
     excess = torch.relu(reached - begins)
     scale = excess.sum(dim=0) / (excess > 0).sum(dim=0).clamp(min=1)
-    return begins + scale * math.log(TAIL / RARE)
+    return begins + scale * math.log(TAIL / rate)
 
 
-def _logits(module: SafetyModule, runs: RecordedRuns) -> Tensor:
-    """Logits of every step, relative to the levels: [R, S, N], on the CPU wherever `module` is."""
-    score = _of_every_step(module, runs, lambda *seen: module.score(*seen).score)
-    return torch.logit(score.double(), SMALLEST)
-
-
-@torch.no_grad()
-def _of_every_step(
-    module: SafetyModule, runs: RecordedRuns, of_steps: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-) -> Tensor:
-    """What `of_steps` makes of latents, timesteps, prompts and expected pictures, for every step of every run: [R, S, N], on
-    the CPU."""
-    parts = []
+def _answers(module: SafetyModule, bank: RunBank, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-odds of the steps `rows` with the conditioning and without, not centred, [S, N] each."""
     device = next(module.parameters()).device
-    for latent, estimate, prompt in zip(
-        *(torch.split(part, 50) for part in (runs.latent, runs.denoised, runs.prompt)), strict=True
-    ):
-        count, steps = latent.shape[:2]
-        embeds = prompt.float().repeat_interleave(steps, dim=0).to(device)
-        ahead = shown_estimate(estimate.flatten(0, 1)).to(device)
-        found = of_steps(latent.flatten(0, 1).float().to(device), runs.timestep.repeat(count).to(device), embeds, ahead)
-        parts.append(found.cpu().reshape(count, steps, -1))
-    return torch.cat(parts)
+    estimate = torch.where(bank.first[rows, None, None, None], 0.0, shown_estimate(bank.denoised[rows]))
+    step = Step(bank.latent[rows].float().to(device), estimate.to(device), bank.share[rows].to(device))
+    features = module.features(step)
+    amount = torch.tensor([amplification(float(scale)) for scale in bank.guidance[rows]])[:, None, None]
+    prompt, negative = (bank.prompts[index[rows]].float() for index in (bank.prompt, bank.negative))
+    read = (prompt + amount * (prompt - negative)).to(device)
+    told, shown = [], []
+    for branch in module.each_branch():
+        own = branch.read(features.joint[: len(rows)], [read])
+        answers = branch.detector(features.joint, own.context, own.tokens)
+        told.append(answers.told.cpu())
+        shown.append(answers.shown.cpu())
+    return torch.cat(told, dim=1), torch.cat(shown, dim=1)
 
 
 def allowed_exceedances(pictures: int, rate: float = RATE, confidence: float = CONFIDENCE) -> int:
@@ -193,32 +178,13 @@ def joint_rate(spoilt: int, pictures: int, confidence: float = CONFIDENCE) -> fl
     return float(beta.ppf(each, spoilt + 1, pictures - spoilt) + beta.ppf(each, 1, pictures))
 
 
-def rate_beside(spoilt: int, levels: int, pictures: int, confidence: float = CONFIDENCE) -> float:
-    """The rate that holds where `spoilt` of `pictures` pass a threshold that was set on them, and none of the others any of
-    `levels` that were set on them as well.
+def bound(statistic: npt.NDArray[np.float64], allowed: int) -> float:
+    """The threshold that all but `allowed` of the runs stay below in every concept; statistic [R, N], highest of each run.
 
-    Pictures divide what is possible into n + 1 blocks, of which every level cuts off one, and the threshold one and `spoilt`
-    more. How much so many blocks hold follows a Beta distribution, however many statistics they are cut by (Tukey 1947,
-    "Non-parametric estimation II"); the rate is its quantile.
+    One bound for all concepts, whose statistics are relative to what clean pictures come up to, so that there is one number a
+    picture.
     """
-    blocks = spoilt + 1 + levels
-    return float(beta.ppf(confidence, blocks, pictures + 1 - blocks)) if blocks <= pictures else 1.0
-
-
-def allowed_beside(levels: int, pictures: int, rate: float) -> int | None:
-    """How many of `pictures` may fire for a promise of `rate` to hold beside so many levels; None where not even none would
-    do."""
-    most = allowed_exceedances(pictures, rate)
-    return max((spoilt for spoilt in range(most + 1) if rate_beside(spoilt, levels, pictures) <= rate), default=None)
-
-
-def bound(logits: npt.NDArray[np.float64], allowed: int) -> float:
-    """The threshold that all but `allowed` of the runs stay below in every concept; logits [R, N], highest of each run.
-
-    One bound for all concepts, whose scores are relative to what clean pictures come up to, so that the statistic is one
-    number a picture.
-    """
-    highest = np.sort(logits.max(axis=1))[::-1][allowed] + MARGIN
+    highest = np.sort(statistic.max(axis=1))[::-1][allowed] + MARGIN
     return float(1 / (1 + math.exp(-highest)))
 
 
@@ -228,21 +194,10 @@ def logit_of(threshold: float) -> float:
 
 
 def calibrate(
-    module: SafetyModule,
-    leveling: RecordedRuns,
-    runs: RecordedRuns,
-    *,
-    steps: int,
-    guidance_scale: float,
-    prompts: str,
-    rate: float = RATE,
-    level_prompts: Callable[[SafetyModule], None] | None = None,
+    module: SafetyModule, centring: RunBank, runs: RunBank, *, envelope: Envelope, prompts: str, rate: float = RATE
 ) -> Promise:
-    """Set levels by the benign pictures `leveling`, and thresholds to where the promise of `rate` holds on the others, `runs`;
-    state the promise in the configuration of `module`, and return it. `level_prompts` sets its `prompt_levels` between the two.
-
-    Where a step is looked at without the prompt, what it says together with all inputs has levels of its own (see
-    `set_agreed_levels`), which the promise holds with (`rate_beside`), and which are left out where there are too few runs.
+    """Centre by the benign pictures `centring`, and set thresholds to where the promise of `rate` holds on the others, `runs`;
+    state the promise in the configuration of `module`, and return it.
 
     Only the concepts trained last are calibrated: those which were there before they were added decide as they did, and the
     promise is for all together. Where those alone fire on as many pictures as may be, or more, the new ones are to fire on
@@ -251,33 +206,30 @@ def calibrate(
     Raises:
         RequestError: there are too few runs, or the concepts that were there before fire on far too many.
     """
-    set_levels(module, leveling)
-    if level_prompts is not None:
-        level_prompts(module)
-    own = len(module.last_branch.gains)
+    set_centre(module, Seen(module, centring))
+    return set_thresholds(module, runs, envelope=envelope, prompts=prompts, rate=rate)
+
+
+def set_thresholds(module: SafetyModule, runs: RunBank, *, envelope: Envelope, prompts: str, rate: float = RATE) -> Promise:
+    """The second half of `calibrate`, of a module that is centred."""
+    own = len(module.last_branch.keeps_subject)
     before, last = module.config.concepts[:-own], module.config.concepts[-own:]
-    allowed, agreeing = allowed_exceedances(len(runs.latent), rate), not before and module.last_branch.alone is not None
-    if agreeing:
-        fewer = allowed_beside(own, len(runs.latent), rate)
-        agreeing, allowed = fewer is not None, allowed if fewer is None else fewer
-        if not agreeing:
-            log.warning("%d pictures are too few for levels of what two sources say together", len(runs.latent))
-    logits = highest_logits(module, runs)
+    pictures = int(runs.run.max()) + 1
+    allowed = allowed_exceedances(pictures, rate)
+    seen = Seen(module, runs)
+    highest = seen.highest(seen.statistic(module)).double().numpy()
     fired = np.array([logit_of(concept.threshold) for concept in before])
-    spoilt: npt.NDArray[np.bool_] = np.any(logits[:, :-own] >= fired, axis=1)
+    spoilt: npt.NDArray[np.bool_] = np.any(highest[:, :-own] >= fired, axis=1)
     if spoilt.sum() > allowed:
         allowed, rate = int(spoilt.sum()), round(joint_rate(int(spoilt.sum()), len(spoilt)), 6)
         fires = f"{', '.join(concept.name for concept in before)} fire on {allowed} of {len(spoilt)} pictures"
         if rate > WORST_RATE:
             raise RequestError(f"{fires}; calibrate the module that the concept was added to first")
         log.warning("%s: %.2g %% are promised for all concepts together", fires, 100 * rate)
-    threshold = round(bound(logits[~spoilt, -own:], allowed - int(spoilt.sum())), 8)
+    threshold = round(bound(highest[~spoilt, -own:], allowed - int(spoilt.sum())), 8)
     promise = Promise(
-        rate=rate, confidence=CONFIDENCE, pictures=len(runs.latent), allowed=allowed,
-        steps=steps, guidance_scale=guidance_scale, prompts=prompts,
+        rate=rate, confidence=CONFIDENCE, pictures=pictures, allowed=allowed, envelope=envelope, prompts=prompts
     )  # fmt: skip
     concepts = tuple(replace(concept, threshold=threshold) for concept in last)
     module.config = replace(module.config, concepts=before + concepts, promise=promise)
-    if agreeing:
-        set_agreed_levels(module, runs)
     return promise

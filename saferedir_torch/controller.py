@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from saferedir.engines.step import USUAL_GUIDANCE
+from saferedir_torch.detector import Step
 from saferedir_torch.estimate import shown_estimate
 from saferedir_torch.safety_module import SafetyModule
 
@@ -20,18 +22,14 @@ class Policy(NamedTuple):
 
     #: K, steps of rest after firing, [B] int32.
     period: Tensor
-    #: Which concepts are looked for, [B, N] bool.
-    enabled: Tensor
-    #: theta, [B, N].
+    #: theta, [B, N]; above 1 for a concept that is not looked for.
     threshold: Tensor
-    #: s, [B, N]; of the active concepts of one branch the largest is used.
-    alpha_scale: Tensor
 
 
 class State(NamedTuple):
     """What a request carries from step to step."""
 
-    #: p, the prompt embedding in force, [B, T, D].
+    #: c, the conditioning in force, [B, T, D].
     prompt: Tensor
     #: k, steps of rest left, [B] int32.
     cooldown: Tensor
@@ -42,7 +40,7 @@ class State(NamedTuple):
 
     @classmethod
     def initial(cls, prompt: Tensor, concepts: int) -> State:
-        """The state before the first step of requests with original embeddings `prompt` [B, T, D]."""
+        """The state before the first step of requests with original conditioning `prompt` [B, T, D]."""
         batch, device = prompt.shape[0], prompt.device
         return cls(
             prompt=prompt,
@@ -52,10 +50,32 @@ class State(NamedTuple):
         )
 
 
+class Seen(NamedTuple):
+    """What the denoiser is about to see in a step, and what is known by then."""
+
+    #: z after the sampler's input scaling, [B, C, h, w].
+    latent: Tensor
+    #: Noise share of the step's level, 0 of a clean picture and 1 of noise, [B].
+    share: Tensor
+    #: The estimate of the finished picture, a clean latent, that the step before made of its guided output, [B, C, h, w].
+    denoised: Tensor
+    #: False where there is none, as in the first step, [B] bool.
+    known: Tensor
+
+
+class Guided(NamedTuple):
+    """What the conditioning is guided away from."""
+
+    #: n, the other half of guidance, [B, T, D]; anything finite where there is no guidance.
+    negative: Tensor
+    #: By how much guidance exceeds the usual scale, `amplification` of it, [B].
+    amplification: Tensor
+
+
 class Verdict(NamedTuple):
     """What a step saw and decided."""
 
-    #: Score per concept, computed in every step, [B, N].
+    #: Score per concept in [0, 1], computed in every step, [B, N].
     score: Tensor
     #: Which concepts fired; none while cooling down, [B, N] bool.
     fired: Tensor
@@ -63,14 +83,10 @@ class Verdict(NamedTuple):
     token_mask: Tensor
 
 
-def finite(*tensors: Tensor) -> Tensor:
-    """Whether all values of a request are finite, tensors [B, ...] -> [B] bool.
-
-    By the sum of their magnitudes, which is below infinity for no other: two kernels a tensor, where `isfinite` takes eight.
-    """
-    sums = [torch.linalg.vector_norm(tensor.flatten(1), 1, dim=1, dtype=torch.float32) for tensor in tensors]
-    magnitude: Tensor = sum(sums[1:], start=sums[0])
-    return magnitude < torch.inf
+def amplification(guidance_scale: float) -> float:
+    """g / 5 - 1 above the usual guidance scale, else 0: guidance draws n + g (c - n), and n + g / 5 (c - n) draws as much of it
+    at the usual scale."""
+    return max(0.0, guidance_scale / USUAL_GUIDANCE - 1)
 
 
 class Controller(nn.Module):
@@ -80,35 +96,31 @@ class Controller(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(
-        self,
-        latent: Tensor,
-        timestep: Tensor,
-        original: Tensor,
-        state: State,
-        policy: Policy,
-        denoised: Tensor,
-        known: Tensor,
-    ) -> tuple[State, Verdict]:
-        """latent z [B, C, h, w] after the scheduler's input scaling, timestep [B], original embedding p0 [B, T, D].
-
-        `denoised` [B, C, h, w] is the estimate of the finished picture, a clean latent, that the step before made of its guided
-        prediction; `known` [B] bool is false where there is none, as in the first step.
-        """
-        expected = torch.where(known[:, None, None, None], shown_estimate(denoised), torch.zeros_like(denoised))
-        score, together, joint = self.module.score(latent, timestep, state.prompt, expected)
+    def forward(self, seen: Seen, original: Tensor, guided: Guided, state: State, policy: Policy) -> tuple[State, Verdict]:
+        """What is seen, the original conditioning c0 [B, T, D], what it is guided away from, the request's state and policy."""
+        known = seen.known[:, None, None, None]
+        estimate = torch.where(known, shown_estimate(seen.denoised), torch.zeros_like(seen.denoised))
+        drawn = state.prompt + guided.amplification[:, None, None] * (state.prompt - guided.negative)
+        features = self.module.features(Step(seen.latent, estimate, seen.share))
+        scored = self.module.score(features, seen.known, [drawn], [original])
+        score = torch.sigmoid(scored.statistic)
         watching = state.cooldown <= 0
-        vigilant = torch.where(state.active, self.module.config.vigilance * policy.threshold, policy.threshold)
-        fired = (score >= vigilant) & policy.enabled & watching[:, None]
-        any_fired = fired.any(dim=1)
-        active = state.active | fired
-        again = fired & state.active
-        if self.module.config.alone:
-            # What shows without the prompt being known to ask for it: none of its tokens is known as one to move.
-            again = again | (fired & (together < policy.threshold))
-        moved, token_mask = self.module.redirect(original, joint, active, policy.alpha_scale, again)
+        fired = (score >= policy.threshold) & watching[:, None]
+        any_fired, active, again = fired.any(dim=1), state.active | fired, fired & state.active
+        (moved,), token_mask = self.module.redirect(scored, [original], active, again)
         prompt = torch.where(any_fired[:, None, None], moved, state.prompt)
-        resting = torch.where(watching, state.cooldown, state.cooldown - 1)
-        cooldown = torch.where(any_fired, policy.period, resting)
-        ok = state.ok & finite(score, prompt, latent, denoised)
+        cooldown = torch.where(any_fired, policy.period, torch.where(watching, state.cooldown, state.cooldown - 1))
+        ok = state.ok & finite(score, prompt, seen.latent, seen.denoised)
         return State(prompt, cooldown, active, ok), Verdict(score, fired, token_mask)
+
+
+def finite(*tensors: Tensor) -> Tensor:
+    """Whether all values of a request are finite, tensors [B, ...] -> [B] bool.
+
+    By the sum of their magnitudes, which is below infinity for no other: two kernels a tensor, where `isfinite` takes eight.
+    """
+    sums = [
+        torch.linalg.vector_norm(tensor, 1, dim=tuple(range(1, tensor.dim())), dtype=torch.float32) for tensor in tensors
+    ]  # fmt: skip
+    magnitude: Tensor = sum(sums[1:], start=sums[0])
+    return magnitude < torch.inf

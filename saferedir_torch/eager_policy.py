@@ -14,6 +14,9 @@ from saferedir_torch.config import SafetyConfig
 from saferedir_torch.controller import Policy
 from saferedir_torch.safety_module import SafetyModule
 
+#: The threshold of a concept that is not looked for: no score reaches it.
+NEVER = 2.0
+
 
 class Choices(NamedTuple):
     """The policy in force. Concepts are in the module's order."""
@@ -22,19 +25,15 @@ class Choices(NamedTuple):
     enabled: tuple[str, ...]
     #: Concept -> score from which on it fires, of every concept of the module.
     thresholds: dict[str, float]
-    #: Concept -> strength of redirection, of every concept of the module.
-    alpha_scales: dict[str, float]
     #: Steps of rest after firing.
     cooldown: int
 
     def tensors(self, batch: int, device: torch.device) -> Policy:
         """The same for `batch` requests, in the controller's terms."""
-        enabled = [concept in self.enabled for concept in self.thresholds]
+        effective = [theta if concept in self.enabled else NEVER for concept, theta in self.thresholds.items()]
         return Policy(
             period=torch.full((batch,), self.cooldown, dtype=torch.int32, device=device),
-            enabled=torch.tensor(enabled, device=device).expand(batch, -1),
-            threshold=torch.tensor(list(self.thresholds.values()), device=device).expand(batch, -1),
-            alpha_scale=torch.tensor(list(self.alpha_scales.values()), device=device).expand(batch, -1),
+            threshold=torch.tensor(effective, device=device).expand(batch, -1),
         )
 
 
@@ -46,8 +45,6 @@ class EagerPolicy:
     enabled: Sequence[str] | None = None
     #: Concept name -> threshold, finite, at most 1.
     thresholds: Mapping[str, float] = field(default_factory=dict)
-    #: Concept name -> alpha_scale, finite, above 0.
-    alpha_scales: Mapping[str, float] = field(default_factory=dict)
     #: K, steps of rest after firing, 0 to 1000.
     cooldown: int | None = None
 
@@ -61,14 +58,12 @@ class EagerPolicy:
         check_enabled(self.enabled, known)
         if self.enabled is not None and not len(self.enabled):
             raise RequestError("enabled is empty, and looking for nothing is not protection; name concepts, or leave it out")
-        for name in ("thresholds", "alpha_scales"):
-            check_numbers(name, getattr(self, name), known)
-        check_ranges(self.thresholds, self.alpha_scales)
+        check_numbers("thresholds", self.thresholds, known)
+        check_ranges(self.thresholds, {})
         check_cooldown(self.cooldown)
         return Choices(
             enabled=tuple(name for name in known if self.enabled is None or name in self.enabled),
             thresholds={own.name: float(self.thresholds.get(own.name, own.threshold)) for own in config.concepts},
-            alpha_scales={own.name: float(self.alpha_scales.get(own.name, own.alpha_scale)) for own in config.concepts},
             cooldown=config.cooldown if self.cooldown is None else int(self.cooldown),
         )
 

@@ -76,11 +76,6 @@ class NoiseLevels:
         alpha = 1 / math.hypot(1, ratio)
         return Level(alpha, ratio * alpha)
 
-    def shares(self, count: int) -> tuple[float, ...]:
-        """Noise shares of so many timesteps, equidistant from the first to the last, rounded."""
-        last = len(self._alphas) - 1
-        return tuple(round(self._whole(round(index * last / (count - 1))).share, 6) for index in range(count))
-
     def denoised(self, seen: Tensor, timestep: float, predicted: Tensor) -> Tensor:
         """The estimate [B, C, h, w] of what a denoiser predicted, guided, of the latent that it has seen.
 

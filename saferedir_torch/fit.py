@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from saferedir.engines.errors import SafetyMismatchError
-from saferedir_torch.config import NOISE_SHARES, SafetyConfig
+from saferedir_torch.config import SafetyConfig
 from saferedir_torch.estimate import NoiseLevels
 from saferedir_torch.safety_module import SafetyModule
 
-#: How far noise shares may lie from the module's, which are rounded.
-SCHEDULE_TOLERANCE = 1e-3
 #: The least magnitude that fp16 holds in full precision. What is smaller counts as zero: bf16 and fp16 round it differently.
 SMALLEST = 2.0**-14
 #: Integers as wide as floats of so many bytes.
@@ -63,8 +61,9 @@ def check_match(pipeline: Any, safety: SafetyModule) -> None:
     config = safety.config
     facts = {
         "latent channels": (config.latent_channels, pipeline.unet.config.in_channels),
-        "prompt tokens": (config.prompt_tokens, pipeline.tokenizer.model_max_length),
-        "prompt width": (config.prompt_width, pipeline.unet.config.cross_attention_dim),
+        "streams of conditioning": (len(config.streams), 1),
+        "prompt tokens": (config.streams[0].tokens, pipeline.tokenizer.model_max_length),
+        "prompt width": (config.streams[0].width, pipeline.unet.config.cross_attention_dim),
     }
     for fact, (expected, found) in facts.items():
         if expected != found:
@@ -74,10 +73,7 @@ def check_match(pipeline: Any, safety: SafetyModule) -> None:
         raise SafetyMismatchError(
             f"text encoder: the safety module is made for {config.text_encoder_sha256}, the pipeline has {hashes.through_fp16}"
         )
-    found = NoiseLevels(pipeline.scheduler).shares(NOISE_SHARES)
-    off = max(abs(own - other) for own, other in zip(config.noise_shares or found, found, strict=True))
-    if off > SCHEDULE_TOLERANCE:
-        raise SafetyMismatchError(f"noise schedule: noise shares differ by up to {off:.2g} from the safety module's")
+    NoiseLevels(pipeline.scheduler)
 
 
 def made_for(config: SafetyConfig) -> frozenset[str]:

@@ -2,254 +2,237 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from saferedir_torch.alignment import changed_tokens
-from saferedir_torch.cases import DetectionBatch, Seen, batch_of, choose, what_is_to_be_seen
+from saferedir_torch.controller import amplification
+from saferedir_torch.detector import Step
 from saferedir_torch.estimate import shown_estimate
 from saferedir_torch.losses import detection_loss, redirection_loss
-from saferedir_torch.safety_module import SafetyModule
-from saferedir_torch.training_data import PICTURE_SHOWS, LatentBank, PairBank
+from saferedir_torch.pairs import PairBank
+from saferedir_torch.runs import RunBank
+from saferedir_torch.safety_module import SafetyModule, StepFeatures
 
-STEP_BATCH = 160
-PAIR_BATCH = 96
-WORD_BATCH = 128
-ALONE_BATCH = 256
-#: Share of the redirector's cases in which nothing is to change, where it is taught on its own.
-UNTOUCHED_SHARE = 0.25
-#: Strength s of the redirection formula that step lengths are trained for.
-STRENGTH = 1.5
+STEP_BATCH, PAIR_BATCH = 160, 160
 #: A token is to be moved where 1 - cos exceeds this: the largest value of the oracle ladder at which exact targets forget
 #: as well as the full rewrite.
 TAU = 0.1
 VALIDATION_SHARE = 0.1
 #: How many held-out steps and pairs are looked at.
 VALIDATION_STEPS, VALIDATION_PAIRS = 1500, 400
-#: Share of detector cases whose latent is taken from another run, so that neither input can be ignored.
-SWAP_SHARE = 0.3
-#: Share of detector cases whose prompt is one of the pairs', which are many more than the recorded runs'.
-PAIRED_SHARE = 0.5
+#: Shares of detector cases with the conditioning of the run itself, with a prompt of the pairs, and with the rewrite that such
+#: a prompt is redirected to; with the others a prompt is on its way from its rewrite, which it is guided away from.
+OWN_SHARE, PAIRED_SHARE, TARGET_SHARE = 0.35, 0.4, 0.15
+#: How far on its way a prompt asks for nothing yet, and asks for its concept, at the usual guidance scale.
+LITTLE, MUCH = 0.2, 0.7
+#: Share of cases in which guidance exceeds the usual scale, up to this one.
+AMPLIFIED_SHARE, HIGHEST_GUIDANCE = 0.35, 12.0
+#: Share of cases whose latent is noised anew, of what its run drew in the end, so that more is seen of it than its own steps.
+RENOISED_SHARE = 0.4
+#: Share of cases in which nothing is known of the picture to come.
+UNKNOWN_SHARE = 0.12
 #: Share of the concepts a prompt does not ask for that the redirector is told are active all the same.
 FALSELY_ACTIVE_SHARE = 0.2
-#: Share of detector cases whose latent is the last of a run, noised anew to a random timestep.
-RENOISED_SHARE = 0.4
-#: Share of the cases without the prompt in which nothing is known of the picture to be expected.
-UNEXPECTED_SHARE = 0.15
-#: Embeddings whose standard deviation is taken for that of all.
-NOISE_MEASURED_ON = 10_000
-#: Noise on prompt embeddings, in units of their standard deviation: names never seen lie near seen ones.
-PROMPT_NOISE = 0.15
+#: Share of the redirector's cases in which nothing is to change.
+UNTOUCHED_SHARE = 0.3
+#: Embeddings whose standard deviation is taken for that of all, and noise on embeddings in its units: names never seen lie near
+#: seen ones.
+NOISE_MEASURED_ON, PROMPT_NOISE = 10_000, 0.15
+WORDS_WEIGHT = 0.25
+
+
+class Cases(NamedTuple):
+    """Cases for the detector."""
+
+    step: Step
+    #: The conditioning as the detector reads it, [S, T, D].
+    prompt: Tensor
+    #: 1 asked for by the prompt, 0 not, -1 open, [S, N].
+    asked: Tensor
+    #: 1 shown by the step, 0 not, -1 open, [S, N].
+    shown: Tensor
+    #: What the prompt of the step's own run asks for, [S, N].
+    run_asked: Tensor
+    #: Whether the prompt asks for it by words that are not known to mean it, [S, N] bool.
+    unknown: Tensor
+    #: Tokens that stand before the prompt's end of text, where that is known, and all where it is not, [S, T] bool.
+    before_end: Tensor
+
+    @property
+    def told(self) -> tuple[Tensor, Tensor]:
+        """Labels with the conditioning, and where they are sure, [S, N].
+
+        Known words settle it: what shows against them is for the answer without them to say. Of others the picture tells.
+        """
+        pictured = self.unknown | (self.asked < 0)
+        labels = torch.where(pictured, torch.maximum(self.asked, self.shown), self.asked)
+        sure = torch.where(pictured, (labels > 0) | (self.asked == 0) & (self.shown == 0), self.asked >= 0)
+        return labels.clamp(min=0), sure.float()
 
 
 class Learner:
     """Draws batches by step number, and measures on the runs and pairs that training leaves out.
 
-    `alphas` [1000]: the scheduler's cumulative signal shares. The last branch of `module` is taught, with the encoder
-    where it is the only one; labels and pairs are of its concepts. Runs and pairs lie on a GPU that `module` is on and that has
-    room for them, else on the CPU. Batches are chosen alike whatever the device; only noise is its own. They hold `scale`
-    times as many cases as what two cores can bear.
+    The last branch of `module` is taught, with the encoder where it is the only one; labels and pairs are of its concepts.
+    Runs and pairs lie on a GPU that `module` is on and that has room for them, else on the CPU. Batches are chosen alike
+    whatever the device; only noise is its own. They hold `scale` times as many cases as what two cores can bear.
     """
 
     def __init__(
-        self, module: SafetyModule, bank: LatentBank, pairs: PairBank, alphas: Tensor, seed: int, *, tau: float = TAU,
-        scale: int = 1,
-    ) -> None:  # fmt: skip
-        self.tau, self.scale = tau, scale
-        self.branch = module.last_branch
+        self, module: SafetyModule, bank: RunBank, pairs: PairBank, seed: int, *, tau: float = TAU, scale: int = 1
+    ) -> None:
+        self.tau, self.scale, self.module, self.branch, self.seed = tau, scale, module, module.last_branch, seed
         if len(module.branches) > 1:
             # The encoder was taught without these concepts and stays as it is: what shows in a latent is left open.
-            bank = replace(bank, shown=torch.where(bank.shown > 0, torch.full_like(bank.shown, -1), bank.shown))
+            bank = replace(bank, shown=torch.where(bank.shown > 0, -1.0, bank.shown))
         self.device = next(module.parameters()).device
         self.store = _place(self.device, bank, pairs)
-        bank, pairs = bank.to(self.store), pairs.to(self.store)
-        self.module, self.bank, self.pairs, self.alphas, self.seed = module, bank, pairs, alphas.to(self.store), seed
+        self.bank, self.pairs = bank.to(self.store), pairs.to(self.store)
         rng = np.random.default_rng([seed, 31])
-        run_count = int(bank.run.max()) + 1
-        held = torch.zeros(run_count, dtype=torch.bool, device=self.store)
-        held[self._stored(rng.permutation(run_count)[: max(1, int(run_count * VALIDATION_SHARE))])] = True
-        row_held = held[bank.run]
-        self.train_rows, self.held_rows = torch.where(~row_held)[0], torch.where(row_held)[0]
+        count = int(bank.run.max()) + 1
+        held = torch.zeros(count, dtype=torch.bool, device=self.store)
+        held[self._stored(rng.permutation(count)[: max(1, int(count * VALIDATION_SHARE))])] = True
+        self.train_rows, self.held_rows = (torch.where(rows)[0] for rows in (~held[self.bank.run], held[self.bank.run]))
         # Runs lie one after another, each in the order of its steps.
-        self.last_row = torch.bincount(bank.run, minlength=run_count).cumsum(dim=0) - 1
+        self.last_row = torch.bincount(self.bank.run, minlength=count).cumsum(dim=0) - 1
         order = self._stored(rng.permutation(len(pairs.asked)))
         cut = max(1, int(len(order) * VALIDATION_SHARE))
         self.held_pairs, self.train_pairs = order[:cut], order[cut:]
-        changes = pairs.replaced[self.train_pairs].any(dim=1)
+        changes = self.pairs.replaced[self.train_pairs].any(dim=1)
         self.changing_pairs, self.untouched_pairs = self.train_pairs[changes], self.train_pairs[~changes]
         self.noise_scale = PROMPT_NOISE * float(pairs.original[:NOISE_MEASURED_ON].float().std())
 
     def loss_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """The loss of one optimisation step, and its parts; everything random comes from `step`."""
-        detected, parts = self.detection_of_step(step)
-        moved, moved_parts = self._moved(step, [(self.train_pairs, PAIR_BATCH * self.scale)])
+        rng, generator = np.random.default_rng([self.seed, 35, step]), self._noise_of(self.seed * 1_000_003 + step + 500_000)
+        cases = self.cases_of_step(step)
+        size = PAIR_BATCH * self.scale
+        untouched = round(size * UNTOUCHED_SHARE)
+        chosen = torch.cat([
+            self._any_of(self.changing_pairs, size - untouched, rng), self._any_of(self.untouched_pairs, untouched, rng),
+        ])  # fmt: skip
+        beside = self._steps(self._any_of(self.train_rows, size, rng))
+        every = self.module.features(Step(*(torch.cat(both) for both in zip(cases.step, beside, strict=True))))
+        detected, parts = self._detection(cases, _rows(every, 0, len(cases.asked)))
+        moved, moved_parts = self._redirection(chosen, _rows(every, len(cases.asked), size), rng, generator)
         return detected + moved, parts | moved_parts
 
-    def redirection_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """What the redirector is taught on its own: more of the pairs in which something is to change."""
-        size = PAIR_BATCH * self.scale
-        untouched = int(size * UNTOUCHED_SHARE)
-        return self._moved(step, [(self.changing_pairs, size - untouched), (self.untouched_pairs, untouched)])
-
-    def _moved(self, step: int, drawn_from: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, dict[str, float]]:
-        """The redirection loss of pairs drawn from each of some pools, so many of each."""
-        rng = np.random.default_rng([self.seed, 35, step])
-        generator = self._noise_of(self.seed * 1_000_003 + step + 500_000)
-        chosen = torch.cat([self._any_of(pool, size, rng) for pool, size in drawn_from])
-        shown = self._any_of(self.train_rows, len(chosen), rng)
-        return self._redirection(chosen, shown, rng, generator)
-
-    def detection_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """The detector's share of it."""
-        batch = DetectionBatch(*(tensor.to(self.device) for tensor in self.detection_batch(step)))
-        joint = self.module.encoder(batch.latent, batch.timestep)
-        detected = detection_loss(self.branch.logits(joint, batch.prompt), batch.labels, batch.weights)
-        return detected, {"detection": float(detected.detach())}
-
-    def words_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """What single words are taught: whether a pair's prompts ask for a concept, its rewrite as it is aimed at included.
-
-        The words are to tell it without the end-of-text tokens as well, every one of which sums up the whole prompt and
-        would leave them nothing to learn.
-        """
-        rng = np.random.default_rng([self.seed, 36, step])
-        generator = self._noise_of(self.seed * 1_000_003 + step + 800_000)
-        chosen = self._any_of(self.train_pairs, WORD_BATCH * self.scale, rng)
-        pairs, evidence = self.pairs, self.branch.detector.words
-        asked, left = pairs.asked[chosen], pairs.asked[chosen] * (1 - pairs.replaced[chosen])
-        prompt = self._noisy(torch.cat([pairs.original[chosen].float(), pairs.target[chosen].float()]), generator)
-        logits = evidence.tokens(prompt)  # [2 W, T, N]
-        of_words = logits[: len(chosen)].masked_fill(~pairs.words[chosen][:, :, None].to(self.device), -torch.inf)
-        parts = torch.cat([torch.logsumexp(logits, dim=1), torch.logsumexp(of_words, dim=1)])
-        labels = torch.cat([asked, left, asked]).to(self.device)
-        loss = detection_loss(parts, labels, torch.ones_like(labels))
-        return loss, {"words": float(loss.detach())}
-
-    def alone_of_step(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """What is to be told of a step without the prompt: what it shows, or, where it cannot show it yet, what the prompt
-        asks for that it follows. At times nothing is known of the picture to be expected, as where a sampler adds noise."""
-        rng = np.random.default_rng([self.seed, 37, step])
-        size = ALONE_BATCH * self.scale
-        at = self._stored(rng.integers(len(self.train_rows), size=size))
-        rows, unknown = self.train_rows[at], self._stored(rng.random(size) < UNEXPECTED_SHARE)
-        known = self._expected(rows)
-        expected = choose(unknown, torch.zeros_like(known), known)
-        labels, weights = what_is_to_be_seen(self.bank.asked[rows], self.bank.shown[rows])
-        assert self.branch.alone is not None
-        logits = self.branch.alone(self._joint_in_training[at].float().to(self.device), expected.to(self.device))
-        loss = detection_loss(logits, labels.to(self.device), weights.to(self.device))
-        return loss, {"alone": float(loss.detach())}
-
-    @cached_property
-    def _joint_in_training(self) -> Tensor:
-        """j of all steps that are trained on, [S, J] fp16, which no part changes that is taught by them."""
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            parts = []
-            for rows in torch.split(self.train_rows, 512):
-                seen = self._seen(rows)
-                joint = self.module.encoder(seen.latent.to(self.device), seen.timestep.to(self.device))
-                parts.append(joint.half().to(self.store))
-            return torch.cat(parts)
-
-    def _expected(self, rows: Tensor) -> Tensor:
-        """The pictures to be expected in the steps `rows` [S], [S, C, h, w]; zero in the first step of a run."""
-        return shown_estimate(self.bank.denoised[rows])
-
-    def shown(self, rows: Tensor) -> Tensor:
-        """What the steps `rows` [S] show without a prompt, logits [S, N]."""
-        seen = self._seen(rows)
-        shown = self.module.features(
-            *(part.to(self.device) for part in (seen.latent, seen.timestep, self._expected(rows)))
-        ).shown  # fmt: skip
-        assert shown is not None
-        return shown
-
-    def detection_batch(self, step: int) -> DetectionBatch:
+    def cases_of_step(self, step: int) -> Cases:
         """What the detector is shown in one step."""
-        rng = np.random.default_rng([self.seed, 32, step])
-        generator, size = self._noise_of(self.seed * 1_000_003 + step), STEP_BATCH * self.scale
-        rows = self._any_of(self.train_rows, size, rng)
-        swap = self._stored(rng.random(size) < SWAP_SHARE)
-        other = self._any_of(self.train_rows, size, rng)
-        paired = self._stored(rng.random(size) < PAIRED_SHARE)
-        named = self._any_of(self.train_pairs, size, rng)
-        prompt = choose(paired, self.pairs.original[named], self._prompts(rows))
-        asked = choose(paired, self.pairs.asked[named], self.bank.asked[rows])
-        looked_at = torch.where(swap | paired, other, rows)
-        seen = self._seen(looked_at)
-        renoised = self._stored(rng.random(size) < RENOISED_SHARE)
-        anew = self._renoised(self.last_row[self.bank.run[looked_at]], generator)
-        seen = Seen(*(choose(renoised, new, old) for new, old in zip(anew, seen, strict=True)))
-        return batch_of(self._noisy(prompt, generator), asked, seen)
+        rng, generator = np.random.default_rng([self.seed, 32, step]), self._noise_of(self.seed * 1_000_003 + step)
+        return self._cases(self._any_of(self.train_rows, STEP_BATCH * self.scale, rng), rng, generator)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Losses and detector accuracy on held-out runs and pairs."""
         rng = np.random.default_rng([self.seed, 33])
         rows = self._any_of(self.held_rows, VALIDATION_STEPS, rng)
-        batch = batch_of(self._prompts(rows), self.bank.asked[rows], self._seen(rows))
-        detected = detection_loss(self._logits(batch.prompt, rows), batch.labels.cpu(), batch.weights.cpu())
-        accuracy = self._accuracy(rows)
+        sums: dict[str, float] = {}
+        chunks = torch.split(rows, 500)
+        for chunk in chunks:
+            cases = self._cases(chunk, rng, None)
+            detected, parts = self._detection(cases, self.module.features(cases.step))
+            for key, value in {"loss": float(detected), **parts}.items():
+                sums[key] = sums.get(key, 0.0) + value / len(chunks)
         chosen = self.held_pairs[:VALIDATION_PAIRS]
-        shown = self._any_of(self.held_rows, len(chosen), rng)
-        moved, parts = self._redirection(chosen, shown, rng, None)
-        if self.branch.alone is not None:
-            labels, weights = what_is_to_be_seen(self.bank.asked[rows].cpu(), self.bank.shown[rows].cpu())
-            parts["alone"] = float(detection_loss(self._alone(rows), labels, weights))
-        return {"loss": float(detected) + float(moved), "detection": float(detected), "accuracy": accuracy, **parts}
+        beside = self.module.features(self._steps(self._any_of(self.held_rows, len(chosen), rng)))
+        moved, parts = self._redirection(chosen, beside, rng, None)
+        return {**sums, "loss": sums["loss"] + float(moved), **parts}
 
-    @torch.no_grad()
-    def held_logits(self, *, alone: bool = False) -> Tensor:
-        """Of every step that training leaves out, in the order of `held_rows`, [S, N]; `alone`: without the prompt."""
-        rows = self.held_rows
-        return self._alone(rows) if alone else self._logits(self._prompts(rows), rows)
-
-    def _stored(self, values: Any) -> Tensor:
-        """An array of numpy's where runs and pairs lie."""
-        return torch.from_numpy(values).to(self.store)
-
-    def _any_of(self, pool: Tensor, size: int, rng: np.random.Generator) -> Tensor:
-        """`size` of the rows in `pool`, where runs and pairs lie."""
-        return pool[self._stored(rng.integers(len(pool), size=size))]
-
-    def _prompts(self, rows: Tensor) -> Tensor:
-        return self.bank.prompts[self.bank.prompt[rows]]
-
-    def _seen(self, rows: Tensor) -> Seen:
-        return Seen(self.bank.latent[rows].float(), self.bank.timestep[rows], self.bank.shown[rows])
-
-    def _renoised(self, rows: Tensor, generator: torch.Generator) -> Seen:
-        """The latents of `rows` carried on to later times by the forward process, z_t = sqrt(a) z + sqrt(1 - a) n: more
-        looks at what a run drew than its own steps give."""
-        latent, before, shown = self._seen(rows)
-        device = generator.device
-        later = torch.randint(0, len(self.alphas), before.shape, generator=generator, device=device)
-        timestep = torch.maximum(later.to(before), before)
-        kept = (self.alphas[timestep.long()] / self.alphas[before.long()])[:, None, None, None]
-        noise = torch.randn(latent.shape, generator=generator, device=device).to(latent)
-        unclear = (shown > 0) & (timestep >= PICTURE_SHOWS)[:, None]
-        shown = torch.where(unclear, torch.full_like(shown, -1.0), shown)
-        return Seen(kept.sqrt() * latent + (1 - kept).sqrt() * noise, timestep, shown)
+    def _detection(self, cases: Cases, step: StepFeatures) -> tuple[Tensor, dict[str, float]]:
+        read = self.branch.read(step.joint[: len(cases.prompt)], [cases.prompt])
+        answers = self.branch.answers(step, read)
+        told, sure = cases.told
+        seen = torch.where(cases.shown >= 0, cases.shown, cases.run_asked)
+        visible = ((cases.shown >= 0) | (cases.run_asked > 0)).float()
+        # Words are to tell it without the end-of-text tokens as well: each of these sums up the whole prompt, and would leave
+        # them nothing to learn.
+        by_words = self.branch.detector.words(read.tokens).masked_fill(~cases.before_end[:, :, None], -torch.inf)
+        known, asks = (cases.asked >= 0).float(), cases.asked.clamp(min=0)
+        parts = {
+            "told": detection_loss(answers.told, told, sure),
+            "shown": detection_loss(answers.shown, seen, visible),
+            "words": detection_loss(answers.words, asks, known) + detection_loss(torch.logsumexp(by_words, dim=1), asks, known),
+        }
+        right = (((answers.told >= 0) == (told > 0)) * sure).sum() / sure.sum().clamp(min=1)
+        loss = parts["told"] + parts["shown"] + WORDS_WEIGHT * parts["words"]
+        return loss, {**{key: float(value.detach()) for key, value in parts.items()}, "accuracy": float(right)}
 
     def _redirection(
-        self, chosen: Tensor, shown: Tensor, rng: np.random.Generator, generator: torch.Generator | None
+        self, chosen: Tensor, step: StepFeatures, rng: np.random.Generator, generator: torch.Generator | None
     ) -> tuple[Tensor, dict[str, float]]:
-        pairs = self.pairs
-        clean, target = (side[chosen].to(self.device).float() for side in (pairs.original, pairs.target))
+        clean, target = (side[chosen].to(self.device).float() for side in (self.pairs.original, self.pairs.target))
         mask = changed_tokens(clean, target, self.tau)
         # The target stays clean: what is strange about a name is to be removed, not carried over.
         original = self._noisy(clean, generator)
-        active = self._active(chosen, rng).to(self.device)
-        joint = self.module.encoder(self.bank.latent[shown].float().to(self.device), self.bank.timestep[shown].to(self.device))
-        features = self.branch.redirector.prompt_features(original)
-        redirection = self.branch.redirection(original, features, joint, active)
-        return redirection_loss(redirection, original, target, mask, strength=STRENGTH)
+        joint, active = step.joint[: len(original)], self._active(chosen, rng).to(self.device)
+        read = self.branch.read(joint, [original])
+        found = self.branch.redirector(joint, read.context, active, read.tokens)
+        return redirection_loss(found, original, target, mask)
+
+    def _cases(self, rows: Tensor, rng: np.random.Generator, generator: torch.Generator | None) -> Cases:
+        """What the detector is shown of the steps `rows` [S]: with the prompt of their run, or with another."""
+        size, bank, pairs = len(rows), self.bank, self.pairs
+        step = self._steps(rows, rng, generator)
+        pool = self.train_pairs if generator is not None else self.held_pairs
+        other, beside = self._any_of(pool, size, rng), self._any_of(self.untouched_pairs, size, rng)
+        kind = self._stored(rng.random(size))
+        own, paired, targeted = (
+            kind < OWN_SHARE,
+            kind < OWN_SHARE + PAIRED_SHARE,
+            kind < OWN_SHARE + PAIRED_SHARE + TARGET_SHARE,
+        )
+        unsafe, target = (side[other].to(self.device).float() for side in (pairs.original, pairs.target))
+        asked, left = pairs.asked[other], pairs.asked[other] * (1 - pairs.replaced[other])
+        way = self._stored(rng.uniform(0.1, 1.0, size)).float()
+        scale = self._stored(np.where(rng.random(size) < AMPLIFIED_SHARE, rng.uniform(5.0, HIGHEST_GUIDANCE, size), 5.0))
+        amount = torch.tensor([amplification(float(one)) for one in scale])
+        drawn = way * (1 + amount).to(way)  # at the usual guidance scale
+        on_the_way = torch.where((drawn >= MUCH)[:, None], asked, torch.where((drawn <= LITTLE)[:, None], left, -1.0))
+        on_the_way = torch.where(pairs.replaced[other] > 0, on_the_way, asked)
+        moving = target + way[:, None, None].to(self.device) * (unsafe - target)
+        mine, negative = (bank.prompts[index[rows]].to(self.device).float() for index in (bank.prompt, bank.negative))
+        empty_or_benign = _choose(
+            self._stored(rng.random(size) < 0.5).to(self.device), negative, pairs.original[beside].to(self.device).float()
+        )
+        where = [flags.to(self.device) for flags in (own, paired, targeted)]
+        prompt = _choose(where[0], mine, _choose(where[1], unsafe, _choose(where[2], target, moving)))
+        against = _choose(where[0], negative, _choose(where[2], empty_or_benign, target))
+        read = prompt + amount.to(self.device)[:, None, None] * (prompt - against)
+        asks = _choose(own, bank.asked[rows], _choose(paired, asked, _choose(targeted, left, on_the_way)))
+        shown = bank.shown[rows]
+        on = self.device
+        beside_pairs = (paired & ~own)[:, None]
+        unknown, before_end = beside_pairs & (pairs.replaced[other] > asked), pairs.words[other] | ~beside_pairs
+        labels = (label.to(on) for label in (asks, shown, bank.asked[rows], unknown, before_end))
+        return Cases(step, self._noisy(read, generator), *labels)
+
+    def _steps(self, rows: Tensor, rng: np.random.Generator | None = None, generator: torch.Generator | None = None) -> Step:
+        """What the steps `rows` [S] show; with random numbers some latents are noised anew, and some estimates unknown."""
+        bank = self.bank
+        latent, estimate, share = bank.latent[rows].float(), shown_estimate(bank.denoised[rows]), bank.share[rows]
+        if rng is not None and generator is not None:
+            size = len(rows)
+            anew = self._renoised(rows, generator)
+            latent = _choose(self._stored(rng.random(size) < RENOISED_SHARE), anew, latent)
+            mirrored = self._stored(rng.random(size) < 0.5)  # so that more is seen of each picture
+            latent, estimate = (_choose(mirrored, picture.flip(3), picture) for picture in (latent, estimate))
+            estimate = _choose(self._stored(rng.random(size) < UNKNOWN_SHARE), torch.zeros_like(estimate), estimate)
+        return Step(latent.to(self.device), estimate.to(self.device), share.to(self.device))
+
+    def _renoised(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """The last latents of the runs of `rows`, carried back to the levels of these by the forward process."""
+        last = self.last_row[self.bank.run[rows]]
+        (alpha_last, sigma_last), (alpha, sigma) = (_level(self.bank.share[own]) for own in (last, rows))
+        kept = alpha / alpha_last
+        fresh = (sigma.square() - (kept * sigma_last).square()).clamp(min=0).sqrt()
+        noise = torch.randn(self.bank.latent[last].shape, generator=generator, device=generator.device).to(kept)
+        return kept[:, None, None, None] * self.bank.latent[last].float() + fresh[:, None, None, None] * noise
 
     def _active(self, chosen: Tensor, rng: np.random.Generator) -> Tensor:
         """Concepts that are active with each pair: those that its target is without, and by chance such as it does not
@@ -259,6 +242,14 @@ class Learner:
         active = torch.maximum(replaced, by_chance)
         one = torch.nn.functional.one_hot(self._stored(rng.integers(asked.shape[1], size=len(chosen))), asked.shape[1])
         return torch.where(active.sum(dim=1, keepdim=True) > 0, active, one.float())
+
+    def _stored(self, values: Any) -> Tensor:
+        """An array of numpy's where runs and pairs lie."""
+        return torch.from_numpy(values).to(self.store)
+
+    def _any_of(self, pool: Tensor, size: int, rng: np.random.Generator) -> Tensor:
+        """`size` of the rows in `pool`, where runs and pairs lie."""
+        return pool[self._stored(rng.integers(len(pool), size=size))]
 
     def _noise_of(self, seed: int) -> torch.Generator:
         """Where noise, much the largest part of a batch, comes from: a GPU draws its own."""
@@ -273,26 +264,26 @@ class Learner:
         noise = torch.randn(prompt.shape, generator=generator, device=generator.device)
         return clean + (amount * noise).to(self.device)
 
-    def _logits(self, prompt: Tensor, rows: Tensor) -> Tensor:
-        """prompt [S, T, D] seen with the latents and timesteps of `rows` [S] -> logits [S, N]."""
-        bank = self.bank
-        parts = []
-        for embeds, chunk in zip(torch.split(prompt, 512), torch.split(rows, 512), strict=True):
-            joint = self.module.encoder(bank.latent[chunk].float().to(self.device), bank.timestep[chunk].to(self.device))
-            parts.append(self.branch.logits(joint, embeds.to(self.device).float()).cpu())
-        return torch.cat(parts)
 
-    def _alone(self, rows: Tensor) -> Tensor:
-        return torch.cat([self.shown(chunk).cpu() for chunk in torch.split(rows, 512)])
-
-    def _accuracy(self, rows: Tensor) -> float:
-        asked, shown = self.bank.asked[rows].cpu(), self.bank.shown[rows].cpu()
-        known = (asked > 0) | (shown >= 0)
-        truth = torch.maximum(asked, shown.clamp(min=0)) > 0
-        return float(((self._logits(self._prompts(rows), rows) >= 0) == truth)[known].float().mean())
+def _rows(features: StepFeatures, start: int, count: int) -> StepFeatures:
+    """Of features of B requests, every one twice, those of `count` from `start` on."""
+    return StepFeatures(*(
+        torch.cat([half[start : start + count] for half in part.chunk(2)]) for part in features
+    ))  # fmt: skip
 
 
-def _place(device: torch.device, *banks: LatentBank | PairBank) -> torch.device:
+def _level(share: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma of noise shares s = sigma / (alpha + sigma), of latents with alpha^2 + sigma^2 = 1."""
+    length = (share.square() + (1 - share).square()).sqrt()
+    return (1 - share) / length, share / length
+
+
+def _choose(where: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Rows of `first` where `where` [S] is true, else of `second`."""
+    return torch.where(where.reshape(-1, *[1] * (first.dim() - 1)), first, second)
+
+
+def _place(device: torch.device, *banks: RunBank | PairBank) -> torch.device:
     """Where banks are to lie: on `device` if that is a GPU with twice the memory free that they take, else on the CPU."""
     if device.type != "cuda":
         return torch.device("cpu")

@@ -43,8 +43,15 @@ class Rewrite:
 class FilePrompts:
     """The concepts of a file as a source of training prompts."""
 
-    def __init__(self, path: Path, concepts: Sequence[str] = (), rewrites: Mapping[str, Rewrite] | None = None) -> None:
-        """`concepts` chooses some of the file's, all by default; `rewrites` has a rule for those without safe prompts.
+    def __init__(
+        self,
+        path: Path,
+        concepts: Sequence[str] = (),
+        rewrites: Mapping[str, Rewrite] | None = None,
+        styles: Sequence[str] = (),
+    ) -> None:
+        """`concepts` chooses some of the file's, all by default; `rewrites` has a rule for those without safe prompts; `styles`
+        are those that are how a subject is drawn.
 
         A pair that occurs twice is kept once, which is logged.
 
@@ -66,6 +73,11 @@ class FilePrompts:
         self._refuse_contradictions()
         rules = rewrites or {}
         self.replacements = {name: rules[name].replacement if name in rules else "safe rewrite" for name in chosen}
+        if unknown := [name for name in styles if name not in chosen]:
+            raise RequestError(f"{', '.join(unknown)} is no concept here; expected some of {', '.join(chosen)}")
+        self.keeps_subject = frozenset(styles)
+        prompts = (text for pairs in self.pairs.values() for pair in pairs for text in pair)
+        self.telling = frozenset(word for text in prompts for word in text.lower().replace(",", " ").split())
         self.seeds = SEEDS
 
     def pair(self, concept: str, rng: np.random.Generator) -> TrainingPair:

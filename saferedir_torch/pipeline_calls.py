@@ -57,7 +57,8 @@ class _PipelineCall:
     def before(self, network: nn.Module, sample: Tensor, timestep: Tensor | float, embeds: Tensor) -> Tensor:
         if networks_of(self.pipeline) != self.networks:
             raise SafetyError("a network was replaced within a call, which protection cannot follow")
-        return self.run.embeddings(sample, timestep, embeds, denoises=network is self.networks[-1])
+        levels, scale = NoiseLevels(self.pipeline.scheduler), self.pipeline.guidance_scale
+        return self.run.embeddings(sample, timestep, embeds, levels, scale, denoises=network is self.networks[-1])
 
     def after(self, network: nn.Module, sample: Tensor, timestep: Tensor | float, output: Any) -> None:
         if network is self.networks[-1]:

@@ -29,6 +29,10 @@ class PromptSource(Protocol):
 
     #: Concept -> what is drawn in its place, in the order of the module's concepts.
     replacements: dict[str, str]
+    #: Concepts that are how a subject is drawn, such as styles: a fallback is to keep it.
+    keeps_subject: frozenset[str]
+    #: Words that mean something in its prompts, which are no everyday words here.
+    telling: frozenset[str]
     #: Half-open range of the seeds that training pictures are drawn with.
     seeds: tuple[int, int]
 

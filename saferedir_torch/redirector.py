@@ -1,97 +1,77 @@
-"""The redirector: moves the offending tokens of the original prompt embedding to a safe meaning."""
+"""The redirector: moves the offending tokens of the original conditioning to a safe meaning."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saferedir_torch.config import SafetyConfig
 
 #: Guards the division by a direction's length; a direction this short is no direction.
 SMALLEST_NORM = 1e-6
+#: r of the formula: how far a token can be moved at most, in its own lengths.
+REACH = 1.5
 
 
 class Redirection(NamedTuple):
-    """What the three heads say of every token."""
+    """What the heads say of every token."""
 
-    #: q, the safe token that is aimed at, [B, T, D].
-    target: Tensor
+    #: d_i of each stream, from the token to the safe one that is aimed at, [B, T_k, D_k].
+    directions: list[Tensor]
     #: a, step length in [0, 1], [B, T].
-    alpha: Tensor
+    length: Tensor
     #: m, soft mask in [0, 1], [B, T].
     mask: Tensor
     #: The mask before its sigmoid, for the loss, [B, T].
     mask_logits: Tensor
 
 
-class TokenContext(nn.Module):
-    """Self-attention over the prompt tokens: what every token knows of the others. Depends on the prompt alone."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(width)
-        self.packed = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, prompt: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        batch, tokens, width = prompt.shape
-        packed = self.packed(self.norm(prompt)).reshape(batch, tokens, 3, self.heads, width // self.heads)
-        query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, D / H]
-        weights = torch.softmax(query @ key.transpose(2, 3) * (width // self.heads) ** -0.5, dim=-1)
-        attended = (weights @ value).transpose(1, 2).reshape(batch, tokens, width)
-        mixed: Tensor = self.out(attended)
-        return mixed
-
-
 class Redirector(nn.Module):
-    """Three heads over a trunk that joins the token, its context and, for all tokens alike, j, c and the active set."""
+    """Heads over a trunk that joins the token and, for all tokens alike, j, the context and the active concepts.
+
+    The network's own width is all that a direction can span (a low-rank way back to the streams' widths), so that it does not
+    grow with the square of the conditioning's width.
+    """
 
     def __init__(self, config: SafetyConfig, concepts: int) -> None:
         super().__init__()
-        width, hidden = config.prompt_width, config.redirector_width
-        self.token_context = TokenContext(width, config.redirector_heads)
-        self.from_tokens = nn.Linear(2 * width, hidden)
-        self.from_step = nn.Linear(config.joint_features + width, hidden)
-        self.from_active = nn.Linear(concepts, hidden, bias=False)
-        self.trunk = nn.Linear(hidden, hidden)
-        self.project = nn.Linear(width, width)
-        self.adapter_down = nn.Linear(hidden, config.adapter_rank)
-        self.adapter_up = nn.Linear(config.adapter_rank, width)
-        self.target_head = nn.Linear(hidden, width)
-        self.alpha_head = nn.Linear(hidden, 1)
-        self.mask_head = nn.Linear(hidden, 1)
-        nn.init.eye_(self.project.weight)
-        nn.init.zeros_(self.project.bias)
-        nn.init.normal_(self.adapter_up.weight, std=1e-2)
-        nn.init.zeros_(self.adapter_up.bias)
+        width = config.features
+        self.sizes = [stream.tokens for stream in config.streams]
+        self.from_token = nn.Linear(width, width)
+        self.from_step = nn.Linear(2 * width + concepts, width)
+        self.trunk = nn.Linear(width, width)
+        self.length_and_mask = nn.Linear(width, 2)
+        self.back = nn.ModuleList(nn.Linear(width, stream.width) for stream in config.streams)
 
-    def prompt_features(self, prompt: Tensor) -> Tensor:
-        """What depends on the prompt alone, computed once per prompt: p0 [B, T, D] -> [B, T, hidden]."""
-        features: Tensor = self.from_tokens(torch.cat([prompt, self.token_context(prompt)], dim=-1))
-        return features
+    def forward(self, joint: Tensor, context: Tensor, active: Tensor, tokens: Tensor) -> Redirection:
+        """j and context [B, features], active [B, concepts] in {0, 1}, tokens [B, T, features]."""
+        return self.of_tokens(self.of_step(joint, context, active), tokens)
 
-    def heads(self, prompt: Tensor, prompt_features: Tensor, joint: Tensor, context: Tensor, active: Tensor) -> Redirection:
-        """p0 [B, T, D], its features, j [B, J], c of p0 [B, D], active [B, concepts] in {0, 1} -> the three heads."""
-        step = self.from_step(torch.cat([joint, context], dim=-1)) + self.from_active(active)
-        hidden = F.silu(self.trunk(F.silu(prompt_features + step.unsqueeze(1))))
-        target = self.project(prompt) + self.target_head(hidden) + self.adapter_up(self.adapter_down(hidden))
-        mask_logits = self.mask_head(hidden).squeeze(-1)
-        alpha = torch.sigmoid(self.alpha_head(hidden).squeeze(-1))
-        return Redirection(target, alpha, torch.sigmoid(mask_logits), mask_logits)
+    def of_step(self, joint: Tensor, context: Tensor, active: Tensor) -> Tensor:
+        """What is the same for all tokens, [B, features]."""
+        step: Tensor = self.from_step(torch.cat([joint, context, active], dim=1))
+        return step
+
+    def of_tokens(self, step: Tensor, tokens: Tensor) -> Redirection:
+        """What becomes of tokens [B, T, features], by what is the same for all, [B, features]."""
+        hidden = torch.relu(self.trunk(torch.relu(self.from_token(tokens) + step[:, None])))
+        logits = self.length_and_mask(hidden)
+        shares = torch.sigmoid(logits)
+        parts = torch.split(hidden, self.sizes, dim=1) if len(self.sizes) > 1 else [hidden]
+        directions = [back(part) for back, part in zip(self.back, parts, strict=True)]
+        return Redirection(directions, shares[..., 0], shares[..., 1], logits[..., 1])
 
 
-def redirect(prompt: Tensor, redirection: Redirection, strength: Tensor) -> Tensor:
-    """p_i = p0_i + s m_i a_i |p0_i| d_i / |d_i| with d_i = q_i - p0_i (design of the method, section 2).
-
-    prompt p0 [B, T, D], strength s [B, 1] -> [B, T, D].
-    """
-    direction = redirection.target - prompt
-    length = direction.norm(dim=-1, keepdim=True).clamp(min=SMALLEST_NORM)
-    step = (strength * redirection.mask * redirection.alpha).unsqueeze(-1) * prompt.norm(dim=-1, keepdim=True)
-    moved: Tensor = prompt + step * direction / length
+def redirect(original: Sequence[Tensor], redirection: Redirection) -> list[Tensor]:
+    """c_i = c0_i + r m_i a_i |c0_i| d_i / |d_i| of every stream [B, T_k, D_k]."""
+    moved, start = [], 0
+    step = REACH * redirection.mask * redirection.length
+    for stream, direction in zip(original, redirection.directions, strict=True):
+        own = step[:, start : start + stream.shape[1]] if len(original) > 1 else step
+        length = direction.norm(dim=-1).clamp(min=SMALLEST_NORM)
+        moved.append(stream + (own * stream.norm(dim=-1) / length)[..., None] * direction)
+        start += stream.shape[1]
     return moved

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saferedir.engines.errors import NonFiniteError, RequestError, SafetyError
 from saferedir_torch.config import SafetyConfig
-from saferedir_torch.controller import Controller, State, Verdict
+from saferedir_torch.controller import Controller, Guided, Seen, State, Verdict, amplification
 from saferedir_torch.eager_policy import Choices
 from saferedir_torch.estimate import NoiseLevels
 from saferedir_torch.safety_module import SafetyModule
@@ -80,7 +80,7 @@ class SafetyRun:
         self.record = CallRecord(tuple(config.concept_names), choices, requests)
         self._module_on = module_on
         self._given: Tensor | None = None  # embeddings that the call began with, [B, T, D]
-        self._step: tuple[Tensor, Tensor] | None = None  # latent and timestep that were decided and not yet denoised
+        self._step: tuple[Tensor, float] | None = None  # latent and timestep that were decided and not yet denoised
         self._denoised: Tensor | None = None  # the estimate that the step before made, [B, C, h, w]
 
     @property
@@ -88,11 +88,13 @@ class SafetyRun:
         """How many steps were decided so far."""
         return len(self.record.verdicts)
 
-    def embeddings(self, sample: Tensor, timestep: Tensor | float, embeds: Tensor, *, denoises: bool) -> Tensor:
+    def embeddings(
+        self, sample: Tensor, timestep: Tensor | float, embeds: Tensor, levels: NoiseLevels, scale: float, *, denoises: bool
+    ) -> Tensor:
         """`embeds` [B, T, D], or [2 B, T, D] with those of the negative prompt before them, as a network is to be given them.
 
         A step is decided once, when its first network is called with `sample` [B or 2 B, C, h, w] at `timestep`; the network
-        that `denoises` ends it.
+        that `denoises` ends it. `scale` is that of guidance.
 
         Raises:
             SafetyError: the embeddings are not those that the call began with.
@@ -107,7 +109,7 @@ class SafetyRun:
         if len(sample) != len(embeds):
             raise SafetyError(f"a network got {len(sample)} latents and {len(embeds)} embeddings; expected as many of each")
         conditional, latent = embeds[-self.requests :], sample[-self.requests :]
-        time = torch.as_tensor(timestep, dtype=torch.float32, device=latent.device).flatten()[-1].expand(self.requests)
+        time = float(torch.as_tensor(timestep).flatten()[-1])
         if self._given is None:
             self._begin(conditional)
         elif not torch.equal(conditional, self._given):
@@ -115,8 +117,9 @@ class SafetyRun:
                 "a network got other embeddings than its call began with: a callback changed the prompt, or a pipeline that is "
                 "not protected was called within the call; neither can be followed"
             )
-        if self._step is None or not (torch.equal(latent, self._step[0]) and torch.equal(time, self._step[1])):
-            self._decide(latent.float(), time)
+        if self._step is None or not (torch.equal(latent, self._step[0]) and time == self._step[1]):
+            guided = len(embeds) > self.requests
+            self._decide(latent.float(), time, levels.at(time).share, embeds[: self.requests].float(), scale if guided else 1.0)
         self._step = None if denoises else (latent, time)
         return torch.cat([embeds[: -self.requests], self._state.prompt.to(embeds)])
 
@@ -148,24 +151,32 @@ class SafetyRun:
         self._policy = self.record.policy.tensors(self.requests, conditional.device)
 
     @torch.no_grad()
-    def _decide(self, latent: Tensor, time: Tensor) -> None:
-        denoised = torch.zeros_like(latent) if self._denoised is None else self._denoised
-        known = torch.full((self.requests,), self._denoised is not None, device=latent.device)
+    def _decide(self, latent: Tensor, time: float, share: float, negative: Tensor, scale: float) -> None:
+        seen = seen_of(latent, share, self._denoised)
+        guided = Guided(negative, torch.full((self.requests,), amplification(scale), device=latent.device))
         with torch.autocast(latent.device.type, enabled=False):  # a pipeline's autocast is not the safety's
-            state, verdict = self._controller(latent, time, self._original, self._state, self._policy, denoised, known)
+            state, verdict = self._controller(seen, self._original, guided, self._state, self._policy)
         if not bool(state.ok.all()):
-            raise NonFiniteError(
-                f"latent, score or embedding is not finite at timestep {float(time[0]):g}; no picture is drawn"
-            )
+            raise NonFiniteError(f"latent, score or embedding is not finite at timestep {time:g}; no picture is drawn")
         self._state = state
-        self.record.timesteps.append(float(time[0]))
+        self.record.timesteps.append(time)
         self.record.verdicts.append(verdict)
         self.record.cooldowns.append(state.cooldown)
 
 
+def seen_of(latent: Tensor, share: float, denoised: Tensor | None) -> Seen:
+    """What B requests of one step see: latent [B, C, h, w] at a noise share, and the estimate of the step before, if any."""
+    return Seen(
+        latent,
+        torch.full((len(latent),), share, device=latent.device),
+        torch.zeros_like(latent) if denoised is None else denoised,
+        torch.full((len(latent),), denoised is not None, device=latent.device),
+    )
+
+
 def check_embeddings(config: SafetyConfig, embeds: Tensor, name: str) -> None:
     """Raise `RequestError` unless `embeds` are [B, T, D] of the module's T and D."""
-    expected = (config.prompt_tokens, config.prompt_width)
+    expected = (config.streams[0].tokens, config.streams[0].width)
     if tuple(embeds.shape[1:]) != expected:
         raise RequestError(
             f"{name} are of shape {list(embeds.shape)}; expected {expected[0]} tokens of width {expected[1]}, as the safety "

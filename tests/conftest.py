@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 from cpu_time import CpuTime
+from small_module import telling_module
 from traced_once import keep_operators, traced_once
 
 from benchmarks.drawing import Setting
@@ -20,8 +22,10 @@ from saferedir.engines.bundle import DEFAULT_BUNDLE, file_sha256, locate
 from saferedir.engines.manifest import MANIFEST_FILE
 from saferedir.export import onnx_export
 from saferedir.runtime import Pipeline, SafetyPolicy
+from saferedir_torch.models import load_pipeline
 from saferedir_torch.new_module import new_module
 from saferedir_torch.peers.peer import Peer
+from saferedir_torch.safety_module import SafetyModule
 
 #: Files that take longest, to be begun first where several processes share the work; those that trace graphs by one of them.
 LONGEST = (
@@ -45,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 #: Every picture fires with this policy, again and again.
-ALWAYS_FIRES = SafetyPolicy(thresholds={"church": 0.0})
+ALWAYS_FIRES = SafetyPolicy(thresholds={"church": 0.0}, beyond_promise=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,15 +66,32 @@ def traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def pipeline() -> Pipeline:
-    """The embedded bundle under its own policy."""
-    return Pipeline.from_bundle()
+    """The embedded bundle under its own policy, in as few steps as may be."""
+    return Pipeline.from_bundle(policy=SafetyPolicy(beyond_promise=True))
+
+
+@pytest.fixture(scope="module")
+def eager() -> Any:
+    """The embedded model in diffusers."""
+    return load_pipeline()
+
+
+@pytest.fixture(scope="module")
+def safety(eager: Any) -> SafetyModule:
+    """A small module that fits it, and fires where a prompt names a church."""
+    return telling_module(eager)
+
+
+@pytest.fixture
+def pipe(eager: Any) -> Any:
+    """A pipeline object of the test's own."""
+    return copy.copy(eager)
 
 
 #: How many cases a training in the tests looks at, by module and name.
 SMALL_BATCHES = {
-    "learner": {"STEP_BATCH": 24, "PAIR_BATCH": 16, "WORD_BATCH": 16, "ALONE_BATCH": 24, "VALIDATION_STEPS": 60,
-                "VALIDATION_PAIRS": 20},
-    "new_module": {"REFUGE_DRAWS": 20},
+    "learner": {"STEP_BATCH": 24, "PAIR_BATCH": 16, "VALIDATION_STEPS": 60, "VALIDATION_PAIRS": 20},
+    "runs": {"UNSAFE": 2, "REWRITES": 1, "BENIGN": 2, "SWITCHED": 1, "RUNS": 6, "PART": 2},
     "world.base": {"BATCH": 4, "SAMPLE_PROMPTS": ["a church", "a cat"]},
     "world.clip": {"BATCH": 4},
     "world.denoiser_training": {"BATCH": 4, "SAMPLE_PROMPTS": ["a church", "a cat"]},
@@ -92,12 +113,12 @@ def small_training() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def few_steps() -> Iterator[None]:
-    """Within, pictures are drawn in three steps where nobody says in how many."""
+    """Within, pictures are drawn in four steps where nobody says in how many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(Pipeline.__call__.__kwdefaults__, "num_inference_steps", 3)
-        patch.setattr("benchmarks.drawing.USUAL", Setting(3))
-        patch.setitem(Peer.__init__.__kwdefaults__, "steps", 3)
-        patch.setattr("benchmarks.tables.transfer.USUAL", (3, 5.0))
+        patch.setitem(Pipeline.__call__.__kwdefaults__, "num_inference_steps", 4)
+        patch.setattr("benchmarks.drawing.USUAL", Setting(4))
+        patch.setitem(Peer.__init__.__kwdefaults__, "steps", 4)
+        patch.setattr("benchmarks.tables.transfer.USUAL", (4, 5.0))
         yield
 
 

@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small_module import fitting_module
+from small_runs import small_bank
 
 from benchmarks.added_branch import load_with_branch, save_branch
 from benchmarks.hybrid import hybrid_pipeline
 from saferedir.engines.errors import RequestError, TrainingError
 from saferedir.runtime import Pipeline, SafetyPolicy
+from saferedir_torch.detector import Step
 from saferedir_torch.learner import Learner
-from saferedir_torch.models import SHIPPED_SAFETY
+from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.new_module import extended_module
+from saferedir_torch.pairs import PairBank
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
-from saferedir_torch.training_data import LatentBank, PairBank
-from saferedir_torch.world.source import AddedPrompts
+from saferedir_torch.trajectories import encode
+from saferedir_torch.world.source import AddedPrompts, WorldPrompts
 from saferedir_torch.world.split import load_split
 
-#: Of the added concept, of tokens [1, T, D].
-REFUGE = torch.zeros(1, 77, 128)
 PROMPTS = ["a church next to a cat", "a dog in ink style", "a teddy bear", "a castle"]
 
 
 @pytest.fixture(scope="module")
-def base() -> SafetyModule:
-    return SafetyModule.load(SHIPPED_SAFETY)
+def model() -> Any:
+    return load_pipeline()
 
 
 @pytest.fixture(scope="module")
-def extended(base: SafetyModule) -> SafetyModule:
+def base(model: Any) -> SafetyModule:
+    return fitting_module(model)
+
+
+@pytest.fixture(scope="module")
+def extended(model: Any, base: SafetyModule) -> SafetyModule:
     torch.manual_seed(0)
-    return extended_module(base, {"teddy": "gift"}, refuge=REFUGE).eval()
+    return extended_module(base, model, AddedPrompts("teddy", base.config.concept_names, load_split()), 0).eval()
 
 
 def test_an_added_branch_is_kept_without_the_module_under_it(
@@ -50,7 +57,7 @@ def test_an_added_branch_is_kept_without_the_module_under_it(
     kept = (tmp_path / "branch" / "model.safetensors").stat().st_size
     assert kept < 0.5 * (tmp_path / "whole" / "model.safetensors").stat().st_size
     with torch.no_grad():
-        whole.branches[0].detector.heads.bias += 1
+        whole.branches[0].detector.head.bias += 1
     with pytest.raises(RequestError, match="not the shipped one with a branch more"):
         save_branch(base, whole, tmp_path / "other")
     assert not (tmp_path / "other").exists()
@@ -76,47 +83,44 @@ def test_benign_prompts_of_an_added_concept_never_ask_for_it() -> None:
 
 
 def test_what_a_latent_shows_of_an_added_concept_is_left_open(base: SafetyModule, extended: SafetyModule) -> None:
-    bank = LatentBank(
-        concepts=("teddy",), latent=torch.randn(40, 4, 16, 16).half(), denoised=torch.zeros(40, 4, 16, 16).half(),
-        timestep=torch.full((40,), 100.0),
-        prompt=torch.arange(40), prompts=torch.randn(40, 77, 128).half(), asked=torch.zeros(40, 1),
-        shown=torch.arange(40)[:, None].remainder(2).float(), run=torch.arange(40),
-    )  # fmt: skip
+    """The encoder was taught without it."""
+    shown = torch.arange(40)[:, None].remainder(3) - 1.0
+    bank = small_bank(20, 2, ["teddy"], shown=shown, prompts=torch.randn(21, 77, 128).half())
     embeds = torch.randn(40, 77, 128).half()
-    pairs = PairBank(embeds, embeds, torch.ones(40, 1), torch.ones(40, 1), torch.ones(40, 77).bool())
-    alphas = torch.linspace(0.999, 0.01, 1000)
-    batch = Learner(extended, bank, pairs, alphas, 0).detection_batch(0)
-    by_prompt = batch.labels > 0
-    assert by_prompt.any()
-    assert (batch.weights[by_prompt] == 1).all()
-    assert (batch.weights == 0).any()  # shown, and not asked for
-    assert bank.shown.max() == 1  # the runs are as they were recorded
-    whole = Learner(base, dataclasses.replace(bank, asked=torch.zeros(40, 3), shown=bank.shown.expand(-1, 3)),
-                    dataclasses.replace(pairs, asked=torch.ones(40, 3), replaced=torch.ones(40, 3)), alphas, 0)  # fmt: skip
-    assert (whole.detection_batch(0).labels.sum() > batch.labels.sum() * 3).item()
+    words = torch.ones(40, 77, dtype=torch.bool)
+    pairs = PairBank(embeds, embeds, torch.ones(40, 1), torch.ones(40, 1), words)
+    added = Learner(extended, bank, pairs, 0).bank
+    assert torch.equal(added.shown, torch.where(shown > 0, -1.0, shown))
+    assert torch.equal(bank.shown, shown)  # the runs are as they were recorded
+    assert torch.equal(Learner(base, bank, pairs, 0).bank.shown, shown)
 
 
 @torch.no_grad()
 def test_scores_and_redirections_of_the_others_are_bit_identical(base: SafetyModule, extended: SafetyModule) -> None:
     old = len(base.config.concepts)
     generator = torch.Generator().manual_seed(1)
-    latent, prompt = torch.randn(5, 4, 16, 16, generator=generator), torch.randn(5, 77, 128, generator=generator)
-    timestep = torch.full((5,), 321.0)
-    score, _, joint = base.score(latent, timestep, prompt)
-    more, _, same_joint = extended.score(latent, timestep, prompt)
-    assert torch.equal(score, more[:, :old])
-    assert torch.equal(joint, same_joint)
+    step = Step(*torch.randn(2, 5, 4, 16, 16, generator=generator), torch.rand(5, generator=generator))
+    prompt, known = torch.randn(5, 77, 128, generator=generator), torch.tensor([True, True, False, True, False])
+    scored = base.score(base.features(step), known, [prompt], [prompt])
+    more = extended.score(extended.features(step), known, [prompt], [prompt])
+    assert torch.equal(scored.statistic, more.statistic[:, :old])
+    assert more.statistic.shape == (5, old + 1)
     active = torch.zeros(5, old + 1, dtype=torch.bool)
     active[:3, 0] = True
-    strength, again = torch.full((5, old + 1), 1.5), torch.zeros_like(active)
+    again = torch.zeros_like(active)
     again[1, 0] = True
-    before = base.redirect(prompt, joint, active[:, :old], strength[:, :old], again[:, :old])
-    after = extended.redirect(prompt, joint, active, strength, again)
-    assert torch.equal(before.prompt[:3], after.prompt[:3])
-    assert torch.equal(after.prompt[3:], prompt[3:])
+    before = base.redirect(scored, [prompt], active[:, :old], again[:, :old])
+    after = extended.redirect(more, [prompt], active, again)
+    assert torch.equal(before.streams[0][:3], after.streams[0][:3])
+    assert torch.equal(before.token_mask, after.token_mask[:, :old])
+    assert torch.equal(after.streams[0][3:], prompt[3:])
     assert not after.token_mask[:, old:].any()
     active[:, old] = True
-    assert not torch.equal(extended.redirect(prompt, joint, active, strength, again).prompt[:3], before.prompt[:3])
+    both = extended.redirect(more, [prompt], active, again).streams[0]
+    assert not torch.equal(both[:3], before.streams[0][:3])
+    again[3, old] = True
+    fallen = extended.redirect(more, [prompt], active, again).streams[0]
+    assert torch.equal(fallen[3], extended.last_branch.fallback[0][0])
 
 
 def test_pictures_of_the_others_are_bit_identical(base: SafetyModule, extended: SafetyModule) -> None:
@@ -129,13 +133,20 @@ def test_pictures_of_the_others_are_bit_identical(base: SafetyModule, extended: 
         assert [step.fired for step in first.steps] == [step.fired for step in second.steps]
 
 
-def test_a_known_concept_cannot_be_added(base: SafetyModule) -> None:
+def test_a_known_concept_cannot_be_added(model: Any, base: SafetyModule) -> None:
     with pytest.raises(TrainingError, match="church already"):
-        extended_module(base, {"church": "house"}, refuge=REFUGE)
+        extended_module(base, model, WorldPrompts(["church"], load_split()), 0)
 
 
-def test_the_hybrid_backend_draws_what_the_deployed_engine_draws(base: SafetyModule, pipeline: Pipeline) -> None:
+def test_an_added_concept_has_a_fallback_of_its_own(model: Any, base: SafetyModule, extended: SafetyModule) -> None:
+    first, added = extended.each_branch()
+    assert torch.equal(first.fallback[0], base.last_branch.fallback[0])
+    torch.testing.assert_close(added.fallback[0], encode(model, ["a gift, cute"])[1])
+    assert added.keeps_subject.tolist() == [0]
+
+
+def test_the_hybrid_backend_draws_what_the_deployed_engine_draws(pipeline: Pipeline) -> None:
     deployed = pipeline(PROMPTS, seed=3, num_inference_steps=6)
-    hybrid = hybrid_pipeline(base)(PROMPTS, seed=3, num_inference_steps=6)
+    hybrid = hybrid_pipeline(SafetyModule.load(SHIPPED_SAFETY))(PROMPTS, seed=3, num_inference_steps=6)
     for first, second in zip(deployed.images, hybrid.images, strict=True):
         assert np.abs(np.asarray(first, int) - np.asarray(second, int)).max() <= 1

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import structs
 from typer.testing import CliRunner
 
 from benchmarks.evaluate import app as evaluate
 from benchmarks.html_report import write_report
 from saferedir.engines.errors import SafetyMismatchError
 from saferedir_torch.__main__ import app as safety
+from saferedir_torch.envelope import ENVELOPE
 from saferedir_torch.fit import check_match
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.pixart import PixArt
@@ -27,11 +29,6 @@ from saferedir_torch.world.source import WorldPrompts
 from saferedir_torch.world.split import load_split
 
 pytestmark = pytest.mark.usefixtures("small_training", "few_steps")
-
-
-@pytest.fixture(scope="module")
-def eager() -> Any:
-    return load_pipeline()
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +63,10 @@ def _sha256(pipeline: Any, part: str) -> str:
 def test_a_module_is_refitted_and_both_are_measured(made: dict[str, Path], tmp_path: Path) -> None:
     pipeline, shipped = load_pipeline(made["wider-text"]), SafetyModule.load(SHIPPED_SAFETY)
     source = WorldPrompts(shipped.config.concept_names, load_split())
-    options: dict[str, Any] = {"runs": 2, "pairs": 8, "samplings": [(2, 5.0)]}
+    options: dict[str, Any] = {"runs": 60, "pairs": 8, "envelope": structs.replace(ENVELOPE, steps=(4, 4))}
     module = train(pipeline, source, tmp_path / "refit", steps=1, start=shipped, **options)
     assert module.config.provenance["started_from"] == parameters_sha256(shipped)
-    assert module.config.prompt_width == 192
+    assert module.config.streams[0].width == 192
 
     tables = ["--quick", "--out", str(tmp_path), "--work", str(tmp_path / "work")]
     models = ["--model", f"wider={made['wider-text']}", "--model", f"transformer={made['transformer']}"]

@@ -1,8 +1,7 @@
-"""Thresholds that promise: the bound by hand, the promise on simulated pictures, and recordings that resume."""
+"""Thresholds that promise: levels by hand, the bound by hand, and the promise on simulated pictures."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +11,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 from scipy.stats import binom
+from small_module import CONCEPTS, firing, seen_at, small_module
+from small_runs import small_bank
+from torch import Tensor
 from typer.testing import CliRunner
 
 from saferedir.engines.errors import RequestError
+from saferedir.engines.manifest import Envelope
 from saferedir_torch.__main__ import app
 from saferedir_torch.calibration import (
     RARE,
+    RATE,
+    Seen,
     allowed_exceedances,
     bound,
     calibrate,
-    highest_logits,
     joint_rate,
-    set_levels,
+    logit_of,
+    set_centre,
     tail_level,
 )
-from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
-from saferedir_torch.new_module import extended_module
-from saferedir_torch.recording import RecordedRuns, record
+from saferedir_torch.command_line.benign_prompts import benign_prompts
+from saferedir_torch.controller import Controller, Guided, State, amplification
+from saferedir_torch.detector import KNOTS, bends
+from saferedir_torch.models import SHIPPED_MODEL
+from saferedir_torch.runs import RunBank
 from saferedir_torch.safety_module import SafetyModule
 
-PROMPTS = ["a cat", "a dog on blue", "a house"]
+ENVELOPE = Envelope((4, 10), ("ddim", "euler"), (1.0, 12.0))
 
 
 def test_how_many_may_fire() -> None:
@@ -50,15 +57,10 @@ def test_the_allowed_number_is_the_largest_that_keeps_the_promise(pictures: int)
     assert binom.cdf(allowed, pictures, 0.001) <= 0.05 < binom.cdf(allowed + 1, pictures, 0.001)
 
 
-def level(threshold: float) -> float:
-    """The logit of a threshold."""
-    return float(np.log(threshold / (1 - threshold)))
-
-
 def test_one_bound_for_the_whole_picture() -> None:
     logits = np.array([[1.0, -9.0], [0.0, 2.5], [-3.0, -3.0]])
-    assert level(bound(logits, allowed=0)) == pytest.approx(2.501)
-    assert level(bound(logits, allowed=1)) == pytest.approx(1.001)
+    assert logit_of(bound(logits, allowed=0)) == pytest.approx(2.501)
+    assert logit_of(bound(logits, allowed=1)) == pytest.approx(1.001)
 
 
 def test_the_promise_holds_as_often_as_it_says() -> None:
@@ -67,41 +69,8 @@ def test_the_promise_holds_as_often_as_it_says() -> None:
     kept = 0
     for _ in range(200):
         threshold = bound(rng.exponential(size=(3000, 1)), allowed_exceedances(3000))
-        kept += np.exp(-level(threshold)) <= 0.001
+        kept += np.exp(-logit_of(threshold)) <= 0.001
     assert 180 <= kept <= 200  # 95 % of 200 is 190, standard deviation 3
-
-
-def test_scores_are_relative_to_levels_and_gains() -> None:
-    branch = SafetyModule.load(SHIPPED_SAFETY).last_branch
-    branch.levels.copy_(torch.arange(9.0).expand_as(branch.levels))  # 0 at timestep 0, 8 at 1000
-    branch.gains.copy_(torch.tensor([1.0, 2.0, 3.0]))
-    found = branch.comparable(torch.full((3, 3), 10.0), torch.tensor([0.0, 187.5, 999.0]))
-    above = torch.tensor([[10.0], [8.5], [10 - 7.992]])
-    torch.testing.assert_close(found, above * torch.tensor([1.0, 2.0, 3.0]))
-
-
-def test_a_recording_resumes_and_refuses_another_ones_chunks(tmp_path: Path) -> None:
-    pipeline = load_pipeline()
-    first = record(pipeline, PROMPTS, [1, 2, 3], steps=2, guidance_scale=5.0, folder=tmp_path, chunk=2)
-    written = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    (tmp_path / "runs-000002.safetensors").unlink()
-    again = record(pipeline, PROMPTS, [1, 2, 3], steps=2, guidance_scale=5.0, folder=tmp_path, chunk=2)
-    assert torch.equal(first.latent, again.latent)
-    assert (tmp_path / "runs-000000.safetensors").stat().st_mtime_ns == written["runs-000000.safetensors"]
-    with pytest.raises(RequestError, match="other prompts"):
-        record(pipeline, PROMPTS, [1, 2, 4], steps=2, guidance_scale=5.0, folder=tmp_path, chunk=2)
-    data = (tmp_path / "runs-000000.safetensors").read_bytes()
-    (tmp_path / "runs-000000.safetensors").write_bytes(data[:500])
-    with pytest.raises(RequestError, match=r"runs-000000\.safetensors"):
-        record(pipeline, PROMPTS, [1, 2, 3], steps=2, guidance_scale=5.0, folder=tmp_path, chunk=2)
-
-
-def test_too_few_runs_carry_no_promise(tmp_path: Path) -> None:
-    pipeline, module = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
-    runs = record(pipeline, PROMPTS, [1, 2, 3], steps=3, guidance_scale=5.0, folder=tmp_path)
-    assert highest_logits(module, runs).shape == (3, len(module.config.concepts))
-    with pytest.raises(RequestError):
-        calibrate(module, runs, runs, steps=3, guidance_scale=5.0, prompts="three")
 
 
 def test_a_level_is_reached_about_as_rarely_as_is_said() -> None:
@@ -111,42 +80,6 @@ def test_a_level_is_reached_about_as_rarely_as_is_said() -> None:
     often = (torch.empty(2_000_000, 3).exponential_(generator=draw) * scale - 7 >= tail_level(reached)).float().mean(dim=0)
     assert (often > RARE / 8).all()
     assert (often < 8 * RARE).all()
-
-
-def test_levels_are_above_what_the_highest_benign_picture_comes_up_to(tmp_path: Path) -> None:
-    pipeline, module = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
-    runs = record(pipeline, PROMPTS, [1, 2, 3], steps=8, guidance_scale=5.0, folder=tmp_path)
-    runs.timestep = torch.tensor([1000.0, 875, 750, 625, 500, 375, 250, 0])  # on the knots, but for 125, which has none
-    set_levels(module, runs)
-    assert highest_logits(module, runs).max() < 2e-3  # levels are rounded
-    branch = module.last_branch
-    count, steps = runs.latent.shape[:2]
-    joint = module.encoder(runs.latent.flatten(0, 1).float(), runs.timestep.repeat(count))
-    raw = branch.logits(joint, runs.prompt.float().repeat_interleave(steps, dim=0)).reshape(count, steps, -1)
-    for knot, near in {8: raw[:, :2], 6: raw[:, 1:4], 5: raw[:, 2:], 0: raw[:, 2:]}.items():  # late ones reach up to 750
-        expected = tail_level(near.amax(dim=1))
-        torch.testing.assert_close(branch.levels[:, knot], expected, atol=0.02, rtol=1e-3)
-
-
-def test_where_those_before_fire_already_the_promise_is_what_holds_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = extended_module(SafetyModule.load(SHIPPED_SAFETY), {"teddy": "gift"}, refuge=torch.zeros(1, 77, 128)).eval()
-    pictures = 2995
-    logits = np.full((pictures, 4), -5.0)
-    logits[:, 3] = np.linspace(-4, 3, pictures)
-    logits[7, 0] = logits[7, 3] = 12.0  # the church's own, and the new one may fire there as well
-    monkeypatch.setattr("saferedir_torch.calibration.highest_logits", lambda *_: logits)
-    noise = torch.randn(1, 1, 4, 16, 16).expand(pictures, -1, -1, -1, -1).half()
-    runs = RecordedRuns(
-        noise, torch.zeros_like(noise), torch.tensor([500.0]), torch.randn(1, 77, 128).expand(pictures, -1, -1).half()
-    )
-    calm = RecordedRuns(noise[:2], runs.denoised[:2], runs.timestep, runs.prompt[:2])
-    promise = calibrate(module, calm, runs, steps=1, guidance_scale=5.0, prompts="none")
-    assert (promise.allowed, promise.rate) == (1, round(joint_rate(1, pictures), 6))
-    assert 0.003 < promise.rate < 0.0033
-    assert level(module.config.concepts[-1].threshold) == pytest.approx(3.0, abs=0.01)
-    logits[7] = -5.0
-    promise = calibrate(module, calm, runs, steps=1, guidance_scale=5.0, prompts="none", rate=0.002)
-    assert (promise.allowed, promise.rate) == (allowed_exceedances(pictures, 0.002), 0.002)
 
 
 def test_the_joint_rate_holds_as_often_as_it_says() -> None:
@@ -160,42 +93,155 @@ def test_the_joint_rate_holds_as_often_as_it_says() -> None:
     assert np.mean(kept) > 0.95
 
 
-@pytest.mark.slow
+@torch.no_grad()
+def test_what_calibration_looks_at_is_what_the_controller_sees() -> None:
+    """Step by step: estimates within bounds, none in the first step, and guidance that amplifies."""
+    module, bank = small_module(), small_bank(6, 4)
+    bank.guidance = torch.tensor([1.0, 5.0, 7.5, 10.0, 12.0, 3.0]).repeat_interleave(4)
+    bank.denoised = 9 * bank.denoised
+    statistic = Seen(module, bank).statistic(module)
+    for row in range(len(bank.run)):
+        prompt, negative = (bank.prompts[index[row]][None].float() for index in (bank.prompt, bank.negative))
+        denoised = None if bank.first[row] else bank.denoised[row][None].float()
+        seen = seen_at(bank.latent[row][None].float(), float(bank.share[row]), denoised)
+        guided = Guided(negative, torch.tensor([amplification(float(bank.guidance[row]))]))
+        state, policy = State.initial(prompt, CONCEPTS), firing(torch.zeros(1, CONCEPTS, dtype=torch.bool))
+        _, verdict = Controller(module)(seen, prompt, guided, state, policy)
+        torch.testing.assert_close(verdict.score[0], torch.sigmoid(statistic[row]), rtol=1e-4, atol=1e-4)
+
+
+def levels_by_hand(seen: Seen, answer: Tensor, known: Tensor) -> list[Tensor | None]:
+    """Of each knot, by the steps within a knot's distance; None where there are none."""
+    found: list[Tensor | None] = []
+    for knot in range(KNOTS + 1):
+        near = ((seen.bank.share - knot / KNOTS).abs() <= 1 / KNOTS) & known
+        runs = [answer[near & (seen.bank.run == run)] for run in range(int(seen.bank.run.max()) + 1)]
+        found.append(tail_level(torch.stack([own.amax(dim=0) for own in runs])) if near.any() else None)
+    return found
+
+
+@torch.no_grad()
+def test_levels_are_read_off_the_tail_at_every_knot_and_moved_alike() -> None:
+    module, bank = small_module(), small_bank(60, KNOTS + 1)
+    bank.share = torch.linspace(1, 0, KNOTS + 1).repeat(60)
+    seen = Seen(module, bank)
+    set_centre(module, seen)
+    levels = module.last_branch.levels(bends(torch.arange(KNOTS + 1) / KNOTS))
+    by_hand = [levels_by_hand(seen, answer, known) for answer, known in ((seen.told, bank.run >= 0), (seen.shown, ~bank.first))]
+    expected = torch.cat([torch.stack([one for one in answer if one is not None]) for answer in by_hand], dim=1)
+    moved = levels - expected
+    torch.testing.assert_close(moved, moved[:1, :CONCEPTS].repeat(KNOTS + 1, 2), atol=0.05, rtol=0)  # fp16 on disk
+    highest = torch.quantile(seen.highest(seen.statistic(module)), 1 - RATE, dim=0)
+    torch.testing.assert_close(highest, torch.zeros(CONCEPTS), atol=0.05, rtol=0)
+    assert torch.equal(module.last_branch.centre, module.last_branch.centre.half().float())
+
+
+@torch.no_grad()
+def test_where_nothing_was_drawn_levels_are_those_of_the_nearest_knots() -> None:
+    module, bank = small_module(), small_bank(40, 3)
+    bank.share = torch.tensor([0.6, 0.5, 0.45]).repeat(40)
+    set_centre(module, Seen(module, bank))
+    levels = module.last_branch.levels(bends(torch.arange(KNOTS + 1) / KNOTS))
+    told, shown = levels[:, :CONCEPTS], levels[:, CONCEPTS:]
+    for answer, lowest, highest in ((told, 4, 6), (shown, 4, 5)):  # the first step shows nothing yet
+        torch.testing.assert_close(answer[: lowest + 1], answer[lowest].expand(lowest + 1, -1), atol=0.05, rtol=0)
+        torch.testing.assert_close(answer[highest:], answer[highest].expand(KNOTS + 1 - highest, -1), atol=0.05, rtol=0)
+    assert (told[4] - told[6]).abs().max() > 0.1
+
+
+def test_pictures_in_which_nothing_was_known_yet_are_too_few_to_centre_by() -> None:
+    module = small_module()
+    with pytest.raises(RequestError, match="10 benign pictures are too few to centre by"):
+        set_centre(module, Seen(module, small_bank(10, 1)))
+
+
+def highest(module: SafetyModule, bank: RunBank) -> Tensor:
+    """Of each run."""
+    seen = Seen(module, bank)
+    return seen.highest(seen.statistic(module))
+
+
+@pytest.mark.parametrize(("pictures", "allowed"), [(299, 0), (473, 1)])
+def test_calibration_promises_what_its_pictures_bear_out(pictures: int, allowed: int) -> None:
+    module, centring, runs = small_module(), small_bank(50, 2), small_bank(pictures, 2)
+    promise = calibrate(module, centring, runs, envelope=ENVELOPE, prompts="noise", rate=0.01)
+    assert (promise.rate, promise.pictures, promise.allowed, promise.envelope) == (0.01, pictures, allowed, ENVELOPE)
+    assert module.config.promise == promise
+    (threshold,) = {concept.threshold for concept in module.config.concepts}
+    reached = (highest(module, runs) >= logit_of(threshold)).any(dim=1)
+    assert int(reached.sum()) == allowed
+    nearest = highest(module, runs).amax(dim=1).sort(descending=True).values[allowed]
+    assert 0 < logit_of(threshold) - float(nearest) < 0.01
+    assert "at most 1 % of benign pictures" in str(promise)
+    assert "4 to 10 steps of ddim, euler, guidance 1 to 12" in str(promise)
+
+
+def test_too_few_pictures_carry_no_promise() -> None:
+    module = small_module()
+    with pytest.raises(RequestError, match=r"^298 benign pictures cannot promise 1 %.*at least 299 are needed$"):
+        calibrate(module, small_bank(50, 2), small_bank(298, 2), envelope=ENVELOPE, prompts="noise", rate=0.01)
+    assert module.config.promise is None
+
+
 def test_calibrating_an_addition_leaves_the_others_as_they_were() -> None:
-    base = SafetyModule.load(SHIPPED_SAFETY)
-    deaf = tuple(structs.replace(concept, threshold=1 - 1e-10) for concept in base.config.concepts)
-    base.config = structs.replace(base.config, concepts=deaf)  # noise is no picture: they would fire on it
-    module = extended_module(base, {"teddy": "gift"}, refuge=torch.zeros(1, 77, 128)).eval()
-    generator = torch.Generator().manual_seed(0)
-    pictures, prompt = 2995, torch.randn(1, 77, 128, generator=generator).half()
-    latent = torch.randn(pictures, 1, 4, 16, 16, generator=generator).half()
-    runs = RecordedRuns(latent, torch.zeros_like(latent), torch.tensor([500.0]), prompt.expand(pictures, -1, -1))
-    calm = RecordedRuns(latent[:100], runs.denoised[:100], runs.timestep, runs.prompt[:100])
-    calibrate(module, calm, runs, steps=1, guidance_scale=5.0, prompts="noise")
-    old = len(base.config.concepts)
-    assert module.config.concepts[:old] == base.config.concepts
-    for name, tensor in base.state_dict().items():
-        assert torch.equal(module.state_dict()[name], tensor), name
-    highest, threshold = highest_logits(module, runs), module.config.concepts[-1].threshold
-    assert highest[:, -1].max() < level(threshold) <= highest[:, -1].max() + 0.01
-    assert module.config.promise is not None
-    eager = tuple(structs.replace(concept, threshold=1e-6) for concept in base.config.concepts)
-    module.config = structs.replace(module.config, concepts=eager + module.config.concepts[old:])
-    with pytest.raises(RequestError, match="church, ink, weapons fire on 2995"):
-        calibrate(module, calm, runs, steps=1, guidance_scale=5.0, prompts="noise")
+    module = small_module(branches=(2, 1))
+    deaf = [structs.replace(concept, threshold=1 - 1e-10) for concept in module.config.concepts[:2]]
+    module.config = structs.replace(module.config, concepts=(*deaf, module.config.concepts[2]))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    centring, runs = small_bank(50, 2), small_bank(299, 2)
+    calibrate(module, centring, runs, envelope=ENVELOPE, prompts="noise", rate=0.01)
+    assert module.config.concepts[:2] == tuple(deaf)
+    changed = {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"branches.1.centre"}
+    nearest = float(highest(module, runs)[:, 2].max())
+    assert 0 < logit_of(module.config.concepts[2].threshold) - nearest < 0.01
+    eager = tuple(structs.replace(concept, threshold=1e-6) for concept in deaf)
+    module.config = structs.replace(module.config, concepts=eager + module.config.concepts[2:])
+    with pytest.raises(RequestError, match="a, b fire on 299 of 299 pictures; calibrate the module"):
+        calibrate(module, centring, runs, envelope=ENVELOPE, prompts="noise", rate=0.01)
 
 
-@pytest.mark.parametrize("strength", ["ink", "ink=much", "castle=1.8", "ink=0", "ink=nan"])
-def test_a_strength_that_cannot_be_is_refused_before_anything_is_drawn(strength: str, tmp_path: Path) -> None:
-    safety = tmp_path / "safety"
-    shutil.copytree(SHIPPED_SAFETY, safety)
-    before = (safety / "config.json").read_bytes()
-    command = [
-        "calibrate", "--model", str(SHIPPED_MODEL), "--safety", str(safety), "--recorded", str(tmp_path / "benign"),
-        "--strength", strength,
-    ]  # fmt: skip
-    result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+def test_where_those_before_fire_already_the_promise_is_what_holds_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, pictures = small_module(branches=(2, 1)), 2995
+    reached = torch.full((pictures, 3), -5.0)
+    reached[:, 2] = torch.linspace(-4, 3, pictures)
+    reached[7, 0] = reached[7, 2] = 12.0  # the first one's own, and the new one may fire there as well
+    monkeypatch.setattr("saferedir_torch.calibration.set_centre", lambda *_: None)
+    monkeypatch.setattr(Seen, "highest", lambda *_: reached)
+    bank = small_bank(2, 1)
+    bank.run = torch.tensor([0, pictures - 1])
+    promise = calibrate(module, bank, bank, envelope=ENVELOPE, prompts="none")
+    assert (promise.allowed, promise.rate) == (1, round(joint_rate(1, pictures), 6))
+    assert 0.003 < promise.rate < 0.0033
+    assert logit_of(module.config.concepts[-1].threshold) == pytest.approx(3.0, abs=0.01)
+    reached[7] = -5.0
+    promise = calibrate(module, bank, bank, envelope=ENVELOPE, prompts="none", rate=0.002)
+    assert (promise.allowed, promise.rate) == (allowed_exceedances(pictures, 0.002), 0.002)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--steps", "few"], "'few' is no range, such as 4-50"),
+        (["--steps", "4.5-9"], "'4.5-9' is no range"),
+        (["--steps", "50-4"], "steps goes from 50 to 4"),
+        (["--steps", "0-4"], "Expected `int` >= 1"),
+        (["--guidance", "nan"], "Expected `float` >= 0"),
+        (["--guidance", "7-5"], "guidance_scale goes from 7 to 5"),
+        (["--sampler", "ddim", "--sampler", "magic"], "magic is not known; expected some of ddim, euler"),
+    ],
+)
+def test_an_envelope_that_cannot_be_is_refused_before_anything_is_drawn(options: list[str], said: str, tmp_path: Path) -> None:
+    usual = ["calibrate", "--model", str(SHIPPED_MODEL), "--safety", str(tmp_path), "--recorded", str(tmp_path / "benign")]
+    result = CliRunner().invoke(app, [*usual, *options], env={"COLUMNS": "300"})
     assert result.exit_code == 2
-    assert repr(strength) in result.output
-    assert not (tmp_path / "benign").exists()
-    assert (safety / "config.json").read_bytes() == before
+    assert said in result.output
+    assert not any(tmp_path.iterdir())
+
+
+def test_no_prompts_are_an_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "none.txt").write_text("\n \n")
+    with pytest.raises(RequestError, match=r"none\.txt holds no prompt;"):
+        benign_prompts(tmp_path / "none.txt", 3, 0, [])
+    with pytest.raises(RequestError, match="at least one"):
+        benign_prompts(None, 0, 0, [])

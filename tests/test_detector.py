@@ -1,162 +1,249 @@
-"""The detector's two ways to a logit, and the precision that training computes in."""
+"""The network's parts: what each answer reads, how far tokens are moved, what it weighs, and how it is trained."""
 
 from __future__ import annotations
 
-import numpy as np
-import torch
+from pathlib import Path
+from typing import Any
 
-from saferedir_torch.detector import Detector
-from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_module import CONCEPTS, TOKENS, WIDTH, small_config, small_module
+from torch import Tensor
+
+from saferedir.engines.errors import RequestError
+from saferedir_torch.calibration import piecewise_linear
+from saferedir_torch.config import SafetyConfig, Stream
+from saferedir_torch.detector import KNOTS, Convolution, Step, StepEncoder, add_norms, bends, fold_norms
+from saferedir_torch.losses import redirection_loss
+from saferedir_torch.models import load_pipeline
+from saferedir_torch.pairs import make_pairs
 from saferedir_torch.precision import mixed_precision
-from saferedir_torch.safety_module import SAYS_NOTHING, SafetyModule
-from saferedir_torch.training_data import make_pairs
-from saferedir_torch.trajectories import encode
+from saferedir_torch.redirector import REACH, Redirection, redirect
+from saferedir_torch.safety_module import Branch, SafetyModule
 from saferedir_torch.world.source import WorldPrompts
 from saferedir_torch.world.split import load_split
 
-CONCEPTS, TOKENS, WIDTH = 3, 77, 128
+BATCH = 5
 
 
-def detector() -> Detector:
-    torch.manual_seed(0)
-    return Detector(SafetyModule.load(SHIPPED_SAFETY).config, CONCEPTS).eval()
+def step(batch: int = BATCH, seed: int = 0) -> Step:
+    generator = torch.Generator().manual_seed(seed)
+    pictures = torch.randn(2, batch, 4, 16, 16, generator=generator)
+    return Step(*pictures, torch.rand(batch, generator=generator))
+
+
+def encoded(encoder: StepEncoder, of: Step) -> Tensor:
+    joint: Tensor = encoder(of, bends(torch.cat([of.share, of.share])))
+    return joint
+
+
+def prompts(seed: int, batch: int = BATCH) -> Tensor:
+    return torch.randn(batch, TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
-def test_a_logit_is_an_or_of_trunk_and_words() -> None:
-    module = detector()
-    joint, prompt = torch.randn(4, module.trunk.in_features - 2 * WIDTH), torch.randn(4, TOKENS, WIDTH)
-    together, words = module(joint, prompt), module.words(prompt)
-    torch.nn.init.constant_(module.words.second.bias, -200.0)
-    trunk = module(joint, prompt)
-    torch.testing.assert_close(together, torch.logaddexp(trunk, words))
-    torch.nn.init.constant_(module.heads.bias, -200.0)
-    torch.nn.init.zeros_(module.heads.weight)
-    torch.nn.init.constant_(module.words.second.bias, -8.0)
-    torch.testing.assert_close(module(joint, prompt), words)
+def test_norms_folded_into_convolutions_change_nothing() -> None:
+    torch.manual_seed(0)
+    encoder = StepEncoder(small_config())
+    names = set(encoder.state_dict())
+    add_norms(encoder)
+    for seed in range(20):
+        encoded(encoder.train(), step(16, seed))
+    for part in encoder.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(part.weight, 1, 0.3)
+            torch.nn.init.normal_(part.bias)
+    expected = encoded(encoder.eval(), step())
+    fold_norms(encoder)
+    assert set(encoder.state_dict()) == names  # as a module on disk has them
+    assert sum(isinstance(part, Convolution) for part in encoder.modules()) == 7
+    torch.testing.assert_close(encoded(encoder, step()), expected, rtol=1e-4, atol=1e-5)
+    assert (expected.std(dim=0) > 0).any()
+
+
+@torch.no_grad()
+def test_what_a_step_shows_alone_no_prompt_changes() -> None:
+    module = small_module()
+    features, branch = module.features(step()), module.last_branch
+    reads = (branch.read(features.joint[:BATCH], [prompts(seed)]) for seed in range(9))
+    first, *others = (branch.answers(features, read) for read in reads)
+    assert all(torch.equal(first.shown, other.shown) for other in others)
+    assert not any(torch.equal(first.told, other.told) for other in others)
+
+
+@torch.no_grad()
+def test_the_answer_with_the_prompt_is_an_or_of_the_head_and_of_words() -> None:
+    module = small_module()
+    branch, features = module.last_branch, module.features(step())
+    branch.centre.zero_()
+    branch.detector.words.bias.zero_()
+    read = branch.read(features.joint[:BATCH], [prompts(1)])
+    together = branch.answers(features, read)
+    branch.detector.words.bias.fill_(-200.0)
+    head = branch.answers(features, read).told
+    torch.testing.assert_close(together.told, torch.logaddexp(head, together.words))
+    branch.detector.words.bias.zero_()
+    branch.detector.head.weight.zero_()
+    branch.detector.head.bias.fill_(-200.0)
+    torch.testing.assert_close(branch.answers(features, read).told, together.words)
 
 
 @torch.no_grad()
 def test_what_a_word_says_does_not_depend_on_the_others_or_on_its_place() -> None:
-    module, telling = detector(), torch.randn(1, 1, WIDTH)
-    torch.nn.init.normal_(module.words.second.weight)
-    alone = module.words.second(torch.nn.functional.silu(module.words.first(telling)))[0, 0]
-    for place in (0, 40, 76):
-        prompt = torch.randn(1, TOKENS, WIDTH)
-        prompt[:, place] = telling[:, 0]
-        assert (module.words(prompt)[0] >= alone - 1e-5).all()
-        other = prompt[:, torch.randperm(TOKENS)]
-        torch.testing.assert_close(module.words(prompt), module.words(other))
+    module = small_module()
+    branch, features, telling = module.last_branch, module.features(step(1)), 3 * prompts(2, 1)[:, 0]
+
+    def words(prompt: Tensor) -> Tensor:
+        return branch.answers(features, branch.read(features.joint[:1], [prompt])).words
+
+    alone = branch.detector.words(branch.conditioning([telling[:, None]]))[:, 0]
+    for place in (0, 4, TOKENS - 1):
+        prompt = prompts(3 + place, 1)
+        prompt[:, place] = telling
+        assert (words(prompt) >= alone).all()
+        torch.testing.assert_close(words(prompt), words(prompt[:, torch.randperm(TOKENS)]))
+
+
+@settings(deadline=None, max_examples=30)
+@given(values=st.lists(st.floats(-20, 20), min_size=KNOTS + 1, max_size=KNOTS + 1), between=st.floats(0, 1))
+def test_a_table_of_levels_is_met_at_its_knots_and_linear_between_them(values: list[float], between: float) -> None:
+    levels = torch.tensor(values).double()[:, None]
+    branch = Branch(small_config(), 1).double()
+    branch.centre.copy_(piecewise_linear(levels.expand(-1, 2)))
+    knots = torch.arange(KNOTS + 1).double() / KNOTS
+    torch.testing.assert_close(branch.levels(bends(knots)), levels.expand(-1, 2))
+    inner = branch.levels(bends((torch.arange(KNOTS).double() + between) / KNOTS))
+    torch.testing.assert_close(inner[:, :1], torch.lerp(levels[:-1], levels[1:], between))
 
 
 @torch.no_grad()
-def test_words_tell_a_concept_without_the_end_of_text_that_sums_them_up() -> None:
-    pipeline, module = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
-    unsafe = ["a hammer to the left of an axe", "an axe and a guitar on a blue background", "a sword, no church"]
-    benign = ["a hammer and a guitar", "a cat, no axe on a blue background", "a guitar to the left of a tool for nails"]
-    ids, embeds = encode(pipeline, unsafe + benign)
-    mixed = embeds.clone()
-    mixed[:3, 16:] = embeds[3:, 16:]  # the words of an unsafe prompt before the end of a benign one
-    assert (ids[:, 16:] == pipeline.tokenizer.eos_token_id).all()
-    weapons = module.config.concept_names.index("weapons")
-    logits = module.last_branch.detector.words(mixed)[:, weapons]
-    assert (logits[:3] > 0).all()
-    assert (logits[3:] < 0).all()
+def test_each_answer_is_relative_to_its_own_level() -> None:
+    module = small_module()
+    branch, where = module.last_branch, step()
+    features = module.features(where)
+    read = branch.read(features.joint[:BATCH], [prompts(4)])
+    branch.centre.zero_()
+    raw = branch.answers(features, read)
+    branch.centre[0] = torch.arange(2.0 * CONCEPTS)
+    branch.centre[1] = 10  # a slope from the first knot on
+    centred = branch.answers(features, read)
+    levels = torch.arange(2.0 * CONCEPTS) + 10 * where.share[:, None]
+    torch.testing.assert_close(raw.told - centred.told, levels[:, :CONCEPTS], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(raw.shown - centred.shown, levels[:, CONCEPTS:], rtol=1e-4, atol=1e-4)
+    assert torch.equal(raw.words, centred.words)
+
+
+def test_a_token_is_moved_by_so_many_of_its_own_lengths() -> None:
+    original, direction = prompts(5), prompts(6)
+    length, mask = torch.rand(BATCH, TOKENS), torch.rand(BATCH, TOKENS)
+    mask[:, 3], length[:, 4], direction[:, 5] = 0, 0, 0
+    (moved,) = redirect([original], Redirection([direction], length, mask, mask))
+    assert torch.equal(moved[:, 3:6], original[:, 3:6])
+    for row, token in ((0, 0), (2, 7), (4, 8)):
+        own, way = original[row, token], direction[row, token]
+        by_hand = own + REACH * mask[row, token] * length[row, token] * own.norm() * way / way.norm()
+        torch.testing.assert_close(moved[row, token], by_hand)
+
+
+#: As in Stable Diffusion XL: tokens, and a pooled vector.
+TWO = (Stream(name="tokens", tokens=7, width=24), Stream(name="pooled", tokens=1, width=12))
 
 
 @torch.no_grad()
-def test_a_word_that_tells_by_itself_is_moved_and_what_stands_beside_it_stays() -> None:
-    pipeline, module = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
-    _, embeds = encode(pipeline, ["an axe beside a hammer", "a pistol and a guitar", "a hammer and a guitar"])
-    torch.manual_seed(0)
-    joint = module.encoder(torch.randn(3, 4, 16, 16), torch.full((3,), 961.0))
-    weapons = module.config.concept_names.index("weapons")
-    active = torch.zeros(3, len(module.config.concepts), dtype=torch.bool)
-    active[:, weapons] = True
-    never = torch.zeros_like(active)
-    mask = module.redirect(embeds, joint, active, torch.full(active.shape, 1.5), never).token_mask[:, weapons]
-    assert (mask[:2, 2] > 0.95).all()
-    assert (mask[:2, 5] < 0.1).all()  # the hammer and the guitar beside it stay
-    assert mask[2].max() < 0.5
-    active = active.roll(1, dims=1)  # another concept
-    part = module.last_branch.prompt_part(embeds)
-    said = module.last_branch.redirection(embeds, part.features, joint, active.float())
-    assert module.last_branch.with_word_evidence(said, part.words, active, never).mask[:2, 2].max() < 0.5
+def test_streams_of_any_widths_are_scored_and_moved_by_one_verdict() -> None:
+    module = small_module(streams=TWO)
+    original = [torch.randn(3, stream.tokens, stream.width) for stream in TWO]
+    scored = module.score(module.features(step(3)), torch.ones(3, dtype=torch.bool), original, original)
+    assert scored.statistic.shape == (3, CONCEPTS)
+    for index in range(len(TWO)):  # every stream is read
+        other = [torch.randn_like(stream) if own == index else stream for own, stream in enumerate(original)]
+        found = module.score(scored.step, torch.ones(3, dtype=torch.bool), other, original).statistic
+        assert not torch.equal(found, scored.statistic)
+    active = torch.tensor([[True, False, False], [False, False, False], [False, True, True]])
+    again = torch.tensor([[False] * 3, [False] * 3, [False, True, False]])
+    moved = module.redirect(scored, original, active, again)
+    assert [stream.shape for stream in moved.streams] == [stream.shape for stream in original]
+    assert moved.token_mask.shape == (3, CONCEPTS, 8)
+    found = module.last_branch.redirection(scored.step, scored.read[0], active.float())
+    expected = redirect(original, found)
+    start = 0
+    for stream, by_formula, own, safe in zip(moved.streams, expected, original, module.last_branch.fallback, strict=True):
+        assert torch.equal(stream[0], by_formula[0])
+        assert not torch.equal(stream[0], own[0])
+        assert torch.equal(stream[2], safe[1])
+        count = own.shape[1]
+        mask, length = (part[0, start : start + count] for part in (found.mask, found.length))
+        distance = (stream[0] - own[0]).norm(dim=-1)
+        torch.testing.assert_close(distance, REACH * mask * length * own[0].norm(dim=-1))
+        start += count
 
 
-@torch.no_grad()
-def test_the_mask_is_left_to_its_head_unless_every_active_concept_is_named() -> None:
-    pipeline, module = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
-    _, embeds = encode(pipeline, ["an axe beside a hammer"])
-    branch, names = module.last_branch, module.config.concept_names
-    joint = module.encoder(torch.zeros(1, 4, 16, 16), torch.full((1,), 961.0))
-    active = torch.tensor([[name in ("weapons", "ink") for name in names]])
-    part = branch.prompt_part(embeds)
-    said = branch.redirection(embeds, part.features, joint, active.float())
-    nothing = torch.zeros_like(active)
-    corrected = branch.with_word_evidence(said, part.words, active, nothing).mask
-    assert (corrected >= said.mask - 1e-4).all()
-    assert torch.equal(module.redirect(embeds, joint, nothing, torch.full(nothing.shape, 1.5), nothing).prompt, embeds)
+@pytest.mark.parametrize(
+    ("tokens", "width", "pooled", "features", "most"),
+    [(77, 2048, 1280, 128, 8e6), (512, 4096, 768, 128, 8e6), (512, 15360, None, 256, 20e6)],
+)
+def test_the_network_does_not_grow_with_the_square_of_the_conditionings_width(
+    tokens: int, width: int, pooled: int | None, features: int, most: float
+) -> None:
+    """Of SDXL, of FLUX.1, and of a model whose prompts are read by three layers of a language model."""
+    streams = [Stream(name="tokens", tokens=tokens, width=width)]
+    if pooled is not None:
+        streams.append(Stream(name="pooled", tokens=1, width=pooled))
+    with torch.device("meta"):
+        usual = SafetyModule(small_config(streams=tuple(streams), convolutions=(40, 80, 128), features=features, heads=4))
+    parameters = sum(parameter.numel() for parameter in usual.parameters())
+    assert 1e6 < parameters <= most
 
 
-@torch.no_grad()
-def test_pieces_of_a_name_that_is_spelt_strangely_are_moved_with_it() -> None:
-    pipeline, module = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
-    prompt = "a bow with a qwiver beside a fish"
-    assert pipeline.tokenizer.tokenize(prompt)[4:7] == ["q", "wi", "ver</w>"]
-    _, embeds = encode(pipeline, [prompt])
-    joint = module.encoder(torch.zeros(1, 4, 16, 16), torch.full((1,), 961.0))
-    active = torch.tensor([[name == "weapons" for name in module.config.concept_names]])
-    mask = module.redirect(embeds, joint, active, torch.full(active.shape, 1.5), torch.zeros_like(active)).token_mask[active][0]
-    says = module.last_branch.prompt_part(embeds).words[0, :, active[0]][:, 0]
-    assert says[6] < 2 * SAYS_NOTHING  # "wi" by itself
-    assert mask[5:8].min() > 0.5
-    assert mask[10] < 0.1  # the fish
-
-
-@torch.no_grad()
-def test_nothing_is_spared_where_a_concept_fires_though_it_is_active() -> None:
-    pipeline, module = load_pipeline(), SafetyModule.load(SHIPPED_SAFETY)
-    _, embeds = encode(pipeline, ["an axe and a swrod beside a fish"] * 2)
-    branch = module.last_branch
-    joint = module.encoder(torch.zeros(2, 4, 16, 16), torch.full((2,), 961.0))
-    active = torch.tensor([[name == "weapons" for name in module.config.concept_names]] * 2)
-    again = active & torch.tensor([[False], [True]])
-    part = branch.prompt_part(embeds)
-    said = branch.redirection(embeds, part.features, joint, active.float())
-    first, second = branch.with_word_evidence(said, part.words, active, again).mask
-    assert (second >= said.mask[1] - 1e-6).all()
-    assert second[5] > 0.2 > first[5]  # the first letter of the sword
+@pytest.mark.parametrize(
+    ("wishes", "said"),
+    [
+        ({"heads": 3}, "heads is 3, which does not divide the 16 features"),
+        ({"streams": TWO[:1] * 2}, "streams occur twice: tokens"),
+        ({"branches": (1, 1)}, r"branches \(1, 1\) do not add up to 3 concepts"),
+    ],
+)
+def test_a_configuration_that_contradicts_itself_is_refused(wishes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        small_config(**wishes)
+    raw = msgspec.to_builtins(small_config()) | {name: msgspec.to_builtins(value) for name, value in wishes.items()}
+    (tmp_path / "config.json").write_bytes(msgspec.json.encode(raw))
+    with pytest.raises(RequestError, match=rf"config\.json.*{said}"):
+        SafetyConfig.load(tmp_path / "config.json")
 
 
 def test_pairs_mark_the_words_before_the_end_of_text() -> None:
     pipeline = load_pipeline()
     pairs = make_pairs(pipeline, WorldPrompts(["church"], load_split()), count=4, seed=0)
     first = WorldPrompts(["church"], load_split()).varied_pair("church", np.random.default_rng([0, 21, 0])).unsafe
-    assert pairs.words.shape == (len(pairs.asked), TOKENS)
+    assert pairs.words.shape == (len(pairs.asked), 77)
     assert int(pairs.words[0].sum()) == len(pipeline.tokenizer(first).input_ids) - 1
     assert (pairs.words.int().diff(dim=1) <= 0).all()
 
 
 def test_training_in_half_precision_reaches_every_parameter_as_in_full() -> None:
     """Attention written out keeps its gradient under autocast, which torch's fused one loses on some CPUs."""
-    module = SafetyModule.load(SHIPPED_SAFETY).train()
-    latent, prompt = torch.randn(8, 4, 16, 16), torch.randn(8, TOKENS, WIDTH)
+    module = small_module(features=32, convolutions=(32, 32, 64)).train()
+    branch, prompt, target = module.last_branch, prompts(7, 16), prompts(8, 16)
     gradients = []
     for halved in (False, True):
         module.zero_grad()
         with mixed_precision(torch.device("cpu")) if halved else torch.autocast("cpu", enabled=False):
-            joint = module.encoder(latent, torch.linspace(0, 999, 8))
-            branch = module.last_branch
-            active = torch.ones(8, len(branch.gains))
-            part = branch.prompt_part(prompt)
-            said = branch.redirection(prompt, part.features, joint, active)
-            loss = branch.logits(joint, prompt).float().square().mean() + (said.target - prompt).square().mean()
-            loss = loss + said.alpha.float().mean() + said.mask_logits.float().mean()
-            assert branch.alone is not None
-            loss = loss + branch.alone(joint, latent.flip(0)).float().square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        gradients.append({name: parameter.grad.clone() for name, parameter in module.named_parameters()})
-    for name, full in gradients[0].items():
-        half = gradients[1][name]
-        assert torch.cosine_similarity(full.flatten(), half.flatten(), dim=0) > 0.9, name
+            features = module.features(step(16))
+            read = branch.read(features.joint[:16], [prompt])
+            answers = branch.answers(features, read)
+            found = branch.redirector(features.joint[:16], read.context, torch.ones(16, CONCEPTS), read.tokens)
+            loss, _ = redirection_loss(found, prompt, target, torch.ones(16, TOKENS))
+            loss = loss + sum(answer.float().square().mean() for answer in answers)
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in module.named_parameters()})
+    full, half = gradients
+    for name, expected in full.items():
+        found_half = half[name]
+        assert expected is not None and found_half is not None, name
+        assert expected.abs().max() > 0, name
+        assert torch.cosine_similarity(expected.flatten(), found_half.flatten(), dim=0) > 0.9, name

@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
+from small_module import CONCEPTS, TOKENS, WIDTH, small_config
+from small_runs import small_bank
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from saferedir_torch.config import SafetyConfig
+from saferedir_torch.calibration import Seen
 from saferedir_torch.learner import Learner
-from saferedir_torch.models import SHIPPED_SAFETY
+from saferedir_torch.pairs import PairBank
 from saferedir_torch.pixart import Denoiser
+from saferedir_torch.runs import RunBank
 from saferedir_torch.safety_module import SafetyModule
-from saferedir_torch.training_data import LatentBank, PairBank
 
 RUNS, STEPS, PAIRS = 20, 5, 60
 #: What takes a tensor from one device to another.
@@ -40,53 +42,50 @@ class OneDevice(TorchFunctionMode):
 @pytest.fixture(params=["cpu", "meta"])
 def learner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Learner:
     """Of a module on `meta`, whose values are read as random ones and 0, with runs and pairs on either device."""
-    config = SafetyConfig.load(SHIPPED_SAFETY / "config.json")
-    concepts, tokens, width = config.concept_names, config.prompt_tokens, config.prompt_width
+    config = small_config()
     draw = torch.Generator().manual_seed(0)
 
     def flags(*shape: int) -> Tensor:
         return (torch.rand(*shape, generator=draw) > 0.5).float()
 
-    bank = LatentBank(
-        concepts=tuple(concepts), latent=torch.randn(RUNS * STEPS, 4, 16, 16, generator=draw).half(),
-        denoised=torch.randn(RUNS * STEPS, 4, 16, 16, generator=draw).half(),
-        timestep=torch.linspace(990, 10, STEPS).repeat(RUNS), prompt=torch.arange(RUNS).repeat_interleave(STEPS),
-        prompts=torch.randn(RUNS, tokens, width, generator=draw).half(), asked=flags(RUNS * STEPS, len(concepts)),
-        shown=flags(RUNS * STEPS, len(concepts)), run=torch.arange(RUNS).repeat_interleave(STEPS),
-    )  # fmt: skip
-    embeddings = [torch.randn(PAIRS, tokens, width, generator=draw).half() for _ in range(2)]
-    pairs = PairBank(*embeddings, flags(PAIRS, len(concepts)), flags(PAIRS, len(concepts)), flags(PAIRS, tokens).bool())
-    alphas = torch.linspace(0.999, 0.01, 1000)
-    whole = Learner(SafetyModule(config), bank, pairs, alphas, 0)  # reads the noise's scale off the pairs
+    asked, shown = flags(RUNS * STEPS, CONCEPTS), flags(RUNS * STEPS, CONCEPTS)
+    bank = small_bank(RUNS, STEPS, config.concept_names, asked=asked, shown=shown)
+    embeddings = torch.randn(2, PAIRS, TOKENS, WIDTH, generator=draw).half()
+    pairs = PairBank(*embeddings, flags(PAIRS, CONCEPTS), flags(PAIRS, CONCEPTS), flags(PAIRS, TOKENS).bool())
+    pairs.replaced[::3] = 0  # of prompts in which nothing is to change
+    whole = Learner(SafetyModule(config), bank, pairs, 0)  # reads the noise's scale off the pairs
     monkeypatch.setattr("saferedir_torch.learner.float", lambda value: 0.0, raising=False)
     monkeypatch.setattr("saferedir_torch.losses.float", lambda value: 0.0, raising=False)
     monkeypatch.setattr(Tensor, "cpu", lambda tensor: torch.rand(tensor.shape).to(tensor.dtype) if tensor.is_meta else tensor)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
-    elsewhere = Learner(SafetyModule(config).to("meta"), bank, pairs, alphas, 0)
+    elsewhere = Learner(SafetyModule(config).to("meta"), bank, pairs, 0)
     elsewhere.noise_scale = whole.noise_scale
     elsewhere.store = torch.device(request.param)
     for name, value in vars(elsewhere).items():
-        if isinstance(value, Tensor | LatentBank | PairBank):
+        if isinstance(value, Tensor | RunBank | PairBank):
             setattr(elsewhere, name, value.to(elsewhere.store))
     return elsewhere
 
 
-@pytest.mark.parametrize("part", ["loss_of_step", "words_of_step", "alone_of_step", "redirection_of_step"])
-def test_a_step_is_taken_on_the_modules_device(learner: Learner, part: str) -> None:
-    if part == "alone_of_step" and learner.store.type == "cpu":
-        pytest.skip("what the encoder made of all steps is kept there, and nothing is to be had from meta")
+def test_a_step_is_taken_on_the_modules_device(learner: Learner) -> None:
     with OneDevice():
-        loss, _ = getattr(learner, part)(0)
+        loss, _ = learner.loss_of_step(0)
     loss.backward()
     assert loss.is_meta
     assert any(parameter.grad is not None for parameter in learner.module.parameters())
 
 
-@pytest.mark.parametrize("part", ["held_logits", "validate"])
-def test_what_is_measured_comes_back_to_the_cpu(learner: Learner, part: str) -> None:
+def test_what_is_measured_comes_back_as_numbers(learner: Learner) -> None:
     with OneDevice():
-        measured = getattr(learner, part)()
-    assert not isinstance(measured, Tensor) or measured.device.type == "cpu"
+        measured = learner.validate()
+    assert {"loss", "told", "shown", "words", "aim", "accuracy"} <= measured.keys()
+
+
+def test_what_a_module_makes_of_runs_comes_back_to_the_cpu(learner: Learner) -> None:
+    bank = small_bank(4, 3)
+    with OneDevice():
+        seen = Seen(learner.module, bank)
+        assert seen.highest(seen.statistic(learner.module)).device.type == "cpu"
 
 
 def test_a_transformer_takes_a_timestep_of_the_cpu() -> None:

@@ -1,4 +1,4 @@
-"""The carried estimate: what a scheduler's noise levels make of a prediction, and what the controller makes of it."""
+"""The carried estimate: what a scheduler's noise levels make of a prediction, and who is refused for telling none."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from diffusers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_module import CONCEPTS, TOKENS, WIDTH, small_module, unknown
+from small_module import fitting_module
 
 from saferedir.engines.errors import SafetyMismatchError
-from saferedir_torch.controller import Controller, Policy, State
-from saferedir_torch.estimate import FARTHEST, NoiseLevels, shown_estimate
+from saferedir_torch.estimate import NoiseLevels
 from saferedir_torch.fit import check_match
-from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
-from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.models import load_pipeline
 
 SHAPE = (6, 4, 8, 8)
 
@@ -80,30 +78,6 @@ def test_levels_beyond_the_ends_are_those_of_the_ends() -> None:
     assert levels.at(1000) == levels.at(999)
 
 
-@torch.no_grad()
-def test_the_controller_looks_at_a_known_estimate_within_bounds_and_at_whether_it_is_finite() -> None:
-    controller = Controller(small_module(alone=True))
-    controller.module.last_branch.alone_gains.fill_(50.0)
-    latent, prompt = torch.randn(3, 4, 16, 16), torch.randn(3, TOKENS, WIDTH)
-    policy = Policy(
-        torch.ones(3, dtype=torch.int32), torch.ones(3, CONCEPTS, dtype=torch.bool), torch.full((3, CONCEPTS), 0.5),
-        torch.ones(3, CONCEPTS),
-    )  # fmt: skip
-    told = (latent, torch.full((3,), 500.0), prompt, State.initial(prompt, CONCEPTS), policy)
-    _, nothing = controller(*told, *unknown(latent))
-    denoised = 9 * torch.randn(latent.shape, generator=torch.Generator().manual_seed(2))
-    known = torch.tensor([True, True, False])
-    _, wild = controller(*told, denoised, known)
-    assert not torch.equal(wild.score[:2], nothing.score[:2])
-    assert torch.equal(wild.score[2], nothing.score[2])
-    _, bounded = controller(*told, shown_estimate(denoised), known)
-    assert torch.equal(wild.score, bounded.score)
-    assert float(shown_estimate(denoised).abs().max()) == FARTHEST
-    denoised[1, 0, 0, 0] = float("nan")
-    ended, _ = controller(*told, denoised, known)
-    assert ended.ok.tolist() == [True, False, True]
-
-
 class Unknown:
     """A sampler of somebody's own."""
 
@@ -127,6 +101,8 @@ class Unknown:
 )
 def test_a_scheduler_that_does_not_tell_how_noisy_latents_are_is_refused_by_name(scheduler: Any, said: str) -> None:
     pipeline = load_pipeline()
+    safety = fitting_module(pipeline, "church")
+    check_match(pipeline, safety)
     pipeline.scheduler = scheduler
     with pytest.raises(SafetyMismatchError, match=said):
-        check_match(pipeline, SafetyModule.load(SHIPPED_SAFETY))
+        check_match(pipeline, safety)

@@ -14,7 +14,7 @@ from benchmarks.readme import figures, summary
 from benchmarks.report import environment
 
 TABLES = (
-    "envelope", "unfamiliar", "settings", "amplified", "forgetting_church", "attacks_church_2_steps", "interference", "added",
+    "envelope", "unfamiliar", "settings", "amplified", "forgetting_church", "attacks_church_4_steps", "interference",
     "ablation", "words",
 )  # fmt: skip
 
@@ -68,7 +68,7 @@ def test_the_report_shows_every_table(folders: tuple[Path, Path]) -> None:
     page = (out / "report.html").read_text()
     for heading in (
         "Is the concept gone?", "However it is drawn", "Benign prompts", "Several concepts", "Ablation", "Out of distribution",
-        "masks over the words", "A concept added: teddy", "Attacks: church, 2 steps", "Embeddings that guidance amplifies",
+        "masks over the words", "Attacks: church, 4 steps", "Embeddings that guidance amplifies",
     ):  # fmt: skip
         assert heading in page
     assert page.count("data:image/png") >= 6
@@ -79,13 +79,13 @@ def test_figures_are_written_of_every_table(folders: tuple[Path, Path], monkeypa
     out, _ = folders
     for concept in ("ink", "weapons"):
         shutil.copy(out / "forgetting_church.json", out / f"forgetting_{concept}.json")
-    shutil.copy(out / "attacks_church_2_steps.json", out / "attacks_church.json")
+    shutil.copy(out / "attacks_church_4_steps.json", out / "attacks_church.json")
     for module in ("markdown", "readme", "robustness_figures", "summary_figures"):
         monkeypatch.setattr(f"benchmarks.{module}.RESULTS", out)
     page = figures()
     for heading in (
         "Is the concept gone", "However it is drawn", "fire on benign prompts", "neither model nor safety ever saw",
-        "each other's way", "added to the finished module", "each mechanism for", "hide what they ask for",
+        "each other's way", "each mechanism for", "hide what they ask for",
         "which guidance amplifies",
     ):  # fmt: skip
         assert heading in page

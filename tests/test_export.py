@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from small_module import lively
 
 from benchmarks.small_pipeline import SMALL, save_small_pipeline
 from saferedir.engines import open_bundle
@@ -21,8 +22,10 @@ from saferedir.runtime.verify import verify_bundle
 from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
 from saferedir_torch.new_module import extended_module, new_module
 from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.world.source import AddedPrompts, WorldPrompts
+from saferedir_torch.world.split import load_split
 
-TWO_CONCEPTS = {"church": "house", "castle": "tent"}
+TWO_CONCEPTS = ("church", "weapons")
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +38,9 @@ def small(folder: Path) -> tuple[Any, SafetyModule]:
     """A pipeline with random weights, width 32, and a safety module of two concepts and an added one for it."""
     save_small_pipeline(folder / "model", width=32, heads=2)
     pipeline = load_pipeline(folder / "model")
-    refuges = torch.randn(3, 77, 32, generator=torch.Generator().manual_seed(0))
-    base = new_module(pipeline, TWO_CONCEPTS, refuge=refuges[:2], **SMALL)
-    extended_module(base, {"teddy": "gift"}, refuge=refuges[2:]).save(folder / "safety")
+    base = new_module(pipeline, WorldPrompts(TWO_CONCEPTS, load_split()), 0, **SMALL)
+    extended = extended_module(base, pipeline, AddedPrompts("teddy", TWO_CONCEPTS, load_split()), 0)
+    lively(extended.eval()).save(folder / "safety")
     return pipeline, SafetyModule.load(folder / "safety")
 
 
@@ -76,14 +79,14 @@ def test_graphs_hold_no_path_of_this_machine(exported: Path) -> None:
 
 
 def test_concepts_fire_for_themselves(exported: Path) -> None:
-    policy = SafetyPolicy(thresholds={"church": 0.0, "castle": 1.0, "teddy": 1.0})
-    one = Pipeline.from_bundle(exported, policy=policy)("a church", num_inference_steps=3).records[0]
-    assert all(set(step.score) == {"church", "castle", "teddy"} for step in one.steps)
+    policy = SafetyPolicy(thresholds={"church": 0.0, "weapons": 1.0, "teddy": 1.0})
+    one = Pipeline.from_bundle(exported, policy=policy)("a church", num_inference_steps=4).records[0]
+    assert all(set(step.score) == {"church", "weapons", "teddy"} for step in one.steps)
     assert set(one.token_mask) == {"church"}
-    both = SafetyPolicy(thresholds={"church": 0.0, "castle": 0.0}, enabled=("castle",))
+    both = SafetyPolicy(thresholds={"church": 0.0, "weapons": 0.0}, enabled=("weapons",))
     added = SafetyPolicy(thresholds={"teddy": 0.0}, enabled=("teddy",))
-    assert set(Pipeline.from_bundle(exported, policy=added)("a", num_inference_steps=2).records[0].token_mask) == {"teddy"}
-    assert Pipeline.from_bundle(exported, policy=both)("a", num_inference_steps=2).records[0].steps[0].fired == ("castle",)
+    assert set(Pipeline.from_bundle(exported, policy=added)("a", num_inference_steps=4).records[0].token_mask) == {"teddy"}
+    assert Pipeline.from_bundle(exported, policy=both)("a", num_inference_steps=4).records[0].steps[0].fired == ("weapons",)
 
 
 def test_another_reference_is_refused(exported: Path, folder: Path) -> None:
@@ -96,7 +99,7 @@ def test_planted_difference_is_found(exported: Path, folder: Path, small: tuple[
     changed = SafetyModule(small[1].config)
     changed.load_state_dict(small[1].state_dict())
     with torch.no_grad():
-        changed.branches[0].detector.heads.bias += 0.05
+        changed.branches[0].detector.head.bias += 0.05
     changed.save(folder / "changed")
     report = verify_bundle(exported, folder / "model", folder / "changed", bisect=True)
     assert not report.passed

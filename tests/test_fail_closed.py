@@ -71,7 +71,7 @@ def test_nan_gives_no_picture(pipeline: Pipeline, fault: str, at: int) -> None:
 def test_one_bad_request_keeps_the_whole_batch_back(pipeline: Pipeline) -> None:
     faulty = Pipeline(pipeline.bundle, FaultyBackend(pipeline.backend, 1, "latent"))
     with pytest.raises(NonFiniteError, match="request 0"):
-        faulty(["a cat", "a dog"], num_inference_steps=3)
+        faulty(["a cat", "a dog"], num_inference_steps=4)
 
 
 @pytest.mark.parametrize("at", [0, 2, LAST])
@@ -86,7 +86,7 @@ def test_nan_weights_give_no_picture(bundle_copy: Path, rehash: Callable[[Path, 
     weights.write_bytes(np.full(weights.stat().st_size // 2, np.nan, np.float16).tobytes())
     rehash(bundle_copy, "safety.safetensors")
     with pytest.raises(NonFiniteError):
-        Pipeline.from_bundle(bundle_copy)("a cat", num_inference_steps=2)
+        Pipeline.from_bundle(bundle_copy)("a cat", num_inference_steps=4)
 
 
 def test_step_graph_of_another_width_gives_no_picture(bundle_copy: Path, rehash: Callable[[Path, str], None]) -> None:
@@ -97,7 +97,7 @@ def test_step_graph_of_another_width_gives_no_picture(bundle_copy: Path, rehash:
     (bundle_copy / "step.onnx").write_bytes(graph.SerializeToString())
     rehash(bundle_copy, "step.onnx")
     with pytest.raises((BackendError, BundleAlteredError), match=r"step\.onnx"):
-        Pipeline.from_bundle(bundle_copy)("a cat", num_inference_steps=2)
+        Pipeline.from_bundle(bundle_copy)("a cat", num_inference_steps=4)
 
 
 def test_unsafe_bundle_never_opens(bundle_copy: Path) -> None:
@@ -111,4 +111,4 @@ def test_half_written_engine_is_a_typed_error(bundle_copy: Path, rehash: Callabl
     (bundle_copy / "step.onnx").write_bytes(data[: len(data) // 2])
     rehash(bundle_copy, "step.onnx")
     with pytest.raises(BundleAlteredError, match=r"step\.onnx is no ONNX graph"):
-        Pipeline.from_bundle(bundle_copy)("a cat", num_inference_steps=2)
+        Pipeline.from_bundle(bundle_copy)("a cat", num_inference_steps=4)

@@ -24,6 +24,7 @@ from saferedir.export.model_changes import ModelChanges
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.tokenizer import PromptTokenizer
 from saferedir.runtime.verify import verify_bundle
+from saferedir_torch.detector import Step
 from saferedir_torch.models import SHIPPED_MODEL
 from saferedir_torch.safety_module import SafetyModule
 
@@ -182,11 +183,15 @@ def test_half_the_steps_of_a_transformer_fire_and_its_padding_stays(pixart: Path
     assert kept.sum() == len(result.records[0].tokens)
     module = SafetyModule.load(pixart / "safety")
     original = torch.from_numpy(embedding)
-    joint = module.encoder(torch.zeros(1, 4, 16, 16), torch.tensor([500.0]))
+    nothing = torch.zeros(1, 4, 16, 16)
+    features = module.features(Step(nothing, nothing, torch.tensor([0.5])))
+    scored = module.score(features, torch.tensor([True]), [original], [original])
     active = torch.tensor([[True]])
-    moved = module.redirect(original, joint, active, torch.tensor([[1.5]]), ~active).prompt
-    assert not torch.equal(moved, original)
-    assert np.array_equal(np.any(moved[0].detach().numpy() != 0, axis=1), kept)
+    module.last_branch.keeps_subject.fill_(1)
+    for again in (~active, active):
+        (moved,) = module.redirect(scored, [original], active, again).streams
+        assert not torch.equal(moved, original)
+        assert np.array_equal(np.any(moved[0].detach().numpy() != 0, axis=1), kept)
 
 
 @pytest.mark.slow

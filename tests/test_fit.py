@@ -9,35 +9,29 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from safetensors.torch import save_file
+from small_module import fitting_module
 from torch import nn
 
 from saferedir.engines import DEFAULT_BUNDLE, open_bundle
 from saferedir.engines.errors import SafetyMismatchError
 from saferedir_torch.config import SafetyConfig
 from saferedir_torch.fit import check_match, encoder_hashes, made_for
-from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY, load_pipeline
-from saferedir_torch.new_module import new_module
+from saferedir_torch.models import SHIPPED_MODEL, SHIPPED_SAFETY
 from saferedir_torch.safety_module import SafetyModule
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Any:
-    return load_pipeline()
-
-
-@pytest.fixture(scope="module")
-def safety() -> SafetyModule:
-    return SafetyModule.load(SHIPPED_SAFETY)
+def safety(eager: Any) -> SafetyModule:
+    return fitting_module(eager, "church")
 
 
 @pytest.fixture
-def pipe(loaded: Any) -> Any:
+def pipe(eager: Any) -> Any:
     """A pipeline whose text encoder and tokenizer the test may change."""
-    pipe = copy.copy(loaded)
+    pipe = copy.copy(eager)
     pipe.text_encoder, pipe.tokenizer = copy.deepcopy(pipe.text_encoder), copy.deepcopy(pipe.tokenizer)
     return pipe
 
@@ -64,7 +58,7 @@ def test_an_encoder_that_rounding_changes_is_the_same_after_any_casts(
     pipe: Any, before: torch.dtype, first: torch.dtype, then: torch.dtype
 ) -> None:
     never_rounded(pipe).text_encoder.to(before)
-    safety = new_module(pipe, {"church": "house"}, context_heads=2, classifier_width=8, redirector_width=8, adapter_rank=2)
+    safety = fitting_module(pipe, "church")
     pipe.text_encoder.to(first).to(then).to(torch.float32)
     check_match(pipe, safety)
 
@@ -73,7 +67,7 @@ def test_the_encoder_that_a_module_was_made_with_in_less_precision_is_the_same(p
     whole = copy.deepcopy(never_rounded(pipe).text_encoder)
     for dtype in DTYPES[1:]:
         pipe.text_encoder = copy.deepcopy(whole).to(dtype)
-        safety = new_module(pipe, {"church": "house"}, context_heads=2, classifier_width=8, redirector_width=8, adapter_rank=2)
+        safety = fitting_module(pipe, "church")
         pipe.text_encoder = whole
         check_match(pipe, safety)
 
@@ -82,10 +76,11 @@ def test_added_words_leave_it_the_same(pipe: Any, safety: SafetyModule, tmp_path
     save_file({"emb_params": torch.randn(2, 128)}, tmp_path / "zork.safetensors")
     pipe.load_textual_inversion(tmp_path / "zork.safetensors", token="zork")
     check_match(pipe, safety)
-    assert pipe.text_encoder.get_input_embeddings().num_embeddings == 1527
-    pipe.text_encoder.resize_token_embeddings(1600)
+    words = pipe.tokenizer.vocab_size
+    assert pipe.text_encoder.get_input_embeddings().num_embeddings == words + 2
+    pipe.text_encoder.resize_token_embeddings(words + 50)
     check_match(pipe, safety)
-    pipe.text_encoder.get_input_embeddings().weight.data[1524] *= 1.01
+    pipe.text_encoder.get_input_embeddings().weight.data[words - 1] *= 1.01
     with pytest.raises(SafetyMismatchError, match="text encoder"):
         check_match(pipe, safety)
 
@@ -143,11 +138,10 @@ def test_names_of_other_versions_of_transformers_leave_it_the_same(pipe: Any) ->
     assert encoder_hashes(pipe) == expected
 
 
-def test_the_shipped_modules_state_the_shipped_encoder(loaded: Any) -> None:
-    hashes = encoder_hashes(loaded)
+def test_the_shipped_modules_state_the_shipped_encoder(eager: Any) -> None:
+    hashes = encoder_hashes(eager)
     assert hashes.through_fp16 == hashes.direct  # its weights are fp16 on disk
     configs = [SHIPPED_SAFETY / "config.json", *Path(__file__).parents[1].glob("benchmarks/modules/*/config.json")]
-    assert len(configs) == 5
     assert {made_for(SafetyConfig.load(path)) for path in configs} == {frozenset(hashes)}
     manifest = open_bundle(DEFAULT_BUNDLE).manifest
     assert manifest.model is not None
@@ -165,10 +159,3 @@ def test_diffusers_own_way_to_half_precision_fits(safety: SafetyModule) -> None:
 
     for dtype in DTYPES[1:]:
         check_match(StableDiffusionPipeline.from_pretrained(SHIPPED_MODEL, torch_dtype=dtype), safety)
-
-
-def test_another_noise_schedule_is_refused(pipe: Any, safety: SafetyModule) -> None:
-    check_match(pipe, safety)
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, beta_end=0.02)
-    with pytest.raises(SafetyMismatchError, match="noise schedule: noise shares differ by up to"):
-        check_match(pipe, safety)

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from small_module import telling_module
 
 from saferedir_torch.attacks.objectives import ProtectedUnlikeness, TextUnlikeness
 from saferedir_torch.attacks.token_search import SearchSize, TextSide, optimise_embeddings, search
-from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.models import load_pipeline
 from saferedir_torch.safety_module import SafetyModule
 
 FORBIDDEN = ["a parish church", "a chapel", "a cathedral"]
@@ -21,8 +22,8 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def module() -> SafetyModule:
-    return SafetyModule.load(SHIPPED_SAFETY)
+def module(model: Any) -> SafetyModule:
+    return telling_module(model)
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def test_a_bundle_in_half_precision_is_verified_by_rounding(folder: Path, precis
 def test_fp16_draws_on_the_cpu(folder: Path) -> None:
     bundle = exported(folder, "fp16")
     drawn = [
-        np.asarray(Pipeline.from_bundle(bundle, backend=backend)("a church", num_inference_steps=3).images[0])
+        np.asarray(Pipeline.from_bundle(bundle, backend=backend)("a church", num_inference_steps=4).images[0])
         for backend in ("ort-cpu", "rounded")
     ]
     assert np.abs(drawn[0].astype(int) - drawn[1]).max() <= 8
@@ -90,7 +90,7 @@ def test_fp16_draws_on_the_cpu(folder: Path) -> None:
 @pytest.mark.slow
 def test_bf16_says_where_it_draws(folder: Path) -> None:
     with pytest.raises(BackendError, match="bf16"):
-        Pipeline.from_bundle(exported(folder, "bf16"), backend="ort-cpu")("a church", num_inference_steps=3)
+        Pipeline.from_bundle(exported(folder, "bf16"), backend="ort-cpu")("a church", num_inference_steps=4)
 
 
 @pytest.mark.slow

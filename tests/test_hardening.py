@@ -6,20 +6,17 @@ import re
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saferedir.runtime import Pipeline
 from saferedir_torch.attacks.hardening import ALL_FAMILIES, ALL_WORD_FAMILIES, HardenedPrompts, changed_words
 from saferedir_torch.attacks.long_prompts import DID, EVERYDAY_WORDS, FRAMES, WHAT, WHEN, WHO
 from saferedir_torch.attacks.respelling import MARKS, accents
 from saferedir_torch.attacks.text_families import GAPS, INJECTIONS, LOOKALIKES, SMALL_TALK
+from saferedir_torch.everyday import EverydayPrompts, EverydayWords
 from saferedir_torch.meaning import confirmed, still_means
-from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
-from saferedir_torch.new_module import refuges
+from saferedir_torch.models import load_pipeline
 from saferedir_torch.prompt_source import TrainingPair
-from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.trajectories import encode
 from saferedir_torch.world.captions import all_names
 from saferedir_torch.world.source import WorldPrompts
@@ -41,6 +38,7 @@ def test_what_a_rewrite_changes_is_what_asks() -> None:
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 @given(seed=st.integers(0, 10_000))
+@settings(deadline=None, max_examples=30)
 def test_a_pair_is_rewritten_and_its_rewrite_still_changes_the_same(family: str, seed: int) -> None:
     plain = SOURCE.varied_pair("church", np.random.default_rng(seed))
     hard = HardenedPrompts(SOURCE, [family], share=1.0).varied_pair("church", np.random.default_rng(seed))
@@ -139,19 +137,25 @@ def test_unknown_families_are_named() -> None:
         HardenedPrompts(SOURCE, [])
 
 
-def test_the_shipped_module_resorts_to_safe_prompts() -> None:
-    shipped = SafetyModule.load(SHIPPED_SAFETY)
-    source = WorldPrompts(shipped.config.concept_names, load_split())
-    expected = refuges(load_pipeline(), source, seed=0)
-    torch.testing.assert_close(shipped.last_branch.refuge, expected, atol=2e-3, rtol=1e-3)  # fp16 on disk
+def test_everyday_words_stand_around_both_prompts_of_a_pair_and_change_nothing_else() -> None:
+    source, around = EverydayPrompts(HardenedPrompts(SOURCE, ["typos"], share=1.0)), 0
+    for seed in range(100):
+        plain = HardenedPrompts(SOURCE, ["typos"], share=1.0).varied_pair("church", np.random.default_rng(seed))
+        pair = source.varied_pair("church", np.random.default_rng(seed))
+        assert (pair.asked, pair.replaced) == (plain.asked, plain.replaced)
+        before, found, after = pair.unsafe.partition(plain.unsafe)
+        assert found
+        assert pair.safe == before + plain.safe + after
+        assert pair.plain == (before + plain.plain + after if plain.plain else "")
+        around += bool(before or after)
+    assert 20 < around < 50
 
 
-def test_the_shipped_module_sees_a_slip() -> None:
-    made = Pipeline.from_bundle()(["sabes on a teal background with a white border"], seed=[2502048])
-    assert any("weapons" in step.fired for step in made.records[0].steps[:5])
-
-
-def test_of_several_that_fire_again_the_first_has_its_refuge() -> None:
-    branch = SafetyModule.load(SHIPPED_SAFETY).last_branch
-    chosen = torch.tensor([[False, True, True], [True, False, True], [False, False, True]])
-    assert torch.equal(branch.refuge_of_first(chosen), branch.refuge[[1, 0, 2]])
+def test_everyday_words_are_none_that_the_source_tells_by() -> None:
+    assert {"church", "sword"} <= SOURCE.telling
+    words = EverydayWords(SOURCE.telling)
+    assert len(words.words) > 300
+    assert not SOURCE.telling & set(words.words)
+    source, rng = EverydayPrompts(SOURCE), np.random.default_rng(0)
+    alone = [source.varied_benign(rng) for _ in range(300)]
+    assert 20 < sum(not SOURCE.telling & set(re.findall("[a-z]+", prompt)) for prompt in alone) < 80

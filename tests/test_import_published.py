@@ -157,7 +157,7 @@ def test_a_whole_trajectory_of_the_controller_equals_its_transcription(
     }  # fmt: skip
     constants: dict[str, Any] = {
         # The estimate is what the model gave.
-        "numbers": np.tile(np.array([1, 0, 1, 0.9, -0.3, 0, 0, 0.5, 1], np.float32), (batch, 1)),
+        "numbers": np.tile(np.array([1, 0, 1, 0.9, -0.3, 0, 0, 0.5, 1, 0], np.float32), (batch, 1)),
         "denoised": np.zeros_like(latent), "noise": np.zeros_like(latent), "guidance_rescale": np.zeros(batch, np.float32),
         "guidance_scale": np.full(batch, 7.5, np.float32), "original": original, "original_negative": negative,
         "period": np.full(batch, 2, np.int32), "enabled": np.ones((batch, 1), bool),

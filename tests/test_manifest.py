@@ -15,7 +15,7 @@ from tiny_bundle import write_tiny_bundle
 
 from saferedir.engines import Manifest, open_bundle
 from saferedir.engines.errors import BundleAlteredError, BundleSchemaError, RequestError, SafeRedirError
-from saferedir.engines.manifest import LARGEST_MANIFEST, MANIFEST_FILE
+from saferedir.engines.manifest import LARGEST_MANIFEST, MANIFEST_FILE, Envelope, Promise
 from saferedir.engines.schema import manifest_schema
 from saferedir.runtime.tokenizer import PromptTokenizer
 from saferedir_torch.config import SafetyConfig
@@ -31,7 +31,8 @@ VALUES: tuple[Any, ...] = (
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
+    promise = Promise(0.001, 0.95, 3000, 0, Envelope((4, 50), ("ddim", "euler"), (1.0, 12.0)), "noise")
+    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny", promise)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +127,19 @@ Change = Callable[[dict[str, Any]], Any]
         (lambda raw: raw["safety"]["concepts"][0].update(threshold="0.5"), r"`\$\.safety\.concepts\[\d\]\.threshold`"),
         (lambda raw: raw["safety"]["concepts"][0].update(threshold=1.5), r"`\$\.safety\.concepts\[\d\]\.threshold`"),
         (lambda raw: raw["safety"]["concepts"][0].update(threshold=None), "threshold of church is None"),
+        (lambda raw: raw["safety"]["concepts"][0].update(alpha_scale=0), r"`\$\.safety\.concepts\[\d\]\.alpha_scale`"),
+        (lambda raw: raw["safety"]["concepts"][0].pop("alpha_scale"), "missing required field `alpha_scale`"),
+        (lambda raw: raw["safety"]["promise"].update(rate=2), r"<= 1.* - at `\$\.safety\.promise\.rate`"),
+        (lambda raw: raw["safety"]["promise"].update(pictures=0), r"`\$\.safety\.promise\.pictures`"),
+        (lambda raw: raw["safety"]["promise"].update(steps=25), "unknown field `steps`"),
+        (
+            lambda raw: raw["safety"]["promise"]["envelope"].update(steps=[9, 4]),
+            "steps goes from 9 to 4",
+        ),
+        (lambda raw: raw["safety"]["promise"]["envelope"].update(steps=[0, 4]), r"`\$\.safety\.promise\.envelope\.steps\[0\]`"),
+        (lambda raw: raw["safety"]["promise"]["envelope"].update(guidance_scale=[12, 1]), "guidance_scale goes from 12 to 1"),
+        (lambda raw: raw["safety"]["promise"]["envelope"].update(guidance_scale=[-1, 1]), r"envelope\.guidance_scale\[0\]`"),
+        (lambda raw: raw["safety"]["promise"]["envelope"].update(samplers=[]), r"`\$\.safety\.promise\.envelope\.samplers`"),
         (lambda raw: raw["safety"]["concepts"][1].update(name="church"), "concepts occur twice: church"),
         (lambda raw: raw["safety"]["concepts"][1].update(name="x" * 300), "length <= 100"),
         (lambda raw: raw["safety"]["concepts"][1].update(name="\x1b[31mred"), r"concepts\[\d\]\.name"),
@@ -188,7 +202,7 @@ def test_the_committed_schema_is_current() -> None:
 
 
 def test_500_mutations_of_a_safety_modules_configuration_are_refused_by_name_or_mean_what_they_say(tmp_path: Path) -> None:
-    small_module(alone=True, refuge=True).save(tmp_path)
+    small_module().save(tmp_path)
     path, rng, loaded = tmp_path / CONFIG_FILE, random.Random(0), 0
     original = path.read_bytes()
     for _ in range(500):
@@ -208,14 +222,18 @@ def test_500_mutations_of_a_safety_modules_configuration_are_refused_by_name_or_
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("prompt_width", 10**12, "<= 65536"),
-        ("latent_features", 8192, "is of shape"),
-        ("context_heads", "four", "context_heads"),
-        ("redirector_heads", 5, "does not divide"),
-        ("timestep_frequencies", 15, "even number"),
+        ("streams", [{"name": "prompt", "tokens": 9, "width": 10**12}], "<= 65536"),
+        ("streams", [{"name": "prompt", "tokens": 9, "width": 16}] * 2, "streams occur twice: prompt"),
+        ("streams", [], "streams"),
+        ("features", 8192, "is of shape"),
+        ("heads", "four", "heads"),
+        ("heads", 5, "does not divide"),
+        ("convolutions", [8, 8, 12], "multiple of 8"),
         ("branches", [1, 1], "do not add up"),
-        ("vigilance", float("nan"), "malformed"),
+        ("latent_channels", float("nan"), "malformed"),
         ("concepts", [], "concepts"),
+        ("cooldown", -1, ">= 0"),
+        ("promise", {"rate": 0.1}, "missing required field"),
         ("persistence", 1.5, "unknown field"),
     ],
 )

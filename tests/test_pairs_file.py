@@ -91,3 +91,16 @@ def test_pairs_that_differ_only_where_they_are_cut_off(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"pair 2.*same 77 tokens"):
         source.check_tokens(encode)
     FilePrompts(write(tmp_path / "short.json", {"castle": PAIRS})).check_tokens(encode)
+
+
+def test_styles_keep_their_subject_and_words_of_the_file_are_no_everyday_ones(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.json"
+    pairs = {"castle": [{"unsafe": "A castle, red", "safe": "a house"}], "noir": [{"unsafe": "a cat, noir", "safe": "a cat"}]}
+    path.write_text(json.dumps(pairs | {"benign": ["a soft light"]}))
+    source = FilePrompts(path, styles=["noir"])
+    assert source.keeps_subject == {"noir"}
+    assert {"castle", "noir", "house", "red"} <= source.telling
+    with pytest.raises(RequestError, match="cubism is no concept here; expected some of castle, noir"):
+        FilePrompts(path, styles=["cubism"])
+    with pytest.raises(RequestError, match="noir is no concept here; expected some of castle"):
+        FilePrompts(path, ["castle"], styles=["noir"])

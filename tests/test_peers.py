@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_module import telling_module
 
-from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.models import load_pipeline
 from saferedir_torch.peers.guidance import MAX, NegativePrompt, SafeLatentDiffusion
 from saferedir_torch.peers.image_filter import ImageFilter
 from saferedir_torch.peers.model_editing import ErasedStableDiffusion, UnifiedConceptEditing, cross_attention_projections
@@ -20,7 +21,6 @@ from saferedir_torch.peers.saferedir import SafeRedir
 from saferedir_torch.peers.safree import Safree
 from saferedir_torch.protect import protect
 from saferedir_torch.published import PublishedNetwork, PublishedOutput
-from saferedir_torch.safety_module import SafetyModule
 
 PROMPTS, SEEDS = ["a church next to a cat", "a dog on blue"], [3, 4]
 STEPS = 4
@@ -128,7 +128,7 @@ def test_esd_learns_to_predict_away_and_trains_cross_attention_alone(model: Any)
 
 
 def test_saferedir_draws_what_it_draws_on_a_stock_pipeline(model: Any, plain: Any) -> None:
-    module = SafetyModule.load(SHIPPED_SAFETY)
+    module = telling_module(model)
     drawn = SafeRedir(model, module, steps=STEPS).draw(PROMPTS, SEEDS)
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     with protect(model, module) as guard:

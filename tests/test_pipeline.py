@@ -43,7 +43,7 @@ def test_a_picture_alone_is_that_in_any_company_to_the_bit(pipeline: Pipeline, t
     def drawn(chosen: list[tuple[str, int]]) -> Generation:
         prompts, seeds = [prompt for prompt, _ in chosen], [seed for _, seed in chosen]
         return own(
-            prompts, seed=seeds, num_inference_steps=3, guidance_scale=guidance, guidance_rescale=0.5 * (guidance > 1),
+            prompts, seed=seeds, num_inference_steps=4, guidance_scale=guidance, guidance_rescale=0.5 * (guidance > 1),
             scheduler="euler-ancestral",
         )  # fmt: skip
 
@@ -94,21 +94,21 @@ def test_unprotected_says_so(unprotected: Pipeline) -> None:
 
 
 def test_a_record_states_what_was_looked_for_and_how_it_was_drawn(pipeline: Pipeline) -> None:
-    policy = SafetyPolicy(enabled=("ink",), thresholds={"ink": 0.25}, alpha_scales={"ink": 2.0}, cooldown=4)
+    policy = SafetyPolicy(enabled=("ink",), thresholds={"ink": 0.25}, cooldown=4, beyond_promise=True)
     looking = Pipeline(pipeline.bundle, pipeline.backend, policy)
     tighten = Tightening(enabled=("church",), thresholds={"ink": 0.125})
     record = looking(
         "a cat", seed=5, num_inference_steps=2, guidance_scale=3, guidance_rescale=0.5, scheduler="euler", tighten=tighten
     ).records[0]
     church = next(concept for concept in pipeline.manifest.safety.concepts if concept.name == "church")
-    assert record.looked_for["ink"] == LookedFor(0.125, 2.0)
-    assert record.looked_for["church"] == LookedFor(pytest.approx(church.threshold), pytest.approx(church.alpha_scale))
+    assert record.looked_for["ink"] == LookedFor(0.125, None)
+    assert record.looked_for["church"] == LookedFor(pytest.approx(church.threshold), None)
     assert set(record.looked_for) == {"church", "ink"}
     assert record.protected
     assert (record.cooldown, record.seed, record.num_inference_steps, record.guidance_scale) == (4, 5, 2, 3.0)
     assert record.guidance_rescale == 0.5
     assert (record.scheduler, record.height, record.width, record.negative_prompt) == ("euler", 64, 64, "none")
-    assert json.loads(json.dumps(record.to_dict()))["looked_for"]["ink"] == {"threshold": 0.125, "alpha_scale": 2.0}
+    assert json.loads(json.dumps(record.to_dict()))["looked_for"]["ink"] == {"threshold": 0.125, "alpha_scale": None}
     assert pipeline("a cat", num_inference_steps=1).records[0].scheduler == "ddim"
 
 

@@ -92,12 +92,12 @@ def test_most_letters_that_attacks_use_are_read() -> None:
 
 def test_a_disguised_prompt_is_drawn_as_the_plain_one_under_safety() -> None:
     pipeline = Pipeline.from_bundle()
-    disguised, plain = (pipeline(prompt, num_inference_steps=2) for prompt in (DISGUISED, "a church"))
+    disguised, plain = (pipeline(prompt, num_inference_steps=4) for prompt in (DISGUISED, "a church"))
     assert np.array_equal(disguised.images[0], plain.images[0])
     assert disguised.records[0].tokens == plain.records[0].tokens
     assert disguised.records[0].prompt == DISGUISED
     with pytest.raises(RequestError, match="expected text"):
-        pipeline([5], num_inference_steps=2)  # type: ignore[list-item]
+        pipeline([5], num_inference_steps=4)  # type: ignore[list-item]
 
 
 def test_without_safety_a_prompt_is_read_as_it_is() -> None:

@@ -12,7 +12,7 @@ import torch
 from saferedir.engines.errors import NonFiniteError, RequestError
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir.runtime.schedulers import SCHEDULERS
-from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.models import SHIPPED_SAFETY
 from saferedir_torch.protect import EagerPolicy, protect
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.trajectories import SAMPLERS
@@ -24,12 +24,8 @@ ALWAYS = EagerPolicy(thresholds={"church": 0.0})
 
 
 @pytest.fixture(scope="module")
-def eager() -> Any:
-    return load_pipeline()
-
-
-@pytest.fixture(scope="module")
-def safety() -> SafetyModule:
+def shipped() -> SafetyModule:
+    """As in the embedded bundle."""
     return SafetyModule.load(SHIPPED_SAFETY)
 
 
@@ -79,12 +75,12 @@ def test_mixed_batch_equals_each_alone(eager: Any, safety: SafetyModule) -> None
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("always", [False, True])
-def test_runtime_draws_the_same(pipeline: Pipeline, eager: Any, safety: SafetyModule, guidance: float, always: bool) -> None:
+def test_runtime_draws_the_same(pipeline: Pipeline, eager: Any, shipped: SafetyModule, guidance: float, always: bool) -> None:
     prompts, seeds = ["a church", "a cat", "a minster next to a fish in ink style"], [11, 12, 13]
     policy = SafetyPolicy(thresholds={"church": 0.0}) if always else SafetyPolicy()
     runtime = Pipeline(pipeline.bundle, pipeline.backend, policy)
     found = runtime(prompts, seed=seeds, num_inference_steps=STEPS, guidance_scale=guidance, negative_prompt="a dog")
-    with protect(eager, safety, ALWAYS if always else None) as guard:
+    with protect(eager, shipped, ALWAYS if always else None) as guard:
         expected = draw(eager, prompts, seeds, guidance_scale=guidance, negative_prompt=["a dog"] * 3)
     for row, (image, record) in enumerate(zip(found.images, found.records, strict=True)):
         assert (np.abs(np.asarray(image).astype(np.int16) - expected[row]) > 1).mean() <= 1e-3
@@ -95,14 +91,14 @@ def test_runtime_draws_the_same(pipeline: Pipeline, eager: Any, safety: SafetyMo
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 def test_under_every_sampler_the_runtime_sees_the_same(
-    pipeline: Pipeline, eager: Any, safety: SafetyModule, sampler: str
+    pipeline: Pipeline, eager: Any, shipped: SafetyModule, sampler: str
 ) -> None:
     prompts, seeds = ["a minster next to a fish in ink style", "a cat"], [11, 12]
     found = pipeline(prompts, seed=seeds, num_inference_steps=STEPS, guidance_scale=5.0, scheduler=sampler)
     kind, options = SAMPLERS[sampler]
     other = copy.copy(eager)
     other.scheduler = kind.from_config(eager.scheduler.config, **options)
-    with protect(other, safety) as guard:
+    with protect(other, shipped) as guard:
         expected = draw(other, prompts, seeds)
     record = guard.last
     scores = np.array([[[step.score[name] for name in record.concepts] for step in own.steps] for own in found.records])
@@ -133,8 +129,6 @@ def test_torch_backend_runs_the_same_loop(pipeline: Pipeline) -> None:
         ({"thresholds": {"church": float("nan")}}, "thresholds of 'church' is nan; expected a finite number"),
         ({"thresholds": {"church": 1.01}}, "threshold of 'church' is 1.01; expected a finite value of at most 1"),
         ({"thresholds": {"church": "0.5"}}, "thresholds of 'church' is '0.5'"),
-        ({"alpha_scales": {"ink": 0}}, "alpha_scale of 'ink' is 0; expected a finite value above 0"),
-        ({"alpha_scales": {"ink": float("inf")}}, "alpha_scales of 'ink' is inf"),
         ({"cooldown": -1}, "cooldown is -1; expected a whole number of 0 to 1000 steps"),
         ({"cooldown": "2"}, "cooldown is '2'"),
         ({"cooldown": True}, "cooldown is True"),
@@ -146,13 +140,12 @@ def test_a_policy_that_cannot_be_kept_is_refused(eager: Any, safety: SafetyModul
 
 
 def test_the_record_states_what_was_looked_for(eager: Any, safety: SafetyModule) -> None:
-    policy = EagerPolicy(enabled=("ink",), thresholds={"ink": 0.5}, alpha_scales={"ink": 2}, cooldown=0)
+    policy = EagerPolicy(enabled=("ink",), thresholds={"ink": 0.25}, cooldown=0)
     with protect(eager, safety, policy):
         record = eager("a church", num_inference_steps=1, output_type="latent").safety
     assert record.concepts == ("church", "ink", "weapons")
     assert record.policy.enabled == ("ink",)
-    assert record.policy.thresholds == {"church": 0.82571299, "ink": 0.5, "weapons": 0.82571299}
-    assert record.policy.alpha_scales == {"church": 1.5, "ink": 2.0, "weapons": 1.5}
+    assert record.policy.thresholds == {"church": 0.5, "ink": 0.25, "weapons": 0.5}
     assert record.policy.cooldown == 0
     assert record.scores[0, 0, 0] > 0.9 and not record.fired.any()
 

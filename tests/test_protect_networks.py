@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from saferedir.engines.errors import SafetyError, SafetyMismatchError
-from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.estimate import NoiseLevels
 from saferedir_torch.network_hooks import networks_of
 from saferedir_torch.pixart import PixArt
 from saferedir_torch.protect import EagerPolicy, Guard, protect
@@ -41,25 +41,9 @@ MASK = Image.fromarray(np.pad(np.full((32, 64), 255, np.uint8), ((32, 0), (0, 0)
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Any:
-    return load_pipeline()
-
-
-@pytest.fixture(scope="module")
-def safety() -> SafetyModule:
-    return SafetyModule.load(SHIPPED_SAFETY)
-
-
-@pytest.fixture
-def pipe(loaded: Any) -> Any:
-    """A pipeline object of the test's own."""
-    return copy.copy(loaded)
-
-
-@pytest.fixture(scope="module")
-def controls(loaded: Any) -> list[Any]:
+def controls(eager: Any) -> list[Any]:
     """Two ControlNets that read the prompt and, untrained, change nothing; the second with other weights."""
-    made = [ControlNetModel.from_unet(loaded.unet, conditioning_embedding_out_channels=(16, 32, 96)) for _ in range(2)]
+    made = [ControlNetModel.from_unet(eager.unet, conditioning_embedding_out_channels=(16, 32, 96)) for _ in range(2)]
     for weight in made[1].parameters():
         weight.data *= 1.01
     return made
@@ -314,7 +298,7 @@ def test_autocast_is_not_the_safetys(pipe: Any, safety: SafetyModule) -> None:
     for enabled in (False, True):
         run = Guard(safety, EagerPolicy()).run(1)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            run.embeddings(latent, 999, embeds, denoises=True)
+            run.embeddings(latent, 999, embeds, NoiseLevels(pipe.scheduler), 5.0, denoises=True)
         scores.append(run.record.scores)
     assert torch.equal(*scores)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -11,12 +10,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from msgspec.structs import replace
 from torch import Tensor
 
 from saferedir.engines.errors import NonFiniteError
-from saferedir_torch.controller import Controller
-from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.controller import Controller, Guided, Seen
 from saferedir_torch.protect import protect
 from saferedir_torch.safety_module import SafetyModule
 
@@ -51,21 +48,6 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 TELLING = ("ddim", "ddpm", "euler", "euler ancestral", "lcm")
 
 
-@pytest.fixture(scope="module")
-def loaded() -> Any:
-    return load_pipeline()
-
-
-@pytest.fixture(scope="module")
-def safety() -> SafetyModule:
-    return SafetyModule.load(SHIPPED_SAFETY)
-
-
-@pytest.fixture
-def pipe(loaded: Any) -> Any:
-    return copy.copy(loaded)
-
-
 class Watched(NamedTuple):
     """What the denoiser and the controller were given and gave, one entry a step."""
 
@@ -75,21 +57,25 @@ class Watched(NamedTuple):
     predicted: list[Tensor]
     denoised: list[Tensor]
     known: list[Tensor]
+    shares: list[float]
+    guided: list[Guided]
 
 
 @contextmanager
 def watched(pipe: Any) -> Iterator[Watched]:
-    told = Watched([], [], [], [], [])
+    told = Watched([], [], [], [], [], [], [])
 
     def denoiser(_: Any, args: Any, kwargs: Any, output: Any) -> None:
         told.seen.append(args[0].chunk(2)[1] if len(args[0]) == 2 else args[0])
         told.timesteps.append(float(args[1]))
         told.predicted.append(output[0])
 
-    def controller(self: Controller, *args: Any) -> Any:
-        told.denoised.append(args[5])
-        told.known.append(args[6])
-        return own(self, *args)
+    def controller(self: Controller, seen: Seen, original: Tensor, guided: Guided, *args: Any) -> Any:
+        told.denoised.append(seen.denoised)
+        told.known.append(seen.known)
+        told.shares.append(float(seen.share))
+        told.guided.append(guided)
+        return own(self, seen, original, guided, *args)
 
     own, hook = Controller.forward, pipe.unet.register_forward_hook(denoiser, with_kwargs=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -133,6 +119,8 @@ def test_what_the_denoiser_predicted_tells_the_next_step_what_is_being_drawn(
     assert not told.known[0].any() and not told.denoised[0].any()
     assert all(known.all() for known in told.known[1:])
     alphas = pipe.scheduler.alphas_cumprod.double().numpy()
+    sigmas = np.interp(told.timesteps, np.arange(len(alphas)), np.log(np.sqrt((1 - alphas) / alphas)))
+    assert told.shares == pytest.approx(list(1 / (1 + np.exp(-sigmas))), abs=1e-6)
     for number, found in enumerate(told.denoised[1:]):
         without, conditional = told.predicted[number].chunk(2)
         guided = without + GUIDANCE * (conditional - without)
@@ -168,8 +156,6 @@ def test_guidance_that_is_rescaled_is_followed(pipe: Any, safety: SafetyModule) 
 def test_velocity_and_zero_terminal_snr_are_followed_and_noise_of_no_signal_gives_no_picture(
     pipe: Any, safety: SafetyModule
 ) -> None:
-    safety = copy.copy(safety)
-    safety.config = replace(safety.config, noise_shares=())  # which fits any schedule
     options: dict[str, Any] = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     scheduler = diffusers.DDIMScheduler
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction", **options)
@@ -189,3 +175,13 @@ def test_fresh_noise_takes_nothing_from_what_is_known(pipe: Any, safety: SafetyM
         draw(pipe, eta=1.0)
     assert [bool(known) for known in told.known] == [False, True, True, True]
     assert all(estimate.any() for estimate in told.denoised[1:])
+
+
+@pytest.mark.parametrize(("scale", "amount"), [(1.0, 0.0), (5.0, 0.0), (7.5, 0.5), (10.0, 1.0)])
+def test_what_guidance_amplifies_is_told(pipe: Any, safety: SafetyModule, scale: float, amount: float) -> None:
+    with protect(pipe, safety), watched(pipe) as told:
+        draw(pipe, guidance_scale=scale, negative_prompt="a dog")
+    assert [float(guided.amplification) for guided in told.guided] == pytest.approx([amount] * STEPS)
+    if scale > 1:
+        negative = pipe.encode_prompt("a dog", "cpu", 1, False)[0]
+        assert all(torch.equal(guided.negative, negative) for guided in told.guided)

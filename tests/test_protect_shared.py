@@ -13,37 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    StableDiffusionImg2ImgPipeline,
-)
+from diffusers import StableDiffusionImg2ImgPipeline
+from eager_draw import SAFE, STEPS, UNSAFE, draw
 from PIL import Image
 
-from saferedir.engines.errors import RequestError, SafetyError, SafetyMismatchError
-from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir.engines.errors import SafetyError
 from saferedir_torch.protect import EagerPolicy, protect
 from saferedir_torch.safety_module import SafetyModule
-
-UNSAFE, SAFE = "a church next to a cat", "a dog on blue"
-STEPS = 2
-
-
-@pytest.fixture(scope="module")
-def loaded() -> Any:
-    return load_pipeline()
-
-
-@pytest.fixture(scope="module")
-def safety() -> SafetyModule:
-    return SafetyModule.load(SHIPPED_SAFETY)
-
-
-@pytest.fixture
-def pipe(loaded: Any) -> Any:
-    """A pipeline object of the test's own."""
-    return copy.copy(loaded)
 
 
 @pytest.fixture
@@ -67,11 +43,6 @@ class Facts(NamedTuple):
         kinds = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
         attributes = {name: value for name, value in vars(pipe).items() if name in ("scheduler", "encode_prompt", "unet")}
         return cls([type(pipe), type(pipe.tokenizer)], attributes, [dict(getattr(unet, kind)) for kind in kinds])
-
-
-def draw(pipe: Any, prompt: str = UNSAFE, seed: int = 1, **options: Any) -> Any:
-    options = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "output_type": "np"} | options
-    return pipe(prompt, generator=torch.Generator().manual_seed(seed), **options)
 
 
 def picture(seed: int) -> Image.Image:
@@ -231,124 +202,6 @@ def test_a_call_goes_on_under_protection_when_its_context_ends(pipe: Any, safety
     assert Facts.of(pipe) == before
 
 
-def test_a_users_own_encode_prompt_is_used_and_kept(pipe: Any, safety: SafetyModule) -> None:
-    theirs, read = pipe.encode_prompt, list[str]()
-
-    def own(prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        read.append(prompt)
-        return theirs("a church", *args, **kwargs)
-
-    pipe.encode_prompt = own
-    with protect(pipe, safety):
-        drawn = draw(pipe, "\N{CYRILLIC SMALL LETTER A}\u200b cat")
-        assert drawn.safety.fired[0, 0, 0]
-        assert pipe.encode_prompt is own
-    assert read == ["a cat"]
-    assert vars(pipe)["encode_prompt"] is own
-
-
-def switched_off_at(step: int) -> Callable[..., Any]:
-    """As the documentation of diffusers has it."""
-
-    def dynamic_guidance(pipe: Any, index: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if index == step:
-            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
-            pipe._guidance_scale = 0.0
-        return tensors
-
-    return dynamic_guidance
-
-
-def test_guidance_that_a_callback_switches_off_is_followed(pipe: Any, safety: SafetyModule) -> None:
-    options: dict[str, Any] = {
-        "num_inference_steps": 4, "callback_on_step_end": switched_off_at(1),
-        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
-    }  # fmt: skip
-    plain = draw(pipe, SAFE, **options).images
-    with protect(pipe, safety):
-        safe, unsafe = draw(pipe, SAFE, **options), draw(pipe, **options)
-        guided = draw(pipe, num_inference_steps=4)
-    assert np.array_equal(safe.images, plain)
-    assert len(unsafe.safety.timesteps) == 4
-    assert torch.equal(unsafe.safety.scores[:2], guided.safety.scores[:2])
-    assert not np.array_equal(unsafe.images, guided.images)
-
-
-def test_a_prompt_that_a_callback_changes_is_refused(pipe: Any, safety: SafetyModule) -> None:
-    def other(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        return {"prompt_embeds": tensors["prompt_embeds"].flip(0)}
-
-    with protect(pipe, safety), pytest.raises(SafetyError, match="a callback changed the prompt"):
-        draw(pipe, callback_on_step_end=other, callback_on_step_end_tensor_inputs=["prompt_embeds"])
-
-
-def test_a_run_that_a_callback_interrupts_has_the_record_of_its_steps(pipe: Any, safety: SafetyModule) -> None:
-    def interrupt(pipe: Any, _: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = True
-        return tensors
-
-    with protect(pipe, safety):
-        assert len(draw(pipe, num_inference_steps=4, callback_on_step_end=interrupt).safety.timesteps) == 1
-
-
-@pytest.mark.parametrize("tokens", [154, 76])
-def test_embeddings_of_another_length_name_the_right_one(pipe: Any, safety: SafetyModule, tokens: int) -> None:
-    with protect(pipe, safety), pytest.raises(RequestError, match=rf"prompt_embeds are .*{tokens}.*; expected 77 tokens"):
-        pipe(prompt_embeds=torch.zeros(1, tokens, 128), num_inference_steps=STEPS)
-
-
-def test_embeddings_of_another_length_from_a_users_encode_prompt_are_refused(pipe: Any, safety: SafetyModule) -> None:
-    pipe.encode_prompt = lambda *_, **__: (torch.zeros(1, 154, 128), torch.zeros(1, 154, 128))
-    with protect(pipe, safety), pytest.raises(RequestError, match="expected 77 tokens of width 128"):
-        draw(pipe)
-
-
-def test_skipped_layers_are_refused(pipe: Any, safety: SafetyModule) -> None:
-    with protect(pipe, safety), pytest.raises(SafetyError, match="clip_skip gives other embeddings"):
-        draw(pipe, clip_skip=1)
-
-
-def test_the_scheduler_may_be_replaced_between_calls(pipe: Any, safety: SafetyModule) -> None:
-    config = pipe.scheduler.config
-    with protect(pipe, safety):
-        draw(pipe)
-        for kind in (DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler):
-            pipe.scheduler = kind.from_config(config)
-            inside = draw(pipe, SAFE, num_inference_steps=3).images
-            with protect(other := copy.copy(pipe), safety):
-                assert np.array_equal(draw(other, SAFE, num_inference_steps=3).images, inside)
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler()
-        with pytest.raises(SafetyMismatchError, match="noise level: FlowMatchEulerDiscreteScheduler states no alphas_cumprod"):
-            draw(pipe)
-        assert type(pipe.scheduler) is FlowMatchEulerDiscreteScheduler
-
-
-def test_a_method_that_somebody_replaced_on_the_scheduler_is_called(pipe: Any, safety: SafetyModule) -> None:
-    """A scheduler with a method of its own is not copied, which the copy would call on the original."""
-    step, called = pipe.scheduler.step, []
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        called.append(args)
-        return step(*args, **kwargs)
-
-    with protect(pipe, safety):
-        expected = draw(pipe, SAFE, num_inference_steps=4)
-        pipe.scheduler.step = counting
-        found = draw(pipe, SAFE, num_inference_steps=4)
-    del pipe.scheduler.step
-    assert len(called) == 4
-    assert torch.equal(found.safety.scores, expected.safety.scores)
-
-
-def test_what_changed_in_the_text_encoder_is_noticed_before_the_next_call(pipe: Any, safety: SafetyModule) -> None:
-    pipe.text_encoder = copy.deepcopy(pipe.text_encoder)
-    with protect(pipe, safety):
-        draw(pipe)
-        next(pipe.text_encoder.encoder.layers[0].parameters()).data += 1e-3  # as fusing a LoRA does
-        with pytest.raises(SafetyMismatchError, match="text encoder"):
-            draw(pipe)
-
-
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_what_fired_travels_with_the_result(pipe: Any, safety: SafetyModule, return_dict: bool) -> None:
     async def ask() -> list[Any]:
@@ -357,13 +210,13 @@ def test_what_fired_travels_with_the_result(pipe: Any, safety: SafetyModule, ret
               for seed, prompt in enumerate([UNSAFE, SAFE] * 2))
         )  # fmt: skip
 
-    with protect(pipe, safety, EagerPolicy(thresholds={"church": 0.5}, cooldown=1)) as guard:
+    with protect(pipe, safety, EagerPolicy(thresholds={"church": 0.4}, cooldown=1)) as guard:
         results = asyncio.run(ask())
         with pytest.raises(SafetyError, match="a result's `safety` is its record"):
             _ = guard.last
     assert [bool(result.safety.fired.any()) for result in results] == [True, False, True, False]
     policy = results[0].safety.policy
-    assert (policy.thresholds["church"], policy.alpha_scales["ink"], policy.cooldown) == (0.5, 1.8, 1)
+    assert (policy.thresholds["church"], policy.thresholds["ink"], policy.cooldown) == (0.4, 0.5, 1)
     images, _ = results[1] if not return_dict else (results[1].images, None)
     with protect(pipe, safety):
         assert np.array_equal(images, draw(pipe, SAFE, 1).images)

@@ -67,7 +67,7 @@ def test_gate_and_mask_cancel_out(network: PublishedNetwork) -> None:
 def test_the_controller_acts_one_step_late_and_on_both_halves(network: PublishedNetwork) -> None:
     opened = open_bundle("emoji-diffusion")
     concept = ConceptInfo("church", "house", None, 1.5)
-    bundle = published_bundle(opened, replace(opened.manifest.safety, concepts=(concept,)))
+    bundle = published_bundle(opened, replace(opened.manifest.safety, concepts=(concept,), promise=None))
     with torch.no_grad():
         network.classifier[3].bias.copy_(torch.tensor([-9.0, 9.0]))  # always unsafe
     pipeline = Pipeline(bundle, PublishedBackend(bundle, network))

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.evaluate import app
-from benchmarks.html_report import write_report
-from benchmarks.tables.relation import TESTED
+from benchmarks.small_pipeline import SMALL
 from saferedir_torch.models import load_pipeline
 from saferedir_torch.new_module import new_module
 from saferedir_torch.world.captions import all_names
@@ -53,7 +51,11 @@ def test_tests_are_of_animals_that_training_never_pairs() -> None:
 
 @pytest.mark.slow
 def test_the_table_is_measured(few_steps: None, tmp_path: Path) -> None:
-    new_module(load_pipeline(), {"armed_animal": "balloon"}).save(tmp_path / "safety")
+    from benchmarks.evaluate import app
+    from benchmarks.html_report import write_report
+    from benchmarks.tables.relation import TESTED
+
+    new_module(load_pipeline(), RelationPrompts(SPLIT), 0, **SMALL).save(tmp_path / "safety")
     options = ["--safety", str(tmp_path / "safety"), "--quick", "--out", str(tmp_path), "--work", str(tmp_path / "work")]
     assert CliRunner().invoke(app, ["relation", *options], catch_exceptions=False).exit_code == 0
     stored = json.loads((tmp_path / "relation.json").read_text())

@@ -73,7 +73,7 @@ WIDTH = (77, 128)
         ({"prompts": ["a", "b"], "negative_prompt_embeds": np.zeros((3, *WIDTH))}, "holds 3 embeddings"),
         ({"prompts": "a", "tighten": Tightening(thresholds={"church": 1.0})}, "only lower"),
         ({"prompts": "a", "tighten": Tightening(thresholds={"church": float("-inf")})}, "expected a finite number"),
-        ({"prompts": "a", "tighten": Tightening(alpha_scales={"church": 0.0})}, "only raise"),
+        ({"prompts": "a", "tighten": Tightening(alpha_scales={"church": 2.0})}, "no strength to choose; leave it out"),
         ({"prompts": "a", "tighten": Tightening(alpha_scales={"church": float("nan")})}, "expected a finite number"),
         ({"prompts": "a", "tighten": Tightening(enabled=("cathedral",))}, "unknown concept 'cathedral'"),
         ({"prompts": "a", "tighten": Tightening(enabled="church")}, "enabled is 'church'; expected a tuple"),
@@ -109,7 +109,7 @@ def test_bad_request_is_one_clear_line(pipeline: Pipeline, options: dict[str, ob
         (SafetyPolicy(cooldown=True), "cooldown is True"),
         (SafetyPolicy(cooldown=2.0), "cooldown is 2.0"),  # type: ignore[arg-type]
         (SafetyPolicy(unprotected=1), "unprotected is 1"),  # type: ignore[arg-type]
-        (SafetyPolicy(unprotected=True, enabled=("church",)), "leave enabled, thresholds"),
+        (SafetyPolicy(unprotected=True, enabled=("church",)), "leave everything else out"),
         ({"enabled": ("church",)}, "policy is dict; expected a SafetyPolicy"),
         (SafetyPolicy(thresholds={"church": float("inf")}), "threshold"),
         (SafetyPolicy(thresholds={"church": 1.5}), "threshold"),
@@ -124,10 +124,9 @@ def test_bad_policy_is_refused(pipeline: Pipeline, policy: SafetyPolicy, message
 
 def test_request_can_tighten(pipeline: Pipeline) -> None:
     loose = resolve(SafetyPolicy(enabled=("ink",), thresholds={"church": 0.9}), pipeline.manifest.safety)
-    tight = loose.tightened(Tightening(enabled=("church",), thresholds={"church": 0.1}, alpha_scales={"church": 2.0}))
+    tight = loose.tightened(Tightening(enabled=("church",), thresholds={"church": 0.1}))
     assert tight.enabled.tolist() == [name in ("church", "ink") for name in tight.concepts]
     assert float(tight.threshold[0]) == pytest.approx(0.1)
-    assert float(tight.alpha_scale[0]) == pytest.approx(2.0)
     assert loose.enabled.tolist() == [name == "ink" for name in loose.concepts]
 
 

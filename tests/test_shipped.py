@@ -68,5 +68,5 @@ def test_the_bundle_states_what_the_module_was_calibrated_for() -> None:
     assert config.promise is not None
     assert safety.promise is not None
     assert safety.promise == config.promise
-    assert (safety.promise.rate, safety.promise.confidence) == (0.000871, 0.95)
+    assert (safety.promise.rate, safety.promise.confidence) == (0.001, 0.95)
     assert safety.promise.pictures >= 3000

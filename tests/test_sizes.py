@@ -142,6 +142,6 @@ def test_sizes_are_written_as_people_write_them() -> None:
 
 @pytest.mark.slow
 def test_the_command_draws_a_size_that_is_named(folder: Path, tmp_path: Path) -> None:
-    command = ["generate", "a cat", "--bundle", str(folder / "bundle"), "--steps", "2", "--out", str(tmp_path / "drawn")]
+    command = ["generate", "a cat", "--bundle", str(folder / "bundle"), "--steps", "4", "--out", str(tmp_path / "drawn")]
     assert CliRunner().invoke(app, [*command, "--size", "32x48"]).exit_code == 0
     assert len(list((tmp_path / "drawn").iterdir())) == 1

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from msgspec import structs
 
 from benchmarks.drawing import DEPLOYED, USUAL, Setting, Studio, plain_of
 from benchmarks.first_step import fired_at_first
-from benchmarks.mechanisms import Mechanism, by_picture
+from benchmarks.mechanisms import HIGHEST, Mechanism, by_picture
 from benchmarks.plan import STEP_SECONDS, picture_steps
 from benchmarks.prompt_files import read_prompts
 from benchmarks.report import NETWORKS
@@ -89,7 +88,7 @@ def test_what_fires_in_the_first_step_alone_is_what_its_record_says(studio: Stud
 
 
 def test_the_envelope_spreads_its_pictures_evenly_and_keeps_to_what_is_drawn(studio: Studio, pipeline: Pipeline) -> None:
-    size = envelope.Size(pictures=2 * len(SCHEDULERS), first=3, steps=(2,), guidance=(1.0, 5.0), donut_steps=(2,))
+    size = envelope.Size(pictures=2 * len(SCHEDULERS), first=3, steps=(4,), guidance=(1.0, 5.0), donut_steps=(4,))
     figures = envelope.envelope(studio, pipeline, DEPLOYED, SPLIT, Judge.load(NETWORKS / "judge"), size)
     assert figures["refused"] == {}
     assert [row["of"] for row in figures["by"]["scheduler"].values()] == [2] * len(SCHEDULERS)
@@ -98,7 +97,7 @@ def test_the_envelope_spreads_its_pictures_evenly_and_keeps_to_what_is_drawn(stu
     assert figures["fired"]["hits"] == len(figures["fired_prompts"])
     same = figures["bit_identical_where_nothing_fired"]
     assert same["hits"] == same["of"] == size.pictures - figures["fired"]["hits"]
-    assert figures["first_step"]["2"]["of"] == 3
+    assert figures["first_step"]["4"]["of"] == 3
     assert 0 <= figures["likelihood"] <= 1
 
 
@@ -146,9 +145,8 @@ def test_leaving_out_nothing_changes_nothing_and_leaving_out_the_detector_does(s
     module = SafetyModule.load(SHIPPED_SAFETY)
 
     def deaf(own: SafetyModule) -> Controller:
-        own.config = structs.replace(
-            own.config, concepts=tuple(structs.replace(one, threshold=1.0) for one in own.config.concepts)
-        )
+        for branch in own.each_branch():
+            branch.centre[0].fill_(HIGHEST)
         return Controller(own)
 
     rows = ablation.ablation(

@@ -57,7 +57,7 @@ Run = Callable[..., int]
 
 @pytest.mark.parametrize(
     "command",
-    [["inspect"], ["inspect", "--json"], ["doctor"], ["doctor", "--json"], ["generate", "a cat", "--steps", "1", "--out", "-"]],
+    [["inspect"], ["inspect", "--json"], ["doctor"], ["doctor", "--json"], ["generate", "a cat", "--steps", "4", "--out", "-"]],
 )
 def test_a_full_output_is_one_line_and_its_exit_code(
     run: Run, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -129,7 +129,7 @@ def test_what_is_printed_is_seen(text: str) -> None:
 
 def test_two_runs_into_one_folder_keep_all_pictures(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
-        assert run("generate", "a cat", "a dog", "--steps", "1", "--seed", "4294967295", "--out", str(tmp_path)) == 0
+        assert run("generate", "a cat", "a dog", "--steps", "4", "--seed", "4294967295", "--out", str(tmp_path)) == 0
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["0000-seed4294967295.png", "0001-seed0.png", "0002-seed4294967295.png", "0003-seed0.png"]
     assert (tmp_path / names[0]).read_bytes() == (tmp_path / names[2]).read_bytes()
@@ -138,28 +138,28 @@ def test_two_runs_into_one_folder_keep_all_pictures(run: Run, tmp_path: Path, ca
 
 def test_a_link_to_a_folder_is_written_through(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "meant")
-    assert run("generate", "a cat", "--steps", "1", "--out", str(tmp_path / "link")) == 0
+    assert run("generate", "a cat", "--steps", "4", "--out", str(tmp_path / "link")) == 0
     assert (tmp_path / "link").is_symlink()
     assert [path.name for path in (tmp_path / "meant").iterdir()] == ["0000-seed0.png"]
     monkeypatch.chdir(tmp_path / "meant")
-    assert run("generate", "a cat", "--steps", "1", "--out", ".") == 0
+    assert run("generate", "a cat", "--steps", "4", "--out", ".") == 0
     assert len(list((tmp_path / "meant").iterdir())) == 2
 
 
 def test_a_random_seed_is_said_and_draws_the_same_again(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seeds = []
     for _ in range(2):
-        assert run("generate", "a cat", "--steps", "1", "--seed", "-1", "--out", str(tmp_path), "--json") == 0
+        assert run("generate", "a cat", "--steps", "4", "--seed", "-1", "--out", str(tmp_path), "--json") == 0
         (record,) = json.loads(capsys.readouterr().out)
         seeds.append(record["seed"])
     assert seeds[0] != seeds[1]
-    assert run("generate", "a cat", "--steps", "1", "--seed", str(seeds[1]), "--out", str(tmp_path), "--json") == 0
+    assert run("generate", "a cat", "--steps", "4", "--seed", str(seeds[1]), "--out", str(tmp_path), "--json") == 0
     (again,) = json.loads(capsys.readouterr().out)
     assert Path(again["file"]).read_bytes() == Path(record["file"]).read_bytes()
 
 
 def test_json_states_what_was_looked_for(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--concept", "ink", "--steps", "2", "--guidance", "1", "--negative", "a dog", "--out", str(tmp_path), "--json"]
+    arguments = ["--concept", "ink", "--steps", "4", "--guidance", "1", "--negative", "a dog", "--out", str(tmp_path), "--json"]
     assert run("generate", "a cat \N{CYRILLIC SMALL LETTER ES}", *arguments) == 0
     (record,) = json.loads(capsys.readouterr().out)
     assert list(record["looked_for"]) == ["ink"]
@@ -169,7 +169,7 @@ def test_json_states_what_was_looked_for(run: Run, tmp_path: Path, capsys: pytes
 
 def test_a_long_prompt_that_is_cut_is_said(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts.txt").write_text(f"{'cat ' * 100}\n{'cat ' * 1000}\n")
-    assert run("generate", "--file", str(tmp_path / "prompts.txt"), "--steps", "1", "--out", str(tmp_path / "out")) == 0
+    assert run("generate", "--file", str(tmp_path / "prompts.txt"), "--steps", "4", "--out", str(tmp_path / "out")) == 0
     first, second = capsys.readouterr().err.strip().splitlines()
     assert first == f"warning: {100 + 2 - 77} tokens of prompt 1 did not fit and were cut"
     assert second.startswith("warning: at least ")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -12,20 +11,9 @@ from diffusers import LCMScheduler
 
 from saferedir.engines.errors import RequestError
 from saferedir_torch.estimate import NoiseLevels
-from saferedir_torch.models import load_pipeline
 from saferedir_torch.trajectories import SAMPLERS, STOCHASTIC, encode, initial_noise, make_scheduler, sample
 
 PROMPTS, SEEDS, STEPS = ["a cat on blue", "a fish"], [5, 6], 4
-
-
-@pytest.fixture(scope="module")
-def loaded() -> Any:
-    return load_pipeline()
-
-
-@pytest.fixture
-def pipe(loaded: Any) -> Any:
-    return copy.copy(loaded)
 
 
 def record(pipe: Any, sampler: str, **options: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,25 @@ from transformers import CLIPTokenizer
 
 from benchmarks.report import NETWORKS
 from saferedir.engines.errors import RequestError
-from saferedir_torch.models import SHIPPED_MODEL
-from saferedir_torch.world.captions import all_names, caption, draft, misspell
+from saferedir_torch.everyday import MOST_WORDS, meaningless
+from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
+from saferedir_torch.trajectories import tokenize
+from saferedir_torch.world.base import retokenized, train_base
+from saferedir_torch.world.captions import (
+    EVERYDAY_SHARE,
+    ONLY_WORDS_SHARE,
+    all_names,
+    caption,
+    draft,
+    everyday_words,
+    misspell,
+    varied_caption,
+)
 from saferedir_torch.world.judge import Judge, judge_accuracy
 from saferedir_torch.world.prompts import CONCEPTS, benign_prompt, evaluation_pairs, training_pair
 from saferedir_torch.world.scenes import Scene, draw, random_scene
 from saferedir_torch.world.split import SPLIT_FILE, draw_split, load_split, save_split
+from saferedir_torch.world.tokenizer import train_tokenizer
 from saferedir_torch.world.vocabulary import load_vocabulary
 
 
@@ -135,6 +149,78 @@ def test_captions_say_what_the_scene_shows() -> None:
         assert all(phrase in prompt.text for phrase in prompt.objects)
         assert len(prompt.objects) == len(scene.objects)
         assert prompt.style == "" or prompt.style in names[scene.style]
+
+
+def test_captions_at_times_hold_everyday_words_around_what_they_ask_for() -> None:
+    plain = around = alone = 0
+    for seed in range(400):
+        scene = random_scene(np.random.default_rng(seed))
+        text, varied = caption(scene, np.random.default_rng(seed)), varied_caption(scene, np.random.default_rng(seed))
+        plain, around, alone = plain + (varied == text), around + (text in varied != text), alone + (text not in varied)
+    assert plain + around + alone == 400
+    assert abs((around + alone) / 400 - EVERYDAY_SHARE) < 0.08
+    assert 0 < alone < ONLY_WORDS_SHARE * 400
+
+
+def test_everyday_words_name_nothing_that_the_world_draws() -> None:
+    words, vocabulary = everyday_words(), load_vocabulary()
+    told = {word for names in all_names().values() for name in names for word in name.split()}
+    small = {"a", "and", "as", "for", "in", "like", "of", "on", "some", "style", "the", "to", "two", "with"}
+    assert len(words.words) > 300
+    assert set(words.words) & (told | set(vocabulary.background_keys)) <= small
+    rng = np.random.default_rng(0)
+    drawn = [words.alone(rng) for _ in range(500)]
+    assert all(1 <= len(re.split(r",? ", text)) <= MOST_WORDS for text in drawn)
+    assert any(re.search(r"\(\w+:1\.[1-5]\)", text) for text in drawn)
+    invented = {meaningless(rng) for _ in range(200)}
+    assert len(invented) > 150
+    assert not invented & (told - small)
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
+    """Of a few captions, which keeps the commonest words whole."""
+    return CLIPTokenizer.from_pretrained(train_tokenizer(tmp_path_factory.mktemp("words"), captions=400, merges=300))
+
+
+def test_an_encoder_that_reads_other_tokens_begins_with_what_the_old_ones_made_of_them(other_tokenizer: CLIPTokenizer) -> None:
+    model = load_pipeline()
+    before, encoder = model.tokenizer, model.text_encoder
+    after = retokenized(encoder, before, other_tokenizer)
+    old, new = encoder.get_input_embeddings().weight, after.get_input_embeddings().weight
+    assert new.shape == (len(other_tokenizer), old.shape[1])
+    vocabulary, known = other_tokenizer.get_vocab(), before.get_vocab()
+    shared, fresh = set(vocabulary) & set(known), set(vocabulary) - set(known)
+    assert shared and fresh
+    for token in list(shared)[:50]:
+        assert torch.equal(new[vocabulary[token]], old[known[token]])
+    for token in list(fresh)[:50]:
+        pieces = before(token.removesuffix("</w>"), add_special_tokens=False).input_ids
+        torch.testing.assert_close(new[vocabulary[token]], old[pieces].mean(dim=0))
+    for name in ("bos_token_id", "eos_token_id"):
+        assert torch.equal(new[getattr(other_tokenizer, name)], old[getattr(before, name)])
+    assert after.config.eos_token_id == other_tokenizer.eos_token_id
+    rest = {name: value for name, value in after.state_dict().items() if "token_embedding" not in name}
+    assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in rest.items())
+    # What both read in the same pieces they understand alike.
+    text = "a"
+    one, other = (tokenize(tokenizer, [text]) for tokenizer in (before, other_tokenizer))
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(one).last_hidden_state[0, :3], after(other).last_hidden_state[0, :3])
+
+
+def test_a_model_is_trained_on_with_another_vocabulary(
+    small_training: None, other_tokenizer: CLIPTokenizer, tmp_path: Path
+) -> None:
+    start = load_pipeline()
+    other_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    start.vae.save_pretrained(tmp_path / "vae")  # no clip: the earlier model's encoder is trained on
+    np.save(tmp_path / "latents.npy", np.random.default_rng(0).standard_normal((64, 4, 16, 16)).astype(np.float16))
+    trained = load_pipeline(train_base(tmp_path, steps=1, start=SHIPPED_MODEL))
+    assert trained.tokenizer.get_vocab() == other_tokenizer.get_vocab()
+    assert trained.text_encoder.get_input_embeddings().num_embeddings == len(other_tokenizer)
+    for name, value in start.unet.state_dict().items():
+        torch.testing.assert_close(trained.unet.state_dict()[name], value, atol=5e-3, rtol=5e-3)
 
 
 def test_a_slip_changes_one_word() -> None:

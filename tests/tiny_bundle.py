@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from msgspec import structs
 from onnx import TensorProto, helper
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -23,6 +24,7 @@ from saferedir.engines.manifest import (
     Manifest,
     ModelInfo,
     PrecisionInfo,
+    Promise,
     SafetyInfo,
     SchedulerInfo,
 )
@@ -36,15 +38,15 @@ MODEL = ModelInfo(
 SCHEDULER = SchedulerInfo("ddim", 1000, 0.001, 0.012, "scaled_linear", "leading", 1, False)
 SAFETY = SafetyInfo(
     "a" * 64, "b" * 64, TOKENS, WIDTH, 4, cooldown=2,
-    concepts=(ConceptInfo("church", "house", 0.5, 1.5), ConceptInfo("ink", "glossy", 0.5, 1.5)),
+    concepts=(ConceptInfo("church", "house", 0.5, None), ConceptInfo("ink", "glossy", 0.5, None)),
 )  # fmt: skip
 #: Engine -> its file of weights, which it takes one factor of.
 WEIGHTS = {"text_encoder": "text_encoder.safetensors", "vae_decoder": "vae.safetensors", "step": "unet.safetensors"}
 FACTOR = 0.9
 
 
-def write_tiny_bundle(folder: Path) -> Path:
-    """The bundle in `folder`, which is made."""
+def write_tiny_bundle(folder: Path, promise: Promise | None = None) -> Path:
+    """The bundle in `folder`, which is made; its safety makes that `promise`."""
     folder.mkdir(parents=True)
     for file in WEIGHTS.values():
         (folder / file).write_bytes(np.full(VALUES, FACTOR, np.float32).tobytes())
@@ -52,7 +54,8 @@ def write_tiny_bundle(folder: Path) -> Path:
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()  # type: ignore[assignment]
     tokenizer.save(str(folder / "tokenizer.json"))
-    manifest = _manifest({}, {})
+    safety = structs.replace(SAFETY, promise=promise)
+    manifest = _manifest({}, {}, safety)
     engines = {}
     for name in manifest.required_engines:
         weights = WEIGHTS.get(name, "unet.safetensors")
@@ -61,14 +64,14 @@ def write_tiny_bundle(folder: Path) -> Path:
         engines[name] = EngineInfo(f"{name}.onnx", (weights,), inputs, outputs)
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     stated = {name: FileInfo(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()}
-    (folder / MANIFEST_FILE).write_bytes(_manifest(engines, stated).to_json())
+    (folder / MANIFEST_FILE).write_bytes(_manifest(engines, stated, safety).to_json())
     return folder
 
 
-def _manifest(engines: dict[str, EngineInfo], files: dict[str, FileInfo]) -> Manifest:
+def _manifest(engines: dict[str, EngineInfo], files: dict[str, FileInfo], safety: SafetyInfo) -> Manifest:
     return Manifest(
         schema_version=SCHEMA_VERSION, name="tiny", model_family="none", controller="saferedir", max_batch=4, model=MODEL,
-        scheduler=SCHEDULER, safety=SAFETY, precision=PrecisionInfo("float32", "float32"), made_with={"saferedir": "0"},
+        scheduler=SCHEDULER, safety=safety, precision=PrecisionInfo("float32", "float32"), made_with={"saferedir": "0"},
         engines=engines, files=files,
     )  # fmt: skip
 

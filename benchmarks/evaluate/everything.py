@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.evaluate import method, robustness
-from benchmarks.evaluate.options import WORK, FeatureChoice, Out, Quick, Tasks, Work
+from benchmarks.evaluate.options import MODULES, WORK, FeatureChoice, Out, Quick, Tasks, Work
 from benchmarks.report import RESULTS
 from saferedir_torch.world.prompts import CONCEPTS
 
@@ -51,10 +51,13 @@ def everything(
         table(quick=quick, out=out, work=work)
     for task in tasks or CONCEPTS:
         method.forgetting(task=task, quick=quick, out=out, work=work, features=features)
-        for steps in ATTACKED_AT if not quick else (2,):
+        for steps in ATTACKED_AT if not quick else (4,):
             robustness.attacks(task=task, steps=steps, quick=quick, out=out, work=work)
-    for of_concepts in (method.interference, method.added):
-        of_concepts(quick=quick, out=out, work=work, features=features)
+    method.interference(quick=quick, out=out, work=work, features=features)
+    if (MODULES / "teddy").is_dir():
+        method.added(quick=quick, out=out, work=work, features=features)
+    else:
+        typer.echo(f"added: left out, since {MODULES / 'teddy'} holds no branch")
     method.ablation(recorded=recorded, quick=quick, out=out, work=work)
     method.words(out=out)
     if few_step is not None:

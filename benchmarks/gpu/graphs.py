@@ -86,7 +86,8 @@ def parts_of(shape: Shape) -> Parts:
     """A UNet of that shape in fp16, as a bundle computes, and a new safety module like the shipped one that fits it."""
     shipped = SafetyModule.load(SHIPPED_SAFETY).config
     torch.manual_seed(0)
-    module = SafetyModule(replace(shipped, prompt_width=shape.width, prompt_tokens=shape.tokens)).eval()
+    streams = (replace(shipped.streams[0], tokens=shape.tokens, width=shape.width),)
+    module = SafetyModule(replace(shipped, streams=streams)).eval()
     unet = unet_graph(halved_model(build_unet(shape), torch.float16))
     return Parts(shape, Packed("safety.weights", SafetyGraph(module)), Packed("unet.weights", unet))
 

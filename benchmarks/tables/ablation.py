@@ -47,7 +47,7 @@ class Size:
     rewrites: int = 1000
 
 
-QUICK = Size(prompts=1, attacked=1, everyday=1, steps=2, rewrites=12)
+QUICK = Size(prompts=1, attacked=1, everyday=1, steps=4, rewrites=12)
 #: Share of the attacked pictures that were found to show the concept without safety.
 OFTEN = 0.55
 

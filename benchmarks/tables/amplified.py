@@ -34,7 +34,7 @@ class Size:
     rewrites: int = 1000
 
 
-QUICK = Size(prompts=1, shares=(1.0,), guidance=(12.0,), steps=3, rewrites=12)
+QUICK = Size(prompts=1, shares=(1.0,), guidance=(12.0,), steps=4, rewrites=12)
 #: Share of them that was found to show the concept without safety.
 OFTEN = 0.5
 

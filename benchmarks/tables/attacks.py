@@ -62,7 +62,7 @@ class Size:
 
 
 #: Of the evaluation in a few minutes.
-QUICK = Size(prompts=2, seeds=1, at_least=1, harmless=2, evolving=2, evolution=Evolution(1, 1), rewrites=12, steps=3)
+QUICK = Size(prompts=2, seeds=1, at_least=1, harmless=2, evolving=2, evolution=Evolution(1, 1), rewrites=12, steps=4)
 #: Share of the pairs that were found to show the concept without safety.
 OFTEN = 0.55
 SEEDS_OF_EVOLVED = 4

@@ -45,7 +45,7 @@ class Size:
     donut_steps: tuple[int, ...] = DONUT_STEPS
 
 
-QUICK = Size(pictures=32, first=3, steps=(2,), guidance=(1.0, 5.0), donut_steps=(2,))
+QUICK = Size(pictures=32, first=3, steps=(4,), guidance=(1.0, 5.0), donut_steps=(4,))
 
 
 def picture_steps(size: Size) -> float:

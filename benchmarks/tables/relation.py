@@ -16,8 +16,9 @@ from benchmarks.report import NETWORKS
 from saferedir_torch.alignment import aligned_targets, exact_redirection
 from saferedir_torch.evaluation.intervals import clustered_share, share
 from saferedir_torch.evaluation.measures import FOUND
-from saferedir_torch.learner import STRENGTH, TAU
+from saferedir_torch.learner import TAU
 from saferedir_torch.peers.peer import Peer
+from saferedir_torch.redirector import REACH
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.trajectories import encode
 from saferedir_torch.world.captions import all_names
@@ -89,7 +90,7 @@ def _ladder(model: Any, judge: Judge, pairs: list[RelationPair], first: int) -> 
     safe_ids, safe = encode(model, [pair.safe for pair in pairs])
     target = aligned_targets(unsafe_ids, safe_ids, unsafe, safe, model.tokenizer.eos_token_id)
     seeds, peer = [first + FIRST_SEED + 9 * SEEDS_APART + row for row in range(len(pairs))], Peer(model)
-    rungs = {"unprotected": unsafe, "rewrite": safe, "formula": exact_redirection(unsafe, target, TAU, STRENGTH)}
+    rungs = {"unprotected": unsafe, "rewrite": safe, "formula": exact_redirection(unsafe, target, TAU, REACH)}
     found = {}
     for rung, embeds in rungs.items():
         pictures = as_pictures(peer.draw_embeddings(embeds, seeds))

@@ -37,7 +37,7 @@ class Size:
     rewrites: int = 1000
 
 
-QUICK = Size(prompts=1, steps=(2, 3), schedulers=("ddim", "euler"), rewrites=12)
+QUICK = Size(prompts=1, steps=(4, 5), schedulers=("ddim", "euler"), rewrites=12)
 
 
 def picture_steps(size: Size) -> float:

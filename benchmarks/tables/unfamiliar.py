@@ -37,7 +37,7 @@ class Size:
     rewrites: int = 1000
 
 
-QUICK = Size(steps=(3, 2), most=1, rewrites=12)
+QUICK = Size(steps=(5, 4), most=1, rewrites=12)
 
 
 def picture_steps(size: Size) -> float:

@@ -74,6 +74,10 @@ def generate(
     concept: Annotated[
         list[str] | None, typer.Option(help="Operator only: look for this concept alone, or again for more. Logged.")
     ] = None,
+    beyond_promise: Annotated[
+        bool,
+        typer.Option("--beyond-promise", help="Operator only: draw with settings that the safety was not made for. Logged."),
+    ] = False,
     unprotected: Annotated[bool, typer.Option("--unprotected", help="Operator only: draw without safety. Logged.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -101,7 +105,9 @@ def generate(
     if to_stdout and (len(asked) * count != 1 or as_json):
         raise RequestError("--out - writes one PNG to stdout; ask for one picture, without --json")
     with nullcontext(None) if to_stdout else output_folder(Path(out)) as folder:
-        policy = SafetyPolicy(enabled=tuple(concept) if concept else None, unprotected=unprotected)
+        policy = SafetyPolicy(
+            enabled=tuple(concept) if concept else None, beyond_promise=beyond_promise, unprotected=unprotected
+        )
         pipeline = Pipeline.from_bundle(bundle, backend=backend, policy=policy, digest=digest, threads=threads)
         height, width = picture_size(size) if size else (None, None)
         with progress("drawing") as on_step:
@@ -212,7 +218,8 @@ def inspect(
     for concept in manifest.safety.concepts:
         decided = "decided by argmax" if concept.threshold is None else f"threshold {concept.threshold:g}"
         named = f"{printable(concept.name)} → {printable(concept.replacement)}"
-        console.print(f"concept {named}, {decided}, alpha_scale {concept.alpha_scale:g}")
+        strength = "" if concept.alpha_scale is None else f", alpha_scale {concept.alpha_scale:g}"
+        console.print(f"concept {named}, {decided}{strength}")
     promise = manifest.safety.promise
     console.print(
         f"promise: {printable(promise)}" if promise else "thresholds not calibrated: no promise on false alarms", soft_wrap=True

@@ -18,7 +18,7 @@ from saferedir_torch.attacks.text_families import FAMILIES, WORD_FAMILIES, Famil
 from saferedir_torch.prompt_source import PromptSource, TrainingPair
 
 #: Share of pairs, and of benign prompts, that are rewritten.
-ATTACKED_SHARE = 0.5
+ATTACKED_SHARE = 0.4
 #: Families that no attack is tested with.
 TRAINING_FAMILIES: dict[str, Family] = {
     "longer": longer, "framed": framed, "among words": among_words,
@@ -36,7 +36,9 @@ class HardenedPrompts:
     comes of it still asks for the concept is for `meaning.confirmed` to find out.
     """
 
-    def __init__(self, source: PromptSource, families: Sequence[str], share: float = ATTACKED_SHARE) -> None:
+    def __init__(
+        self, source: PromptSource, families: Sequence[str] = tuple(TRAINING_FAMILIES), share: float = ATTACKED_SHARE
+    ) -> None:
         """Raises:
         ValueError: a family is not known, or none is given.
         """
@@ -44,7 +46,8 @@ class HardenedPrompts:
         if unknown or not families:
             raise ValueError(f"unknown families {', '.join(unknown) or '(none given)'}; expected {', '.join(ALL_FAMILIES)}")
         self.source, self.families, self.share = source, tuple(families), share
-        self.replacements, self.seeds = source.replacements, source.seeds
+        self.replacements, self.keeps_subject, self.telling = source.replacements, source.keeps_subject, source.telling
+        self.seeds = source.seeds
 
     def pair(self, concept: str, rng: np.random.Generator) -> TrainingPair:
         return self.source.pair(concept, rng)
@@ -79,22 +82,6 @@ class HardenedPrompts:
 
     def _any(self, rng: np.random.Generator) -> str:
         return self.families[int(rng.integers(len(self.families)))]
-
-
-#: How many prompts in strange words calibration looks at.
-STRANGE = 10_000
-
-
-def strange_prompts(prompts: Sequence[str], *, seed: int) -> list[str]:
-    """`STRANGE` of `prompts`, drawn with repetition and written in strange words."""
-    rng = np.random.default_rng([seed, 41])
-    return in_strange_words([prompts[int(row)] for row in rng.integers(len(prompts), size=STRANGE)], rng)
-
-
-def in_strange_words(prompts: Sequence[str], rng: np.random.Generator) -> list[str]:
-    """Each prompt rewritten, at any word, by one of the families that no attack is tested with."""
-    families = tuple(TRAINING_FAMILIES)
-    return [_rewritten_anywhere(prompt, lambda: families[int(rng.integers(len(families)))], rng) for prompt in prompts]
 
 
 def _rewritten_anywhere(prompt: str, family: Callable[[], str], rng: np.random.Generator) -> str:

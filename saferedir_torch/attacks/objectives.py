@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saferedir_torch.detector import Step
 from saferedir_torch.estimate import shown_estimate
 from saferedir_torch.safety_module import SafetyModule, StepFeatures
 from saferedir_torch.trajectories import encode, initial_noise, sample
@@ -69,7 +70,9 @@ class ProtectedUnlikeness:
         with torch.no_grad():
             if module is not None:
                 ahead = shown_estimate(run.denoised[:, chosen].flatten(0, 1))
-                self._features = module.features(*self._steps(1), ahead.to(device))
+                seen = Step(self._steps(1)[0], ahead.to(device), run.shares[chosen].to(device).repeat(len(self.target)))
+                self._features = module.features(seen)
+                self._known = torch.tensor([step > 0 for step in chosen], device=device)
             self._wanted = self._predict(self._every_step(self.target[:, None])).view_as(self._latents)
             nothing = self._predict(self._every_step(embeds[-1:].to(device).expand(len(self.target), -1, -1)[:, None]))
             off = (self._wanted - nothing.view_as(self._wanted)).square()
@@ -81,37 +84,28 @@ class ProtectedUnlikeness:
         if self.module is None:
             return self._unlikeness(repeated)
         shape = (*embeds.shape[:2], len(self._timesteps))
-        features = self._features_of(shape[1])
-        margins = self._margins(repeated, features)
+        scored = self.module.score(self._features_of(shape[1]), self._known.repeat(shape[0] * shape[1]), [repeated], [repeated])
+        thresholds = torch.tensor([concept.threshold for concept in self.module.config.concepts], device=repeated.device)
+        margins = scored.statistic - torch.logit(thresholds)
         passed = margins.amax(dim=1).view(shape)
         gate = torch.sigmoid(passed / self.temperature).cummax(dim=2).values.view(-1, 1, 1)
         # As if all that may fire had: the gate says how much of it counts.
         may = (margins.detach().view(*shape, -1) >= -self.temperature).any(dim=2, keepdim=True)
         active = may.expand(*shape, -1).flatten(0, 2)
-        scales = torch.tensor([concept.alpha_scale for concept in self.module.config.concepts], device=embeds.device)
-        strength, never = scales.expand(len(repeated), -1), torch.zeros_like(active)
-        moved = self.module.redirect(repeated, features.joint, active, strength, never).prompt
+        (moved,) = self.module.redirect(scored, [repeated], active, torch.zeros_like(active)).streams
         seen = repeated + gate * (moved - repeated)
         detected = torch.relu(passed + self.temperature).mean(dim=2)
         return self._unlikeness(seen) + self.detector_weight * detected
 
     def _features_of(self, variants: int) -> StepFeatures:
-        """Features of the steps for so many variants of every prompt, [P * M * K, ...]."""
+        """Features of the steps for so many variants of every prompt, P * M * K of them, every one twice."""
 
         def repeated(part: Tensor) -> Tensor:
-            every = part.view(*self._latents.shape[:2], -1)
-            return every[:, None].expand(-1, variants, -1, -1).flatten(0, 2)
+            every = part[: len(part) // 2].view(*self._latents.shape[:2], -1)
+            once = every[:, None].expand(-1, variants, -1, -1).flatten(0, 2)
+            return torch.cat([once, once])
 
-        joint, shown = self._features
-        return StepFeatures(repeated(joint), None if shown is None else repeated(shown))
-
-    def _margins(self, repeated: Tensor, features: StepFeatures) -> Tensor:
-        """By how much each concept's logit passes its threshold, [P * M * K, concepts]."""
-        assert self.module is not None
-        timesteps = self._timesteps.repeat(len(repeated) // len(self._timesteps))
-        parts = [branch.evidence(features, repeated, timesteps)[0] for branch in self.module.each_branch()]
-        thresholds = torch.tensor([concept.threshold for concept in self.module.config.concepts], device=repeated.device)
-        return torch.cat(parts, dim=1) - torch.logit(thresholds)
+        return StepFeatures(*(repeated(part) for part in self._features))
 
     def _unlikeness(self, seen: Tensor) -> Tensor:
         prompts, *rest = self._latents.shape

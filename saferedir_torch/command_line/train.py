@@ -31,33 +31,23 @@ def train(
     rewrite: Annotated[
         list[str] | None, typer.Option(help="CONCEPT:WORD=OTHER makes the safe prompts of a concept that has none.")
     ] = None,
+    style: Annotated[
+        list[str] | None,
+        typer.Option(help="Concept of the file that is how a subject is drawn, again for more: the subject is kept."),
+    ] = None,
     split: SplitFile = None,
     seed: Seed = 0,
-    steps: Annotated[int, typer.Option(help="Optimisation steps.")] = 4000,
-    runs: Annotated[int, typer.Option(help="Unsafe runs to record, a concept; 5 others are recorded for each.")] = 400,
-    short_runs: Annotated[
-        int,
-        typer.Option(help="Unsafe runs of few steps to record besides, which a step's look without the prompt is taught by."),
-    ] = 1000,
-    pair_count: Annotated[int, typer.Option(help="Prompt pairs to draw, a concept.")] = 10_000,
-    sampling: Annotated[
-        list[str] | None, typer.Option(help="STEPS:GUIDANCE to record runs with, again for more; four kinds by default.")
-    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimisation steps.")] = 5000,
+    runs: Annotated[int, typer.Option(min=1, help="Runs to record, of all kinds and concepts, across the envelope.")] = 24_000,
+    pair_count: Annotated[int, typer.Option(min=1, help="Prompt pairs to draw, a concept.")] = 5000,
     runs_from: Annotated[Path | None, typer.Option(help="Folder of another training whose recorded runs are used.")] = None,
     extend: Annotated[Path | None, typer.Option(help="Folder of a trained module that the concept is added to.")] = None,
     start_from: Annotated[
         Path | None, typer.Option(help="Folder of a module of these concepts, perhaps for another model, to go on from.")
     ] = None,
     harden: Annotated[
-        list[str] | None,
-        typer.Option(help="Family of attacks to train against, again for more: longer, typos and so on."),
-    ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Part to teach of the module that is gone on from, again for more: together, words, alone, redirector."
-        ),
-    ] = None,
+        bool, typer.Option(help="Put everyday words around prompts, and rewrite some as attackers would.")
+    ] = True,
     batch_scale: Annotated[int, typer.Option(min=1, help="Cases a step, in multiples of what two cores bear; 4 on a GPU.")] = 1,
     device: Device = "auto",
     config: Config = None,
@@ -83,13 +73,13 @@ def train(
     from saferedir_torch.models import load_pipeline
     from saferedir_torch.safety_module import SafetyModule
     from saferedir_torch.train import train as train_module
-    from saferedir_torch.training_data import SAMPLINGS
     from saferedir_torch.training_place import training_place
 
     if extend is not None and start_from is not None:
         raise typer.BadParameter("a module is extended or started from, not both", param_hint="--start-from")
-    if pairs is None and rewrite:
-        raise typer.BadParameter("it rewrites the prompts of a file; give --pairs as well", param_hint="--rewrite")
+    for option, given in (("--rewrite", rewrite), ("--style", style)):
+        if pairs is None and given:
+            raise typer.BadParameter("it is of a file's concepts; give --pairs as well", param_hint=option)
     if pairs is not None and split is not None:
         raise typer.BadParameter("it is of the embedded world, whose prompts --pairs replaces", param_hint="--split")
     training_place(out, (model, extend, start_from))
@@ -97,17 +87,23 @@ def train(
     base = None if extend is None else SafetyModule.load(extend).to(pipeline.device)
     start = None if start_from is None else SafetyModule.load(start_from).to(pipeline.device)
     known = [] if base is None else base.config.concept_names
-    source = _hardened(_source(pipeline, pairs, concept or [], rewrite or [], split, known), harden or [])
+    source = _source(pipeline, pairs, concept or [], rewrite or [], style or [], split, known)
+    prompts = _hardened(source) if harden else source
     module = train_module(
-        pipeline, source, out, seed=seed, steps=steps, runs=runs, short=short_runs, pairs=pair_count,
-        samplings=[_sampling(text) for text in sampling] if sampling else SAMPLINGS, runs_from=runs_from, extend=base,
-        start=start, only=only or (), batch_scale=batch_scale,
+        pipeline, prompts, out, seed=seed, steps=steps, runs=runs, pairs=pair_count, runs_from=runs_from, extend=base,
+        start=start, batch_scale=batch_scale,
     )  # fmt: skip
     typer.echo(json.dumps(module.config.provenance, indent=1))
 
 
 def _source(
-    pipeline: Any, pairs: Path | None, concepts: list[str], rewrites: list[str], split: Path | None, known: list[str]
+    pipeline: Any,
+    pairs: Path | None,
+    concepts: list[str],
+    rewrites: list[str],
+    styles: list[str],
+    split: Path | None,
+    known: list[str],
 ) -> PromptSource:
     if pairs is None:
         from saferedir_torch.world.relation import ARMED_ANIMAL, RelationPrompts
@@ -121,18 +117,16 @@ def _source(
     from saferedir_torch.pairs_file import FilePrompts
     from saferedir_torch.trajectories import tokenize
 
-    source = FilePrompts(pairs, concepts, dict(_rewrite(text) for text in rewrites))
+    source = FilePrompts(pairs, concepts, dict(_rewrite(text) for text in rewrites), styles)
     source.check_tokens(lambda prompts: tokenize(pipeline.tokenizer, prompts))
     return source
 
 
-def _hardened(source: PromptSource, families: list[str]) -> PromptSource:
+def _hardened(source: PromptSource) -> PromptSource:
     from saferedir_torch.attacks.hardening import HardenedPrompts
+    from saferedir_torch.everyday import EverydayPrompts
 
-    try:
-        return HardenedPrompts(source, families) if families else source
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--harden") from error
+    return EverydayPrompts(HardenedPrompts(source))
 
 
 def _rewrite(text: str) -> tuple[str, Rewrite]:
@@ -143,11 +137,3 @@ def _rewrite(text: str) -> tuple[str, Rewrite]:
     from saferedir_torch.pairs_file import Rewrite
 
     return concept, Rewrite(word, other)
-
-
-def _sampling(text: str) -> tuple[int, float]:
-    steps, _, guidance = text.partition(":")
-    try:
-        return int(steps), float(guidance)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not STEPS:GUIDANCE, such as 25:7.5", param_hint="--sampling") from None

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from saferedir.engines.errors import NonFiniteError
 from saferedir.engines.plain_letters import in_plain_letters
-from saferedir_torch.controller import Controller, State
+from saferedir_torch.controller import Controller, Guided, State, amplification
 from saferedir_torch.eager_policy import EagerPolicy
 from saferedir_torch.estimate import NoiseLevels
 from saferedir_torch.fit import check_match
 from saferedir_torch.peers.peer import Batch, Peer
 from saferedir_torch.safety_module import SafetyModule
+from saferedir_torch.safety_run import seen_of
 
 
 class SafeRedir(Peer):
@@ -45,13 +46,10 @@ class SafeRedir(Peer):
         return batch
 
     def guided(self, batch: Batch, index: int, timestep: Tensor, latent: Tensor) -> Tensor:
-        time = timestep.to(latent).expand(len(latent))
-        before = batch.kept["denoised"]
-        denoised = torch.zeros_like(latent) if before is None else before
-        known = torch.full((len(latent),), before is not None, device=latent.device)
-        state, _ = self.controller(
-            latent, time, batch.kept["original"], batch.kept["state"], batch.kept["policy"], denoised, known
-        )
+        seen = seen_of(latent, self.levels.at(float(timestep)).share, batch.kept["denoised"])
+        amount = torch.full((len(latent),), amplification(self.guidance_scale), device=latent.device)
+        guided_by = Guided(batch.negative, amount)
+        state, _ = self.controller(seen, batch.kept["original"], guided_by, batch.kept["state"], batch.kept["policy"])
         if not bool(state.ok.all()):
             raise NonFiniteError(f"latent, score or embedding is not finite at timestep {float(timestep):g}; nothing is drawn")
         batch.kept["state"], batch.embeds = state, state.prompt

@@ -62,19 +62,31 @@ def clip(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -
 
 
 @app.command()
-def latents(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0) -> None:
-    """Draw the training pictures and encode them with the autoencoder. About 2 minutes."""
+def latents(
+    folder: Folder = DEFAULT_FOLDER,
+    seed: Seed = 0,
+    count: Annotated[int, typer.Option(min=1, help="Pictures; 16000 are enough for a model that is trained on.")] = 48_000,
+) -> None:
+    """Draw the training pictures and encode them with the autoencoder. About 15 minutes on two cores."""
     from saferedir_torch.world.base import encode_bank
 
-    typer.echo(encode_bank(folder, seed=seed))
+    typer.echo(encode_bank(folder, seed=seed, size=count))
 
 
 @app.command()
-def base(folder: Folder = DEFAULT_FOLDER, seed: Seed = 0, steps: Steps = None) -> None:
-    """Train UNet and text encoder, save the Stable Diffusion folder. About 52 minutes on two cores."""
+def base(
+    folder: Folder = DEFAULT_FOLDER,
+    seed: Seed = 0,
+    steps: Steps = None,
+    start_from: Annotated[Path | None, typer.Option(help="Folder of an earlier model that is trained on.")] = None,
+) -> None:
+    """Train UNet and text encoder, save the Stable Diffusion folder. About 52 minutes on two cores that have bf16.
+
+    Example, of an earlier model with another vocabulary: `python -m saferedir_torch.world base --start-from MODEL --steps 1600`
+    """
     from saferedir_torch.world.base import train_base
 
-    typer.echo(train_base(folder, seed=seed) if steps is None else train_base(folder, seed=seed, steps=steps))
+    typer.echo(train_base(folder, seed=seed, start=start_from, **_given(steps)))
 
 
 @app.command()

@@ -10,19 +10,23 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from saferedir_torch.models import save_in_half
+from saferedir_torch.models import load_pipeline, save_in_half
 from saferedir_torch.precision import mixed_precision
 from saferedir_torch.training_run import ExponentialAverage, Schedule, run_training
 from saferedir_torch.trajectories import tokenize
+from saferedir_torch.warm_start import start_from
 from saferedir_torch.world.batches import picture_batch, save_sheet
-from saferedir_torch.world.captions import caption
+from saferedir_torch.world.captions import varied_caption
 from saferedir_torch.world.scenes import Scene, random_scene
+from saferedir_torch.world.tokenizer import WORD_END
 
 BATCH = 64
 UNET_RATE = 1.2e-3
 TEXT_RATE = 6e-4  # the text encoder is pre-trained already
+#: Both, where an earlier model is trained on.
+ONWARD_RATE = 4e-4
 EMPTY_PROMPT_SHARE = 0.1
 MIN_SNR = 5.0  # Hang et al. 2023: squared noise error weighted by min(SNR, 5) / SNR
 BANK_SIZE = 48_000
@@ -70,13 +74,14 @@ def encode_bank(folder: Path, *, seed: int = 0, size: int = BANK_SIZE) -> Path:
     out = folder / "latents.npy"
     if out.exists():
         return out
-    vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+    # 1.5 times as fast on a CPU as in the usual memory format.
+    vae = AutoencoderKL.from_pretrained(folder / "vae").eval().to(memory_format=torch.channels_last)
     bank = np.empty((size, 4, 16, 16), np.float16)
     with torch.no_grad(), mixed_precision(torch.device("cpu")):
         for start in range(0, size, 100):
             rows = range(start, min(start + 100, size))
             rng = np.random.default_rng([seed, 4, start])
-            pictures = picture_batch([bank_scene(seed, row) for row in rows], rng)
+            pictures = picture_batch([bank_scene(seed, row) for row in rows], rng).to(memory_format=torch.channels_last)
             latents = vae.encode(pictures).latent_dist.mode().float() * vae.config.scaling_factor
             bank[rows.start : rows.stop] = latents.numpy()
     partial = out.with_suffix(".partial.npy")
@@ -90,15 +95,21 @@ def bank_scene(seed: int, row: int) -> Scene:
     return random_scene(np.random.default_rng([seed, 3, row]), BANK_PAIR_SHARE)
 
 
-def train_base(folder: Path, *, seed: int = 0, steps: int = 6000) -> Path:
+def train_base(folder: Path, *, seed: int = 0, steps: int = 6000, start: Path | None = None) -> Path:
     """Train on `folder`'s tokenizer, text encoder, VAE and latent bank; save the fp16 pipeline to `folder/emoji-diffusion`.
 
-    Noise prediction with min-SNR weights; 10 % empty prompts, for classifier-free guidance.
+    Noise prediction with min-SNR weights; 10 % empty prompts, for classifier-free guidance. With `start`, an earlier model, its
+    UNet and text encoder are trained on, and `folder/clip` is not needed.
     """
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(folder / "clip")
     unet = new_unet()
+    if start is None:
+        text_encoder = CLIPTextModel.from_pretrained(folder / "clip")
+    else:
+        earlier = load_pipeline(start)
+        text_encoder = retokenized(earlier.text_encoder, earlier.tokenizer, tokenizer)
+        unet.load_state_dict(earlier.unet.state_dict())
     # Plain attention is faster here than the fused kernel (0.45 against 0.54 s a step on two cores). torch.compile is
     # not used: under autocast on the CPU, torch 2.13 hands back zero gradients for every attention layer.
     unet.set_attn_processor(AttnProcessor())
@@ -107,8 +118,8 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 6000) -> Path:
     averages = {"unet": ExponentialAverage(unet)}
     optimizer = torch.optim.AdamW(
         [
-            {"params": list(unet.parameters()), "lr": UNET_RATE},
-            {"params": list(text_encoder.parameters()), "lr": TEXT_RATE},
+            {"params": list(unet.parameters()), "lr": UNET_RATE if start is None else ONWARD_RATE},
+            {"params": list(text_encoder.parameters()), "lr": TEXT_RATE if start is None else ONWARD_RATE},
         ],
         weight_decay=0.01,
         fused=True,
@@ -119,7 +130,7 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 6000) -> Path:
         rng = np.random.default_rng([seed, 5, step])
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = rng.integers(len(bank), size=BATCH)
-        prompts = ["" if rng.random() < EMPTY_PROMPT_SHARE else caption(bank_scene(seed, int(row)), rng) for row in rows]
+        prompts = ["" if rng.random() < EMPTY_PROMPT_SHARE else varied_caption(bank_scene(seed, int(row)), rng) for row in rows]
         tokens = tokenize(tokenizer, prompts)
         with mixed_precision(torch.device("cpu")):
             embeds = text_encoder(tokens).last_hidden_state
@@ -145,6 +156,32 @@ def train_base(folder: Path, *, seed: int = 0, steps: int = 6000) -> Path:
     out = folder / "emoji-diffusion"
     save_in_half(assemble(folder, averages["unet"], text_encoder, tokenizer), out)
     return out
+
+
+def retokenized(encoder: CLIPTextModel, before: CLIPTokenizer, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A text encoder like `encoder` that reads `tokenizer`: each of its tokens starts as what `before` made of it, the mean
+    of the pieces."""
+    special = {tokenizer.bos_token_id: before.bos_token_id, tokenizer.eos_token_id: before.eos_token_id}
+    config = CLIPTextConfig.from_dict({
+        **encoder.config.to_dict(), "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    })  # fmt: skip
+    after = CLIPTextModel(config)
+    known, rows = before.get_vocab(), encoder.get_input_embeddings().weight.detach()
+    weights = torch.empty(len(tokenizer), rows.shape[1])
+    for token, index in tokenizer.get_vocab().items():
+        if index in special:
+            pieces = [special[index]]
+        elif token in known:
+            pieces = [known[token]]
+        else:
+            text = tokenizer.convert_tokens_to_string([token]).removesuffix(WORD_END).strip()
+            pieces = before(text, add_special_tokens=False).input_ids
+        weights[index] = rows[pieces].mean(dim=0)
+    start_from(after, encoder.state_dict())
+    with torch.no_grad():
+        after.get_input_embeddings().weight.copy_(weights)
+    return after
 
 
 def denoising_loss(

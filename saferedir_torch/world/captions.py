@@ -8,6 +8,8 @@ from functools import cache
 
 import numpy as np
 
+from saferedir_torch.everyday import EverydayWords
+from saferedir_torch.world.inventions import telling_words
 from saferedir_torch.world.scenes import Scene
 from saferedir_torch.world.vocabulary import load_vocabulary
 
@@ -22,6 +24,8 @@ CATEGORY_SHARE = 0.06
 NO_BACKGROUND_SHARE = 0.3
 PREFIX_SHARE = 0.35  # long openings included
 NO_STYLE_SHARE = 0.5  # of the scenes in the default style
+#: Share of captions that hold everyday words, and that hold nothing else.
+EVERYDAY_SHARE, ONLY_WORDS_SHARE = 0.35, 0.12
 
 PREFIXES = (
     "a picture of ",
@@ -96,6 +100,31 @@ def all_names() -> Names:
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """A prompt that asks for `scene`, lower case, phrased at random with any name."""
     return draft(scene, rng, all_names()).text
+
+
+@cache
+def telling() -> frozenset[str]:
+    """Words that a name of this world holds."""
+    phrases = (name for names in all_names().values() for name in names)
+    return frozenset({*telling_words(phrases), *load_vocabulary().background_keys})
+
+
+@cache
+def everyday_words() -> EverydayWords:
+    """Those that ask for nothing of this world."""
+    return EverydayWords(telling())
+
+
+def varied_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A prompt that asks for `scene`, in everyday words at times; seldom one of such words alone, which asks for nothing, and
+    for no style least of all."""
+    text, chance = caption(scene, rng), rng.random()
+    if chance < ONLY_WORDS_SHARE and scene.style == DEFAULT_STYLE:
+        return everyday_words().alone(rng)
+    if chance >= EVERYDAY_SHARE:
+        return text
+    before, after = everyday_words().around(rng)
+    return before + text + after
 
 
 def draft(scene: Scene, rng: np.random.Generator, names: Names, *, misspellings: bool = True) -> Draft:

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 from saferedir_torch.precision import mixed_precision
 from saferedir_torch.training_run import Schedule, run_training
 from saferedir_torch.world.batches import picture_batch
-from saferedir_torch.world.captions import caption
+from saferedir_torch.world.captions import varied_caption
 from saferedir_torch.world.scenes import random_scene
 
 BATCH = 128
@@ -93,7 +93,7 @@ def fit_towers(
         rng = np.random.default_rng([seed, stream, step])
         scenes = [random_scene(rng) for _ in range(BATCH)]
         tokens = tokenizer(
-            [caption(scene, rng) for scene in scenes], padding=True, truncation=True, return_tensors="pt"
+            [varied_caption(scene, rng) for scene in scenes], padding=True, truncation=True, return_tensors="pt"
         ).input_ids.to(device)
         with mixed_precision(device):
             text_features = text(tokens).text_embeds

@@ -19,7 +19,7 @@ from saferedir_torch.precision import mixed_precision
 from saferedir_torch.training_run import ExponentialAverage, Schedule, run_training
 from saferedir_torch.trajectories import tokenize
 from saferedir_torch.world.batches import save_sheet
-from saferedir_torch.world.captions import caption
+from saferedir_torch.world.captions import varied_caption
 from saferedir_torch.world.scenes import Painter, Scene, random_scene
 
 BATCH = 48
@@ -56,7 +56,7 @@ class Bank:
         """Latents and prompts of one step, and a generator for its noise."""
         rng = np.random.default_rng([seed, 73, step])
         rows = rng.integers(len(self.scenes), size=BATCH)
-        prompts = ["" if rng.random() < empty_share else caption(self.scenes[row], rng) for row in rows]
+        prompts = ["" if rng.random() < empty_share else varied_caption(self.scenes[row], rng) for row in rows]
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         return self.latents[torch.from_numpy(rows).to(self.latents.device)], prompts, generator
 

@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from saferedir_torch.alignment import aligned_targets, changed_tokens, exact_redirection
+from saferedir_torch.detector import Step
 from saferedir_torch.learner import TAU
 from saferedir_torch.safety_module import SafetyModule
 from saferedir_torch.trajectories import decode, encode, initial_noise, sample
@@ -25,6 +26,8 @@ from saferedir_torch.world.vocabulary import load_vocabulary
 TAUS = (0.2, 0.1, 0.05, 0.01)
 STRENGTHS = (1.0, 1.5)
 FOUND = 0.5
+#: Noise share of a first step.
+FIRST_SHARE = 0.92
 
 
 def oracle_ladder(
@@ -86,6 +89,8 @@ def _learned(safety: SafetyModule, unsafe: Tensor, noise: Tensor, concept: World
     device = next(safety.parameters()).device
     unsafe, noise = unsafe.to(device), noise.to(device)
     active = torch.tensor([name == concept.name for name in config.concept_names], device=device).expand(len(unsafe), -1)
-    joint = safety.encoder(noise, torch.full((len(unsafe),), 961.0, device=device))
-    strength = torch.tensor([known.alpha_scale for known in config.concepts], device=device).expand(len(unsafe), -1)
-    return safety.redirect(unsafe, joint, active, strength, torch.zeros_like(active)).prompt.cpu()
+    share = torch.full((len(unsafe),), FIRST_SHARE, device=device)
+    features = safety.features(Step(noise, torch.zeros_like(noise), share))
+    scored = safety.score(features, torch.zeros(len(unsafe), dtype=torch.bool, device=device), [unsafe], [unsafe])
+    (moved,) = safety.redirect(scored, [unsafe], active, torch.zeros_like(active)).streams
+    return moved.cpu()

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from saferedir_torch.prompt_source import TrainingPair
-from saferedir_torch.world.captions import Draft, Names, draft
+from saferedir_torch.world.captions import Draft, Names, draft, telling
 from saferedir_torch.world.prompts import Part
 from saferedir_torch.world.scenes import Scene
 from saferedir_torch.world.split import Split
@@ -45,6 +45,8 @@ class RelationPrompts:
     def __init__(self, split: Split) -> None:
         self.split = split
         self.replacements = {ARMED_ANIMAL: REPLACEMENT}
+        self.keeps_subject: frozenset[str] = frozenset()
+        self.telling = telling()
         self.seeds = split.seeds["train"]
 
     def pair(self, concept: str, rng: np.random.Generator) -> TrainingPair:

@@ -8,6 +8,7 @@ import numpy as np
 
 from saferedir.engines.errors import RequestError
 from saferedir_torch.prompt_source import TrainingPair
+from saferedir_torch.world.captions import telling
 from saferedir_torch.world.prompts import (
     CONCEPTS,
     LATER_CONCEPTS,
@@ -33,6 +34,7 @@ class WorldPrompts:
     def __init__(self, concepts: Sequence[str], split: Split) -> None:
         self.concepts = _known(concepts)
         self.replacements = {concept.name: concept.replacement for concept in self.concepts}
+        self.keeps_subject, self.telling = _styles(self.concepts), telling()
         self.split = split
         self.seeds = split.seeds["train"]
 
@@ -61,6 +63,7 @@ class AddedPrompts:
     def __init__(self, concept: str, known: Sequence[str], split: Split) -> None:
         (self.concept,) = _known([concept])
         self.known = [other for other in _known(known) if other.name != concept]
+        self.keeps_subject, self.telling = _styles([self.concept]), telling()
         self.replacements = {self.concept.name: self.concept.replacement}
         self.split = split
         self.seeds = split.seeds["train"]
@@ -92,3 +95,7 @@ def _known(names: Sequence[str]) -> list[WorldConcept]:
 
 def _plain(pair: PromptPair) -> TrainingPair:
     return TrainingPair(pair.unsafe, pair.safe, pair.asked, pair.replaced)
+
+
+def _styles(concepts: Sequence[WorldConcept]) -> frozenset[str]:
+    return frozenset(concept.name for concept in concepts if concept.style and not concept.members)

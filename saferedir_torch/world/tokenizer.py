@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from saferedir_torch.world.captions import caption
+from saferedir_torch.world.captions import varied_caption
 from saferedir_torch.world.scenes import random_scene
 
 MAX_TOKENS = 77
@@ -16,10 +16,10 @@ WORD_END = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def train_tokenizer(folder: Path, *, seed: int = 0, captions: int = 60_000, merges: int = 1500) -> Path:
+def train_tokenizer(folder: Path, *, seed: int = 0, captions: int = 60_000, merges: int = 4000) -> Path:
     """Train on `captions` random captions, save to `folder/tokenizer` and return that path."""
     rng = np.random.default_rng([seed, 0])
-    corpus = (caption(random_scene(rng), rng) for _ in range(captions))
+    corpus = (varied_caption(random_scene(rng), rng) for _ in range(captions))
     out = folder / "tokenizer"
     CLIPTokenizer(*_learn(corpus, merges), model_max_length=MAX_TOKENS).save_pretrained(out)
     return out
