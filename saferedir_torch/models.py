@@ -57,12 +57,17 @@ def device_called(name: str) -> torch.device:
 
 
 def save_in_half(pipeline: Any, folder: Path) -> None:
-    """Write the pipeline to `folder` with its weights in fp16, so that diffusers' defaults open it in fp32, all parts alike."""
+    """Write the pipeline to `folder` with its weights in fp16, so that diffusers' defaults open it in fp32, all parts alike.
+
+    Where its parts were read from is left out: folders of the machine that made it.
+    """
     pipeline.to(torch.float16).save_pretrained(folder)
-    # transformers computes in the type that this names, diffusers in fp32.
-    config = folder / "text_encoder" / "config.json"
-    raw = json.loads(config.read_text(encoding="utf-8"))
-    config.write_text(json.dumps(raw | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+    for config in folder.glob("*/config.json"):
+        raw = json.loads(config.read_text(encoding="utf-8"))
+        raw.pop("_name_or_path", None)
+        if config.parent.name == "text_encoder":
+            raw["dtype"] = "float32"  # transformers computes in the type that this names, diffusers in fp32
+        config.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 def load_pipeline(model: str | Path = SHIPPED_MODEL, config: str | Path | None = None, *, without_vae: bool = False) -> Any:

@@ -20,6 +20,7 @@ from diffusers import (
 from saferedir.engines.errors import RequestError
 from saferedir.engines.manifest import SchedulerInfo
 from saferedir.engines.step import NUMBERS
+from saferedir.runtime.noise_levels import sigmas_of
 from saferedir.runtime.schedulers import Schedule, make_schedule
 
 SIZE = 16
@@ -109,6 +110,8 @@ def assert_equal(info: SchedulerInfo, prediction: str, scheduler: Any, steps: in
     if not np.isfinite(expected).all():
         return False
     assert len(ours.timesteps) == len(timesteps)
+    if info.kind == "dpm++-2m-exponential" and _turns_on_a_bit(info, ours.timesteps, timesteps, scheduler.sigmas):
+        return False
     # torch's square root, which rescaling to zero SNR takes, is off by a bit on some machines, and a cosine makes much of it.
     zero = info.rescale_betas_zero_snr
     np.testing.assert_allclose(ours.timesteps, timesteps, atol=2e-2 if zero else 2e-3)
@@ -117,3 +120,12 @@ def assert_equal(info: SchedulerInfo, prediction: str, scheduler: Any, steps: in
     scale = max(1.0, *(float(np.abs(latent).max()) for latent in expected))
     np.testing.assert_allclose(run_ours(ours, steps), expected, atol=allowed * scale, rtol=0)
     return True
+
+
+def _turns_on_a_bit(info: SchedulerInfo, ours: Any, theirs: Any, levels: Any) -> bool:
+    """Whether timesteps differ, and by one alone where the level is that of a whole timestep: diffusers cuts off what is behind
+    the point, so that the last bit of a logarithm, which is not the same on all machines, decides between it and the one below.
+    """
+    other = np.flatnonzero(np.abs(np.asarray(ours) - np.asarray(theirs)) == 1)
+    whole = np.maximum(ours, theirs)[other].astype(np.int64)
+    return bool(len(other) and np.allclose(sigmas_of(info)[whole], np.asarray(levels)[other], rtol=1e-5, atol=0))

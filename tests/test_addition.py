@@ -18,7 +18,7 @@ from saferedir.engines.errors import RequestError, TrainingError
 from saferedir.runtime import Pipeline, SafetyPolicy
 from saferedir_torch.detector import Step
 from saferedir_torch.learner import Learner
-from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
+from saferedir_torch.models import SHIPPED_SAFETY
 from saferedir_torch.new_module import extended_module
 from saferedir_torch.pairs import PairBank
 from saferedir_torch.safety_module import SafetyModule, parameters_sha256
@@ -30,19 +30,14 @@ PROMPTS = ["a church next to a cat", "a dog in ink style", "a teddy bear", "a ca
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return load_pipeline()
+def base(eager: Any) -> SafetyModule:
+    return fitting_module(eager)
 
 
 @pytest.fixture(scope="module")
-def base(model: Any) -> SafetyModule:
-    return fitting_module(model)
-
-
-@pytest.fixture(scope="module")
-def extended(model: Any, base: SafetyModule) -> SafetyModule:
+def extended(eager: Any, base: SafetyModule) -> SafetyModule:
     torch.manual_seed(0)
-    return extended_module(base, model, AddedPrompts("teddy", base.config.concept_names, load_split()), 0).eval()
+    return extended_module(base, eager, AddedPrompts("teddy", base.config.concept_names, load_split()), 0).eval()
 
 
 def test_an_added_branch_is_kept_without_the_module_under_it(
@@ -133,15 +128,15 @@ def test_pictures_of_the_others_are_bit_identical(base: SafetyModule, extended: 
         assert [step.fired for step in first.steps] == [step.fired for step in second.steps]
 
 
-def test_a_known_concept_cannot_be_added(model: Any, base: SafetyModule) -> None:
+def test_a_known_concept_cannot_be_added(eager: Any, base: SafetyModule) -> None:
     with pytest.raises(TrainingError, match="church already"):
-        extended_module(base, model, WorldPrompts(["church"], load_split()), 0)
+        extended_module(base, eager, WorldPrompts(["church"], load_split()), 0)
 
 
-def test_an_added_concept_has_a_fallback_of_its_own(model: Any, base: SafetyModule, extended: SafetyModule) -> None:
+def test_an_added_concept_has_a_fallback_of_its_own(eager: Any, base: SafetyModule, extended: SafetyModule) -> None:
     first, added = extended.each_branch()
     assert torch.equal(first.fallback[0], base.last_branch.fallback[0])
-    torch.testing.assert_close(added.fallback[0], encode(model, ["a gift, cute"])[1])
+    torch.testing.assert_close(added.fallback[0], encode(eager, ["a gift, cute"])[1])
     assert added.keeps_subject.tolist() == [0]
 
 

@@ -6,39 +6,27 @@ from typing import Any
 
 import pytest
 import torch
-from small_module import telling_module
 
 from saferedir_torch.attacks.objectives import ProtectedUnlikeness, TextUnlikeness
 from saferedir_torch.attacks.token_search import SearchSize, TextSide, optimise_embeddings, search
-from saferedir_torch.models import load_pipeline
 from saferedir_torch.safety_module import SafetyModule
 
 FORBIDDEN = ["a parish church", "a chapel", "a cathedral"]
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    return load_pipeline()
+def text_side(eager: Any) -> TextSide:
+    return TextSide(eager.tokenizer, eager.text_encoder)
 
 
 @pytest.fixture(scope="module")
-def module(model: Any) -> SafetyModule:
-    return telling_module(model)
+def protected(eager: Any, safety: SafetyModule) -> ProtectedUnlikeness:
+    return ProtectedUnlikeness(eager, safety, ["a church next to a cat"], [7], at=(0, 8))
 
 
 @pytest.fixture(scope="module")
-def text_side(model: Any) -> TextSide:
-    return TextSide(model.tokenizer, model.text_encoder)
-
-
-@pytest.fixture(scope="module")
-def protected(model: Any, module: SafetyModule) -> ProtectedUnlikeness:
-    return ProtectedUnlikeness(model, module, ["a church next to a cat"], [7], at=(0, 8))
-
-
-@pytest.fixture(scope="module")
-def plain(model: Any) -> ProtectedUnlikeness:
-    return ProtectedUnlikeness(model, None, ["a church next to a cat"], [7], at=(0, 8))
+def plain(eager: Any) -> ProtectedUnlikeness:
+    return ProtectedUnlikeness(eager, None, ["a church next to a cat"], [7], at=(0, 8))
 
 
 def test_rows_of_the_table_are_the_prompt(text_side: TextSide) -> None:
@@ -116,10 +104,10 @@ def test_safety_makes_the_unsafe_prompt_unlike_itself_and_leaves_a_way_down(
 
 
 def test_variants_and_prompts_do_not_touch_each_other(
-    model: Any, module: SafetyModule, protected: ProtectedUnlikeness, text_side: TextSide
+    eager: Any, safety: SafetyModule, protected: ProtectedUnlikeness, text_side: TextSide
 ) -> None:
     variants = text_side.encode(text_side.tokens(["a church next to a cat", "a cat"])).detach()
-    together = ProtectedUnlikeness(model, module, ["a dog", "a church next to a cat"], [8, 7], at=(0, 8))
+    together = ProtectedUnlikeness(eager, safety, ["a dog", "a church next to a cat"], [8, 7], at=(0, 8))
     with torch.no_grad():
         apart = torch.cat([protected(variants[None, :1]), protected(variants[None, 1:])], dim=1)
         assert torch.allclose(protected(variants[None]), apart, atol=1e-5)

@@ -222,6 +222,9 @@ def test_stock_diffusers_draws_with_the_shipped_model_by_its_defaults() -> None:
 
 def test_stock_diffusers_draws_with_what_training_saves(folder: Path, tmp_path: Path) -> None:
     save_in_half(load_pipeline(folder), tmp_path)
+    assert not any(
+        "_name_or_path" in config.read_text() for own in (tmp_path, SHIPPED_MODEL) for config in own.glob("*/config.json")
+    )
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path)
     assert {getattr(pipeline, part).dtype for part in PARTS} == {torch.float32}
     assert {tensor.dtype for tensor in load_file(tmp_path / "text_encoder" / "model.safetensors").values()} == {torch.float16}

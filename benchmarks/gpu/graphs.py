@@ -20,12 +20,10 @@ from diffusers.configuration_utils import FrozenDict
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-import saferedir_torch
 from benchmarks.gpu import packed
 from benchmarks.gpu import shapes as gpu_shapes
 from benchmarks.gpu.packed import Packed
 from benchmarks.gpu.shapes import Shape, build_unet, shapes
-from saferedir import engines, export
 from saferedir.engines.whole_file import write_bytes
 from saferedir.export import attention, half
 from saferedir.export.engine_graph import StepModule, graph, step_example, step_graph
@@ -141,8 +139,8 @@ _OF_THE_UNET: tuple[Any, ...] = (attention, half, gpu_shapes, packed, UNetGraph,
 UNET_TRACE = "".join(inspect.getsource(code) for code in _OF_THE_UNET)
 METHOD = "".join(
     file.read_text(encoding="utf-8")
-    for package in (engines, export, saferedir_torch)
-    for file in sorted(Path(str(package.__file__)).parent.glob("*.py"))
+    for one_of_each_package in (write_bytes, attention, SafetyModule)
+    for file in sorted(Path(inspect.getfile(one_of_each_package)).parent.glob("*.py"))
 )
 
 
