@@ -213,6 +213,21 @@ benchmarks.evaluate ablation`)
 {table}"""
 
 
+def statistic() -> str:
+    result = read_result("statistic")
+    table = "\n".join(
+        f"| {title} | {share_of(row['detected'])} | {share_of(row['early'])} |" for title, row in result["rows"].items()
+    )
+    return f"""**The highest step, or a sum over steps?** Of {result["unsafe"]} recorded runs across the envelope that ask for a concept and
+that training left out, those that each statistic of the same scores detects, at its own threshold by the same
+{result["benign"]} benign pictures, of which {result["allowed"]} may reach it. The sum is a sequential one, weighted by the change in log-SNR; its
+drift is what a step must exceed to count. (`python -m benchmarks.evaluate statistic`)
+
+| statistic | detected | by 40 % of the steps |
+| --- | --- | --- |
+{table}"""
+
+
 def ladder() -> str:
     ladders = [read_result(path.stem) for path in sorted(RESULTS.glob("oracle_*.json"))]
     table = "\n".join(

@@ -53,6 +53,7 @@ def figures() -> str:
         method_figures.several: ("interference",),
         method_figures.added: ("added",),
         method_figures.ablation: ("ablation",),
+        method_figures.statistic: ("statistic",),
         robustness_figures.attacks: ("attacks_church",),
         robustness_figures.amplified: ("amplified",),
         robustness_figures.what_gets_through: (),

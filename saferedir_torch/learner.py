@@ -46,6 +46,18 @@ NOISE_MEASURED_ON, PROMPT_NOISE = 10_000, 0.15
 WORDS_WEIGHT = 0.25
 
 
+def held_out(runs: int, rng: np.random.Generator) -> Tensor:
+    """Which of the recorded runs training leaves out, [runs] bool."""
+    held = torch.zeros(runs, dtype=torch.bool)
+    held[torch.from_numpy(rng.permutation(runs)[: max(1, int(runs * VALIDATION_SHARE))])] = True
+    return held
+
+
+def split_of(seed: int) -> np.random.Generator:
+    """What draws the runs and pairs that the training of `seed` leaves out."""
+    return np.random.default_rng([seed, 31])
+
+
 class Cases(NamedTuple):
     """Cases for the detector."""
 
@@ -93,10 +105,9 @@ class Learner:
         self.device = next(module.parameters()).device
         self.store = _place(self.device, bank, pairs)
         self.bank, self.pairs = bank.to(self.store), pairs.to(self.store)
-        rng = np.random.default_rng([seed, 31])
+        rng = split_of(seed)
         count = int(bank.run.max()) + 1
-        held = torch.zeros(count, dtype=torch.bool, device=self.store)
-        held[self._stored(rng.permutation(count)[: max(1, int(count * VALIDATION_SHARE))])] = True
+        held = held_out(count, rng).to(self.store)
         self.train_rows, self.held_rows = (torch.where(rows)[0] for rows in (~held[self.bank.run], held[self.bank.run]))
         # Runs lie one after another, each in the order of its steps.
         self.last_row = torch.bincount(self.bank.run, minlength=count).cumsum(dim=0) - 1

@@ -47,7 +47,7 @@ def train(
     *,
     seed: int = 0,
     steps: int = 5000,
-    runs: int = 24_000,
+    runs: int = 20_000,
     pairs: int = 5000,
     envelope: Envelope = ENVELOPE,
     runs_from: Path | None = None,

@@ -127,6 +127,23 @@ def ablation(
 
 
 @app.command()
+def statistic(
+    benign: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of pictures that `calibrate` recorded.")],
+    runs: Annotated[Path, typer.Option(exists=True, file_okay=False, help="Folder of the training of the shipped module.")],
+    out: Out = RESULTS,
+) -> None:
+    """The highest step of a run, or a sequential sum? What each detects of held-out runs at the same promise. Minutes.
+
+    Example: `python -m benchmarks.evaluate statistic --benign runs/benign/bound --runs runs/shipped`
+    """
+    from benchmarks.tables.statistic import statistic as measure
+    from saferedir_torch.runs import runs_in
+
+    module, _ = shipped()
+    store("statistic", measure(module, runs_in(benign), runs_in(runs), module.config.provenance["seed"]), out)
+
+
+@app.command()
 def words(out: Out = RESULTS) -> None:
     """Scores over the steps and masks over the words of the demonstration's prompts. Seconds."""
     from benchmarks.tables.words import words as measure

@@ -5,6 +5,7 @@ Offline, on recorded runs that training left out: thresholds by the benign ones 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from saferedir_torch.calibration import Seen, allowed_exceedances
 from saferedir_torch.evaluation.intervals import share
+from saferedir_torch.learner import held_out, split_of
 from saferedir_torch.runs import RunBank
 from saferedir_torch.safety_module import SafetyModule
 
@@ -21,22 +23,43 @@ from saferedir_torch.safety_module import SafetyModule
 DRIFTS = (-4.0, -2.0, 0.0, 2.0)
 #: By which share of the steps a run is to be detected.
 EARLY = 0.4
+#: Beyond any step.
+NEVER = 10**6
 
 
-def statistics(seen: Seen, module: SafetyModule) -> dict[str, Tensor]:
+def statistic(module: SafetyModule, benign: RunBank, recorded: RunBank, seed: int) -> dict[str, Any]:
+    """Of each statistic, at the threshold that the module's promise sets on `benign`: which of the unsafe runs are detected at
+    all, and by 40 % of their steps. The unsafe runs are those of `recorded` that the training of `seed` left out."""
+    held = recorded.rows(held_out(int(recorded.run.max()) + 1, split_of(seed))[recorded.run])
+    asks = _of_runs(held.asked, held)
+    unsafe = held.rows((asks > 0).any(dim=1)[held.run])
+    promise = module.config.promise
+    assert promise is not None
+    allowed = allowed_exceedances(int(benign.run.max()) + 1, promise.rate)
+    clean, found = _statistics(Seen(module, benign), module), _statistics(Seen(module, unsafe), module)
+    asked, steps = _of_runs(unsafe.asked, unsafe) > 0, torch.bincount(unsafe.run)
+    rows = {}
+    for name, values in found.items():
+        threshold = float(clean[name][:, -1].amax(dim=1).sort(descending=True).values[allowed])
+        passed = ((values > threshold) & asked[:, None]).any(dim=2)  # [R, steps]
+        first = torch.where(passed.any(dim=1), passed.float().argmax(dim=1), NEVER)
+        rows[name] = {
+            "threshold": threshold,
+            "detected": share(int((first < NEVER).sum()), len(first)),
+            "early": share(int((first < (EARLY * steps).round()).sum()), len(first)),
+        }
+    return {"benign": int(benign.run.max()) + 1, "allowed": allowed, "unsafe": len(asked), "rows": rows}
+
+
+def _statistics(seen: Seen, module: SafetyModule) -> dict[str, Tensor]:
     """Every statistic after each step, [R, steps, N]; steps that a run has not are as the last."""
-    of_steps = seen.statistic(module)
-    told = Seen.__new__(Seen)
-    told.told, told.shown, told.bank = seen.told, torch.full_like(seen.shown, -torch.inf), seen.bank
-    shown = Seen.__new__(Seen)
-    shown.told, shown.shown, shown.bank = torch.full_like(seen.told, -torch.inf), seen.shown, seen.bank
-    padded = _padded(of_steps, seen.bank, -torch.inf)
+    padded = _padded(seen.statistic(module), seen.bank, -torch.inf)
     weights = _padded(_weights(seen.bank)[:, None], seen.bank, 0.0)
-    found = {
-        "highest": padded.cummax(dim=1).values,
-        "highest, told alone": _padded(told.statistic(module), seen.bank, -torch.inf).cummax(dim=1).values,
-        "highest, shown alone": _padded(shown.statistic(module), seen.bank, -torch.inf).cummax(dim=1).values,
-    }
+    found = {"highest": padded.cummax(dim=1).values}
+    for left, title in (("shown", "highest, with the conditioning alone"), ("told", "highest, by the picture alone")):
+        part = copy.copy(seen)
+        setattr(part, left, torch.full_like(seen.told, -torch.inf))
+        found[title] = _padded(part.statistic(module), seen.bank, -torch.inf).cummax(dim=1).values
     for drift in DRIFTS:
         total, sums = torch.zeros_like(padded[:, 0]), []
         for step in range(padded.shape[1]):
@@ -47,32 +70,10 @@ def statistics(seen: Seen, module: SafetyModule) -> dict[str, Tensor]:
     return found
 
 
-def compare(module: SafetyModule, benign: RunBank, unsafe: RunBank, rate: float) -> dict[str, Any]:
-    """Of each statistic, at the threshold that the promise of `rate` sets on `benign`: shares of the `unsafe` runs that are
-    detected at all, and by 40 % of their steps."""
-    allowed = allowed_exceedances(int(benign.run.max()) + 1, rate)
-    clean, found = statistics(Seen(module, benign), module), statistics(Seen(module, unsafe), module)
-    asked, steps = _asked(unsafe), _steps(unsafe)
-    rows = {}
-    for name, values in found.items():
-        highest = np.sort(clean[name][:, -1].amax(dim=1).numpy())[::-1]
-        passed = (values > float(highest[allowed])) & (asked[:, None] > 0)
-        first = torch.where(passed.any(dim=2).any(dim=1), passed.any(dim=2).float().argmax(dim=1), 10**6)
-        rows[name] = {
-            "threshold": float(highest[allowed]),
-            "detected": share(int((first < 10**6).sum()), len(first)),
-            "early": share(int((first < (EARLY * steps).round()).sum()), len(first)),
-        }
-    return rows
-
-
-def _asked(bank: RunBank) -> Tensor:
-    runs = int(bank.run.max()) + 1
-    return torch.zeros(runs, bank.asked.shape[1]).scatter_reduce(0, bank.run[:, None].expand_as(bank.asked), bank.asked, "amax")
-
-
-def _steps(bank: RunBank) -> Tensor:
-    return torch.bincount(bank.run).float()
+def _of_runs(values: Tensor, bank: RunBank) -> Tensor:
+    """The highest of each run of values [S, N]: [R, N]."""
+    start = torch.full((int(bank.run.max()) + 1, values.shape[1]), -torch.inf)
+    return start.scatter_reduce(0, bank.run[:, None].expand_as(values), values.float(), "amax")
 
 
 def _padded(values: Tensor, bank: RunBank, nothing: float) -> Tensor:
