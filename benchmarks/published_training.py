@@ -47,7 +47,7 @@ def train_published(
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
         cases = teacher.cases_of_step(step)
-        logits = network(cases.step.latent, cases.prompt, timesteps(cases.step.share)).logits
+        logits = network(cases.step.latent, cases.drawn, timesteps(cases.step.share)).logits
         asked, shown = cases.asked[:, 0], cases.shown[:, 0]
         labels = torch.maximum(asked, shown).clamp(min=0)
         known = (labels > 0) | (asked == 0) & (shown == 0)

@@ -137,11 +137,11 @@ def _answers(module: SafetyModule, bank: RunBank, rows: Tensor) -> tuple[Tensor,
     features = module.features(step)
     amount = torch.tensor([amplification(float(scale)) for scale in bank.guidance[rows]])[:, None, None]
     prompt, negative = (bank.prompts[index[rows]].float() for index in (bank.prompt, bank.negative))
-    read = (prompt + amount * (prompt - negative)).to(device)
+    drawn, in_force = ([one.to(device)] for one in (prompt + amount * (prompt - negative), prompt))
     told, shown = [], []
     for branch in module.each_branch():
-        own = branch.read(features.joint[: len(rows)], [read])
-        answers = branch.detector(features.joint, own.context, own.tokens)
+        context = branch.read(features.joint[: len(rows)], drawn).context
+        answers = branch.detector(features.joint, context, branch.conditioning(in_force))
         told.append(answers.told.cpu())
         shown.append(answers.shown.cpu())
     return torch.cat(told, dim=1), torch.cat(shown, dim=1)

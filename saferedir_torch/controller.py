@@ -102,7 +102,7 @@ class Controller(nn.Module):
         estimate = torch.where(known, shown_estimate(seen.denoised), torch.zeros_like(seen.denoised))
         drawn = state.prompt + guided.amplification[:, None, None] * (state.prompt - guided.negative)
         features = self.module.features(Step(seen.latent, estimate, seen.share))
-        scored = self.module.score(features, seen.known, [drawn], [original])
+        scored = self.module.score(features, seen.known, [drawn], [state.prompt], [original])
         score = torch.sigmoid(scored.statistic)
         watching = state.cooldown <= 0
         fired = (score >= policy.threshold) & watching[:, None]

@@ -50,19 +50,24 @@ def bends(share: Tensor) -> Tensor:
 
 
 def halves(both: Tensor) -> tuple[Tensor, Tensor]:
-    """[2 B, ...] -> the first B and the others.
+    """[2 B, ...] -> the first B and the others."""
+    first, second = equal_parts(both, 2)
+    return first, second
+
+
+def equal_parts(every: Tensor, count: int) -> tuple[Tensor, ...]:
+    """[count B, ...] -> the first B, the next and so on.
 
     In an exported graph by ONNX's Split, which is told no bounds: those of a slice would be computed on the host, and end the
     capture of a step in a CUDA graph.
     """
     if not torch.compiler.is_exporting():
-        first, second = both.chunk(2)
-        return first, second
-    shape = (both.shape[0] // 2, *both.shape[1:])
-    first, second = torch.onnx.ops.symbolic_multi_out(
-        "Split", [both], {"axis": 0, "num_outputs": 2}, dtypes=(both.dtype, both.dtype), shapes=(shape, shape), version=18
-    )
-    return first, second
+        return every.chunk(count)
+    shape = (every.shape[0] // count, *every.shape[1:])
+    parts = torch.onnx.ops.symbolic_multi_out(
+        "Split", [every], {"axis": 0, "num_outputs": count}, dtypes=(every.dtype,) * count, shapes=(shape,) * count, version=18
+    )  # fmt: skip
+    return tuple(parts)
 
 
 class Convolution(nn.Module):
@@ -199,7 +204,11 @@ class Detector(nn.Module):
         nn.init.constant_(self.words.bias, QUIET)
 
     def forward(self, joint: Tensor, context: Tensor, tokens: Tensor) -> Answers:
-        """j [2 B, features], of the conditioning in force context [B, features] and tokens [B, T, features]."""
+        """j [2 B, features], context [B, features] of what is drawn, tokens [B, T, features] of the conditioning in force.
+
+        Words are read as they are: what guidance makes of one alone, against whatever stands at its place in a negative prompt,
+        can be anything.
+        """
         nothing = torch.zeros_like(context) + self.nothing
         logits = self.head(torch.relu(self.trunk(torch.cat([joint, torch.cat([context, nothing])], dim=1))))
         told, shown = halves(logits)

@@ -31,7 +31,7 @@ OWN_SHARE, PAIRED_SHARE, TARGET_SHARE = 0.35, 0.4, 0.15
 #: How far on its way a prompt asks for nothing yet, and asks for its concept, at the usual guidance scale.
 LITTLE, MUCH = 0.2, 0.7
 #: Share of cases in which guidance exceeds the usual scale, up to this one.
-AMPLIFIED_SHARE, HIGHEST_GUIDANCE = 0.35, 12.0
+AMPLIFIED_SHARE, HIGHEST_GUIDANCE = 0.5, 12.0
 #: Share of cases whose latent is noised anew, of what its run drew in the end, so that more is seen of it than its own steps.
 RENOISED_SHARE = 0.4
 #: Share of cases in which nothing is known of the picture to come.
@@ -62,10 +62,13 @@ class Cases(NamedTuple):
     """Cases for the detector."""
 
     step: Step
-    #: The conditioning as the detector reads it, [S, T, D].
-    prompt: Tensor
-    #: 1 asked for by the prompt, 0 not, -1 open, [S, N].
+    #: The conditioning that guidance draws, and that in force, [S, T, D] both.
+    drawn: Tensor
+    in_force: Tensor
+    #: 1 asked for by what is drawn, 0 not, -1 open, [S, N].
     asked: Tensor
+    #: 1 named by the words in force, 0 not, -1 open, [S, N].
+    named: Tensor
     #: 1 shown by the step, 0 not, -1 open, [S, N].
     shown: Tensor
     #: What the prompt of the step's own run asks for, [S, N].
@@ -156,15 +159,16 @@ class Learner:
         return {**sums, "loss": sums["loss"] + float(moved), **parts}
 
     def _detection(self, cases: Cases, step: StepFeatures) -> tuple[Tensor, dict[str, float]]:
-        read = self.branch.read(step.joint[: len(cases.prompt)], [cases.prompt])
-        answers = self.branch.answers(step, read)
+        context = self.branch.read(step.joint[: len(cases.drawn)], [cases.drawn]).context
+        tokens = self.branch.conditioning([cases.in_force])
+        answers = self.branch.answers(step, context, tokens)
         told, sure = cases.told
         seen = torch.where(cases.shown >= 0, cases.shown, cases.run_asked)
         visible = ((cases.shown >= 0) | (cases.run_asked > 0)).float()
         # Words are to tell it without the end-of-text tokens as well: each of these sums up the whole prompt, and would leave
         # them nothing to learn.
-        by_words = self.branch.detector.words(read.tokens).masked_fill(~cases.before_end[:, :, None], -torch.inf)
-        known, asks = (cases.asked >= 0).float(), cases.asked.clamp(min=0)
+        by_words = self.branch.detector.words(tokens).masked_fill(~cases.before_end[:, :, None], -torch.inf)
+        known, asks = (cases.named >= 0).float(), cases.named.clamp(min=0)
         parts = {
             "told": detection_loss(answers.told, told, sure),
             "shown": detection_loss(answers.shown, seen, visible),
@@ -203,9 +207,8 @@ class Learner:
         way = self._stored(rng.uniform(0.1, 1.0, size)).float()
         scale = self._stored(np.where(rng.random(size) < AMPLIFIED_SHARE, rng.uniform(5.0, HIGHEST_GUIDANCE, size), 5.0))
         amount = torch.tensor([amplification(float(one)) for one in scale])
-        drawn = way * (1 + amount).to(way)  # at the usual guidance scale
-        on_the_way = torch.where((drawn >= MUCH)[:, None], asked, torch.where((drawn <= LITTLE)[:, None], left, -1.0))
-        on_the_way = torch.where(pairs.replaced[other] > 0, on_the_way, asked)
+        drawn = _on_the_way(way * (1 + amount).to(way), asked, pairs.replaced[other])  # at the usual guidance scale
+        named = _on_the_way(way, asked, pairs.replaced[other])
         moving = target + way[:, None, None].to(self.device) * (unsafe - target)
         mine, negative = (bank.prompts[index[rows]].to(self.device).float() for index in (bank.prompt, bank.negative))
         empty_or_benign = _choose(
@@ -214,14 +217,16 @@ class Learner:
         where = [flags.to(self.device) for flags in (own, paired, targeted)]
         prompt = _choose(where[0], mine, _choose(where[1], unsafe, _choose(where[2], target, moving)))
         against = _choose(where[0], negative, _choose(where[2], empty_or_benign, target))
-        read = prompt + amount.to(self.device)[:, None, None] * (prompt - against)
-        asks = _choose(own, bank.asked[rows], _choose(paired, asked, _choose(targeted, left, on_the_way)))
+        guided = prompt + amount.to(self.device)[:, None, None] * (prompt - against)
+        asks, names = (
+            _choose(own, bank.asked[rows], _choose(paired, asked, _choose(targeted, left, moved))) for moved in (drawn, named)
+        )
         shown = bank.shown[rows]
         on = self.device
         beside_pairs = (paired & ~own)[:, None]
         unknown, before_end = beside_pairs & (pairs.replaced[other] > asked), pairs.words[other] | ~beside_pairs
-        labels = (label.to(on) for label in (asks, shown, bank.asked[rows], unknown, before_end))
-        return Cases(step, self._noisy(read, generator), *labels)
+        labels = (label.to(on) for label in (asks, names, shown, bank.asked[rows], unknown, before_end))
+        return Cases(step, self._noisy(guided, generator), self._noisy(prompt, generator), *labels)
 
     def _steps(self, rows: Tensor, rng: np.random.Generator | None = None, generator: torch.Generator | None = None) -> Step:
         """What the steps `rows` [S] show; with random numbers some latents are noised anew, and some estimates unknown."""
@@ -287,6 +292,15 @@ def _level(share: Tensor) -> tuple[Tensor, Tensor]:
     """alpha and sigma of noise shares s = sigma / (alpha + sigma), of latents with alpha^2 + sigma^2 = 1."""
     length = (share.square() + (1 - share).square()).sqrt()
     return (1 - share) / length, share / length
+
+
+def _on_the_way(strength: Tensor, asked: Tensor, replaced: Tensor) -> Tensor:
+    """What prompts that are `strength` [S] of the way from their rewrite ask for, if the whole asks for `asked` [S, N] and the
+    rewrite is without `replaced` [S, N]: open in between."""
+    moved = torch.where(
+        (strength >= MUCH)[:, None], asked, torch.where((strength <= LITTLE)[:, None], asked * (1 - replaced), -1.0)
+    )
+    return torch.where(replaced > 0, moved, asked)
 
 
 def _choose(where: Tensor, first: Tensor, second: Tensor) -> Tensor:

@@ -16,7 +16,18 @@ from torch import Tensor, nn
 from saferedir.engines.errors import RequestError
 from saferedir.engines.printable import printable
 from saferedir_torch.config import SafetyConfig
-from saferedir_torch.detector import KNOTS, Answers, Conditioning, Context, Detector, Step, StepEncoder, bends, halves
+from saferedir_torch.detector import (
+    KNOTS,
+    Answers,
+    Conditioning,
+    Context,
+    Detector,
+    Step,
+    StepEncoder,
+    bends,
+    equal_parts,
+    halves,
+)
 from saferedir_torch.redirector import Redirection, Redirector, redirect
 
 CONFIG_FILE = "config.json"
@@ -78,10 +89,10 @@ class Branch(nn.Module):
         tokens = self.conditioning(streams)
         return Read(tokens, self.context(joint, tokens))
 
-    def answers(self, step: StepFeatures, read: Read) -> Answers:
-        """Centred log-odds of B conditionings, [B, concepts] each."""
+    def answers(self, step: StepFeatures, context: Tensor, tokens: Tensor) -> Answers:
+        """Centred log-odds, [B, concepts] each: context [B, features] of what is drawn, tokens [B, T, features] in force."""
         count = len(self.keeps_subject)
-        told, shown, words = self.detector(step.joint, read.context, read.tokens)
+        told, shown, words = self.detector(step.joint, context, tokens)
         of_told, of_shown = halves(self.levels(step.bends))
         return Answers(told - of_told[:, :count], shown - of_shown[:, count:], words)
 
@@ -152,15 +163,19 @@ class SafetyModule(nn.Module):
         above = bends(torch.cat([step.share, step.share]))
         return StepFeatures(self.encoder(step, above), above)
 
-    def score(self, features: StepFeatures, known: Tensor, in_force: Sequence[Tensor], original: Sequence[Tensor]) -> Scored:
-        """What a step shows, whether there is an estimate [B] bool, conditioning in force and original, streams [B, T_k, D_k]
-        each."""
-        both = [torch.cat(pair) for pair in zip(in_force, original, strict=True)]
-        read = [branch.read(features.joint, both) for branch in self.each_branch()]
-        answers = [
-            branch.answers(features, Read(halves(own.tokens)[0], halves(own.context)[0]))
-            for branch, own in zip(self.each_branch(), read, strict=True)
-        ]
+    def score(
+        self, features: StepFeatures, known: Tensor, drawn: Sequence[Tensor], in_force: Sequence[Tensor],
+        original: Sequence[Tensor],
+    ) -> Scored:  # fmt: skip
+        """What a step shows, whether there is an estimate [B] bool, and conditionings, streams [B, T_k, D_k] each: that which
+        guidance draws, that in force, and the original."""
+        every = [torch.cat(three) for three in zip(drawn, in_force, original, strict=True)]
+        read, answers = [], []
+        for branch in self.each_branch():
+            of_drawn, of_force, of_original = equal_parts(branch.conditioning(every), 3)
+            both = torch.cat([of_drawn, of_original])
+            read.append(Read(both, branch.context(features.joint, both)))
+            answers.append(branch.answers(features, halves(read[-1].context)[0], of_force))
         told, shown = (
             torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] for parts in list(zip(*answers, strict=True))[:2]
         )

@@ -86,7 +86,7 @@ def lively(module: SafetyModule) -> SafetyModule:
             fallback.normal_()
     streams = [torch.randn(64, stream.tokens, stream.width) for stream in module.config.streams]
     features = module.features(Step(*torch.randn(2, 64, module.config.latent_channels, 16, 16), torch.rand(64)))
-    usual = module.score(features, torch.ones(64, dtype=torch.bool), streams, streams).statistic.median(dim=0).values
+    usual = module.score(features, torch.ones(64, dtype=torch.bool), streams, streams, streams).statistic.median(dim=0).values
     for branch, own in zip(module.each_branch(), usual.split(list(module.config.branch_sizes)), strict=True):
         branch.centre[0] = own.repeat(2)
     for value in module.state_dict().values():

@@ -80,11 +80,11 @@ def test_follows_the_pseudocode_step_by_step(controller: Controller) -> None:
     assert not active[2].any()
 
 
-def scores_of(controller: Controller, seen: Seen, prompt: Tensor, original: Tensor) -> Any:
-    """What the module makes of a step without the controller."""
+def scores_of(controller: Controller, seen: Seen, prompt: Tensor, original: Tensor, drawn: Tensor | None = None) -> Any:
+    """What the module makes of a step without the controller; what is `drawn` is the prompt in force itself, or amplified."""
     estimate = torch.where(seen.known[:, None, None, None], shown_estimate(seen.denoised), 0.0)
     features = controller.module.features(Step(seen.latent, estimate, seen.share))
-    return controller.module.score(features, seen.known, [prompt], [original])
+    return controller.module.score(features, seen.known, [prompt if drawn is None else drawn], [prompt], [original])
 
 
 @torch.no_grad()
@@ -156,11 +156,12 @@ def test_without_an_estimate_what_stands_in_its_place_counts_for_nothing_but_bei
 def test_what_a_step_shows_alone_counts_only_once_there_is_an_estimate(controller: Controller) -> None:
     module, original = controller.module, prompts(10)
     features = module.features(Step(latents(10), latents(11), torch.full((BATCH,), 0.4)))
-    own = module.last_branch.answers(features, module.last_branch.read(features.joint[:BATCH], [original]))
+    read = module.last_branch.read(features.joint[:BATCH], [original])
+    own = module.last_branch.answers(features, read.context, read.tokens)
     raised = (own.shown > own.told).any(dim=1)
     assert raised.any()
-    first = module.score(features, torch.zeros(BATCH, dtype=torch.bool), [original], [original]).statistic
-    later = module.score(features, torch.ones(BATCH, dtype=torch.bool), [original], [original]).statistic
+    first = module.score(features, torch.zeros(BATCH, dtype=torch.bool), [original], [original], [original]).statistic
+    later = module.score(features, torch.ones(BATCH, dtype=torch.bool), [original], [original], [original]).statistic
     assert torch.equal(first, own.told)
     assert torch.equal(later, torch.maximum(own.told, own.shown))
 
@@ -186,7 +187,7 @@ def test_what_guidance_amplifies_is_read_as_it_will_be_drawn(controller: Control
     seen = seen_at(latents(14), denoised=latents(16))
     moved, verdict = controller(seen, original, Guided(negative, amount), state, policy)
     drawn_at = original + amount[:, None, None] * (original - negative)
-    expected = scores_of(controller, seen, drawn_at, original)
+    expected = scores_of(controller, seen, original, original, drawn_at)
     assert torch.equal(verdict.score, torch.sigmoid(expected.statistic))
     plain = scores_of(controller, seen, original, original)
     assert torch.equal(plain.statistic[0], expected.statistic[0])

@@ -70,9 +70,22 @@ def test_what_a_step_shows_alone_no_prompt_changes() -> None:
     module = small_module()
     features, branch = module.features(step()), module.last_branch
     reads = (branch.read(features.joint[:BATCH], [prompts(seed)]) for seed in range(9))
-    first, *others = (branch.answers(features, read) for read in reads)
+    first, *others = (branch.answers(features, read.context, read.tokens) for read in reads)
     assert all(torch.equal(first.shown, other.shown) for other in others)
     assert not any(torch.equal(first.told, other.told) for other in others)
+
+
+@torch.no_grad()
+def test_words_are_read_as_they_are_and_all_else_as_it_is_drawn() -> None:
+    module = small_module()
+    features, known, branch = module.features(step()), torch.ones(BATCH, dtype=torch.bool), module.last_branch
+    drawn, in_force, other = ([prompts(seed)] for seed in (11, 12, 13))
+    scored = module.score(features, known, drawn, in_force, other).statistic
+    branch.detector.words.bias.fill_(-200.0)
+    head = module.score(features, known, drawn, in_force, other).statistic
+    assert torch.equal(head, module.score(features, known, drawn, other, in_force).statistic)
+    assert not torch.equal(head, module.score(features, known, in_force, drawn, other).statistic)
+    assert not torch.equal(head, scored)
 
 
 @torch.no_grad()
@@ -82,14 +95,14 @@ def test_the_answer_with_the_prompt_is_an_or_of_the_head_and_of_words() -> None:
     branch.centre.zero_()
     branch.detector.words.bias.zero_()
     read = branch.read(features.joint[:BATCH], [prompts(1)])
-    together = branch.answers(features, read)
+    together = branch.answers(features, read.context, read.tokens)
     branch.detector.words.bias.fill_(-200.0)
-    head = branch.answers(features, read).told
+    head = branch.answers(features, read.context, read.tokens).told
     torch.testing.assert_close(together.told, torch.logaddexp(head, together.words))
     branch.detector.words.bias.zero_()
     branch.detector.head.weight.zero_()
     branch.detector.head.bias.fill_(-200.0)
-    torch.testing.assert_close(branch.answers(features, read).told, together.words)
+    torch.testing.assert_close(branch.answers(features, read.context, read.tokens).told, together.words)
 
 
 @torch.no_grad()
@@ -98,7 +111,8 @@ def test_what_a_word_says_does_not_depend_on_the_others_or_on_its_place() -> Non
     branch, features, telling = module.last_branch, module.features(step(1)), 3 * prompts(2, 1)[:, 0]
 
     def words(prompt: Tensor) -> Tensor:
-        return branch.answers(features, branch.read(features.joint[:1], [prompt])).words
+        read = branch.read(features.joint[:1], [prompt])
+        return branch.answers(features, read.context, read.tokens).words
 
     alone = branch.detector.words(branch.conditioning([telling[:, None]]))[:, 0]
     for place in (0, 4, TOKENS - 1):
@@ -127,10 +141,10 @@ def test_each_answer_is_relative_to_its_own_level() -> None:
     features = module.features(where)
     read = branch.read(features.joint[:BATCH], [prompts(4)])
     branch.centre.zero_()
-    raw = branch.answers(features, read)
+    raw = branch.answers(features, read.context, read.tokens)
     branch.centre[0] = torch.arange(2.0 * CONCEPTS)
     branch.centre[1] = 10  # a slope from the first knot on
-    centred = branch.answers(features, read)
+    centred = branch.answers(features, read.context, read.tokens)
     levels = torch.arange(2.0 * CONCEPTS) + 10 * where.share[:, None]
     torch.testing.assert_close(raw.told - centred.told, levels[:, :CONCEPTS], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(raw.shown - centred.shown, levels[:, CONCEPTS:], rtol=1e-4, atol=1e-4)
@@ -157,11 +171,11 @@ TWO = (Stream(name="tokens", tokens=7, width=24), Stream(name="pooled", tokens=1
 def test_streams_of_any_widths_are_scored_and_moved_by_one_verdict() -> None:
     module = small_module(streams=TWO)
     original = [torch.randn(3, stream.tokens, stream.width) for stream in TWO]
-    scored = module.score(module.features(step(3)), torch.ones(3, dtype=torch.bool), original, original)
+    scored = module.score(module.features(step(3)), torch.ones(3, dtype=torch.bool), original, original, original)
     assert scored.statistic.shape == (3, CONCEPTS)
     for index in range(len(TWO)):  # every stream is read
         other = [torch.randn_like(stream) if own == index else stream for own, stream in enumerate(original)]
-        found = module.score(scored.step, torch.ones(3, dtype=torch.bool), other, original).statistic
+        found = module.score(scored.step, torch.ones(3, dtype=torch.bool), other, other, original).statistic
         assert not torch.equal(found, scored.statistic)
     active = torch.tensor([[True, False, False], [False, False, False], [False, True, True]])
     again = torch.tensor([[False] * 3, [False] * 3, [False, True, False]])
@@ -235,7 +249,7 @@ def test_training_in_half_precision_reaches_every_parameter_as_in_full() -> None
         with mixed_precision(torch.device("cpu")) if halved else torch.autocast("cpu", enabled=False):
             features = module.features(step(16))
             read = branch.read(features.joint[:16], [prompt])
-            answers = branch.answers(features, read)
+            answers = branch.answers(features, read.context, read.tokens)
             found = branch.redirector(features.joint[:16], read.context, torch.ones(16, CONCEPTS), read.tokens)
             loss, _ = redirection_loss(found, prompt, target, torch.ones(16, TOKENS))
             loss = loss + sum(answer.float().square().mean() for answer in answers)

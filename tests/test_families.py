@@ -185,7 +185,7 @@ def test_half_the_steps_of_a_transformer_fire_and_its_padding_stays(pixart: Path
     original = torch.from_numpy(embedding)
     nothing = torch.zeros(1, 4, 16, 16)
     features = module.features(Step(nothing, nothing, torch.tensor([0.5])))
-    scored = module.score(features, torch.tensor([True]), [original], [original])
+    scored = module.score(features, torch.tensor([True]), [original], [original], [original])
     active = torch.tensor([[True]])
     module.last_branch.keeps_subject.fill_(1)
     for again in (~active, active):

@@ -93,6 +93,12 @@ def test_cases_are_labelled_by_what_their_prompt_asks_for(learner: Learner) -> N
     assert torch.equal(cases.asked[near], (asked - replaced)[near])
     assert torch.equal(cases.asked[moving][replaced[moving] == 0], asked[moving][replaced[moving] == 0])
     assert (cases.asked[moving] == -1).any()
+    # Words are what they are, whatever guidance makes of them.
+    little, between = moving & (way <= LITTLE), moving & (way > LITTLE) & (way < MUCH)
+    assert torch.equal(cases.named[~moving], cases.asked[~moving])
+    assert torch.equal(cases.named[little], (asked - replaced)[little])
+    assert (cases.named[between][replaced[between] > 0] == -1).all()
+    assert not torch.equal(cases.named[moving], cases.asked[moving])
     assert torch.equal(cases.shown, learner.bank.shown[rows])
     assert torch.equal(cases.run_asked, learner.bank.asked[rows])
     assert torch.equal(cases.unknown, paired[:, None] & (replaced > asked))
@@ -107,7 +113,9 @@ def test_known_words_settle_it_and_of_others_the_picture_tells() -> None:
         (False, [1, 1, 1, 1, 1, 0, 1, 0, 0], [1, 1, 1, 1, 0, 1]),
     ):
         unknown = torch.full_like(asked, not known, dtype=torch.bool)
-        labels, weights = Cases(Step(nothing, nothing, nothing), nothing, asked, shown, nothing, unknown, nothing).told
+        labels, weights = Cases(
+            Step(nothing, nothing, nothing), nothing, nothing, asked, asked, shown, nothing, unknown, nothing
+        ).told
         assert weights.tolist() == [sure]
         assert labels[weights > 0].tolist() == told
 
@@ -166,7 +174,7 @@ def test_an_open_label_teaches_nothing(learner: Learner) -> None:
     cases = learner._cases(rows, np.random.default_rng(3), None)
     step = learner.module.features(cases.step)
     unknown, nothing = torch.full_like(cases.asked, -1.0), torch.zeros_like(cases.asked)
-    hidden = cases._replace(asked=unknown, shown=unknown, run_asked=nothing)
+    hidden = cases._replace(asked=unknown, named=unknown, shown=unknown, run_asked=nothing)
     loss, parts = learner._detection(hidden, step)
     assert float(loss.detach()) == 0
     assert parts["told"] == parts["shown"] == parts["words"] == 0

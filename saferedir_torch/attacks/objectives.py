@@ -84,7 +84,8 @@ class ProtectedUnlikeness:
         if self.module is None:
             return self._unlikeness(repeated)
         shape = (*embeds.shape[:2], len(self._timesteps))
-        scored = self.module.score(self._features_of(shape[1]), self._known.repeat(shape[0] * shape[1]), [repeated], [repeated])
+        known = self._known.repeat(shape[0] * shape[1])
+        scored = self.module.score(self._features_of(shape[1]), known, [repeated], [repeated], [repeated])
         thresholds = torch.tensor([concept.threshold for concept in self.module.config.concepts], device=repeated.device)
         margins = scored.statistic - torch.logit(thresholds)
         passed = margins.amax(dim=1).view(shape)

@@ -91,6 +91,6 @@ def _learned(safety: SafetyModule, unsafe: Tensor, noise: Tensor, concept: World
     active = torch.tensor([name == concept.name for name in config.concept_names], device=device).expand(len(unsafe), -1)
     share = torch.full((len(unsafe),), FIRST_SHARE, device=device)
     features = safety.features(Step(noise, torch.zeros_like(noise), share))
-    scored = safety.score(features, torch.zeros(len(unsafe), dtype=torch.bool, device=device), [unsafe], [unsafe])
+    scored = safety.score(features, torch.zeros(len(unsafe), dtype=torch.bool, device=device), [unsafe], [unsafe], [unsafe])
     (moved,) = safety.redirect(scored, [unsafe], active, torch.zeros_like(active)).streams
     return moved.cpu()
