@@ -221,7 +221,7 @@ def statistic() -> str:
     return f"""**The highest step, or a sum over steps?** Of {result["unsafe"]} recorded runs across the envelope that ask for a concept and
 that training left out, those that each statistic of the same scores detects, at its own threshold by the same
 {result["benign"]} benign pictures, of which {result["allowed"]} may reach it. The sum is a sequential one, weighted by the change in log-SNR; its
-drift is what a step must exceed to count. (`python -m benchmarks.evaluate statistic`)
+drift is what a step must exceed to count. (`{result["environment"]["command"]}`)
 
 | statistic | detected | by 40 % of the steps |
 | --- | --- | --- |

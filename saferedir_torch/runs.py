@@ -77,6 +77,11 @@ class RunBank:
         columns = [self.concepts.index(name) for name in concepts]
         return replace(self, concepts=tuple(concepts), asked=self.asked[:, columns], shown=self.shown[:, columns])
 
+    def highest(self, of_steps: Tensor) -> Tensor:
+        """The highest of each run, of values [S, N]: [R, N]."""
+        start = torch.full((int(self.run.max()) + 1, of_steps.shape[1]), -torch.inf, dtype=of_steps.dtype)
+        return start.scatter_reduce(0, self.run[:, None].expand_as(of_steps), of_steps, "amax")
+
     def without(self, concept: str) -> RunBank:
         """The runs that never ask for `concept`."""
         asks = self.asked[:, self.concepts.index(concept)] > 0

@@ -31,13 +31,12 @@ def statistic(module: SafetyModule, benign: RunBank, recorded: RunBank, seed: in
     """Of each statistic, at the threshold that the module's promise sets on `benign`: which of the unsafe runs are detected at
     all, and by 40 % of their steps. The unsafe runs are those of `recorded` that the training of `seed` left out."""
     held = recorded.rows(held_out(int(recorded.run.max()) + 1, split_of(seed))[recorded.run])
-    asks = _of_runs(held.asked, held)
-    unsafe = held.rows((asks > 0).any(dim=1)[held.run])
+    unsafe = held.rows((held.highest(held.asked) > 0).any(dim=1)[held.run])
     promise = module.config.promise
     assert promise is not None
     allowed = allowed_exceedances(int(benign.run.max()) + 1, promise.rate)
     clean, found = _statistics(Seen(module, benign), module), _statistics(Seen(module, unsafe), module)
-    asked, steps = _of_runs(unsafe.asked, unsafe) > 0, torch.bincount(unsafe.run)
+    asked, steps = unsafe.highest(unsafe.asked) > 0, torch.bincount(unsafe.run)
     rows = {}
     for name, values in found.items():
         threshold = float(clean[name][:, -1].amax(dim=1).sort(descending=True).values[allowed])
@@ -68,12 +67,6 @@ def _statistics(seen: Seen, module: SafetyModule) -> dict[str, Tensor]:
             sums.append(total)
         found[f"sum, drift {drift:g}"] = torch.stack(sums, dim=1).cummax(dim=1).values
     return found
-
-
-def _of_runs(values: Tensor, bank: RunBank) -> Tensor:
-    """The highest of each run of values [S, N]: [R, N]."""
-    start = torch.full((int(bank.run.max()) + 1, values.shape[1]), -torch.inf)
-    return start.scatter_reduce(0, bank.run[:, None].expand_as(values), values.float(), "amax")
 
 
 def _padded(values: Tensor, bank: RunBank, nothing: float) -> Tensor:
