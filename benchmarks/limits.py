@@ -32,8 +32,6 @@ def limits(results: dict[str, Any]) -> list[str]:
         "An operator's own setting `unprotected`, which is logged and stated in the record.",
         "Pictures as input: drawing from a picture, inpainting and control networks are not offered by the runtime, and were "
         "not measured.",
-        "Embeddings that a request brings, part of the way to a concept, which guidance amplifies: many get through, most of "
-        "them though the safety fires. How many, the table of `amplified` is to say.",
         "Names and looks that are far from those taught: a concept is what its training pairs say it is.",
     ]
     return said

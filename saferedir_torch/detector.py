@@ -35,11 +35,12 @@ class Step(NamedTuple):
 class Answers(NamedTuple):
     """Log-odds, [B, concepts] each."""
 
-    #: With the conditioning.
+    #: With the conditioning: by the whole of it, or by a word.
     told: Tensor
     #: By what the step shows alone.
     shown: Tensor
-    #: What single words say, a part of `told`.
+    #: The two parts of `told`, not centred: what the whole of the conditioning says, and what single words do.
+    whole: Tensor
     words: Tensor
 
 
@@ -214,4 +215,4 @@ class Detector(nn.Module):
         told, shown = halves(logits)
         words = self.words(tokens).transpose(1, 2)  # sums over the last axis alone are the same in any batch, to the bit
         either = torch.logsumexp(torch.cat([told[:, :, None], words], dim=2), dim=2)  # log(exp(a) + exp(b) + ...), an "or"
-        return Answers(either, shown, torch.logsumexp(words, dim=2))
+        return Answers(either, shown, told, torch.logsumexp(words, dim=2))

@@ -27,9 +27,9 @@ VALIDATION_SHARE = 0.1
 VALIDATION_STEPS, VALIDATION_PAIRS = 1500, 400
 #: Shares of detector cases with the conditioning of the run itself, with a prompt of the pairs, and with the rewrite that such
 #: a prompt is redirected to; with the others a prompt is on its way from its rewrite, which it is guided away from.
-OWN_SHARE, PAIRED_SHARE, TARGET_SHARE = 0.35, 0.4, 0.15
+OWN_SHARE, PAIRED_SHARE, TARGET_SHARE = 0.3, 0.35, 0.15
 #: How far on its way a prompt asks for nothing yet, and asks for its concept, at the usual guidance scale.
-LITTLE, MUCH = 0.2, 0.7
+LITTLE, MUCH = 0.15, 0.4
 #: Share of cases in which guidance exceeds the usual scale, up to this one.
 AMPLIFIED_SHARE, HIGHEST_GUIDANCE = 0.5, 12.0
 #: Share of cases whose latent is noised anew, of what its run drew in the end, so that more is seen of it than its own steps.
@@ -43,7 +43,10 @@ UNTOUCHED_SHARE = 0.3
 #: Embeddings whose standard deviation is taken for that of all, and noise on embeddings in its units: names never seen lie near
 #: seen ones.
 NOISE_MEASURED_ON, PROMPT_NOISE = 10_000, 0.15
-WORDS_WEIGHT = 0.25
+#: Share of the redirector's pairs of which the prompt is on its way from its rewrite, as guidance amplifies it, and how far it
+#: is at least.
+PARTIAL_SHARE, SHORTEST_WAY = 0.25, 0.2
+PARTS_WEIGHT = 0.25
 
 
 def held_out(runs: int, rng: np.random.Generator) -> Tensor:
@@ -172,10 +175,12 @@ class Learner:
         parts = {
             "told": detection_loss(answers.told, told, sure),
             "shown": detection_loss(answers.shown, seen, visible),
+            # What single words settle, the whole is to learn as well.
+            "whole": detection_loss(answers.whole, told, sure),
             "words": detection_loss(answers.words, asks, known) + detection_loss(torch.logsumexp(by_words, dim=1), asks, known),
         }
         right = (((answers.told >= 0) == (told > 0)) * sure).sum() / sure.sum().clamp(min=1)
-        loss = parts["told"] + parts["shown"] + WORDS_WEIGHT * parts["words"]
+        loss = parts["told"] + parts["shown"] + PARTS_WEIGHT * (parts["whole"] + parts["words"])
         return loss, {**{key: float(value.detach()) for key, value in parts.items()}, "accuracy": float(right)}
 
     def _redirection(
@@ -183,6 +188,9 @@ class Learner:
     ) -> tuple[Tensor, dict[str, float]]:
         clean, target = (side[chosen].to(self.device).float() for side in (self.pairs.original, self.pairs.target))
         mask = changed_tokens(clean, target, self.tau)
+        way = rng.uniform(SHORTEST_WAY, 1.0, len(chosen)) if generator is not None else np.ones(len(chosen))
+        way = np.where(rng.random(len(chosen)) < PARTIAL_SHARE, way, 1.0)
+        clean = torch.lerp(target, clean, torch.from_numpy(way).to(clean)[:, None, None])
         # The target stays clean: what is strange about a name is to be removed, not carried over.
         original = self._noisy(clean, generator)
         joint, active = step.joint[: len(original)], self._active(chosen, rng).to(self.device)

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from saferedir.engines.errors import TrainingError
 from saferedir_torch.alignment import aligned_targets
-from saferedir_torch.meaning import confirmed
+from saferedir_torch.meaning import confirmed, parts_of_names
 from saferedir_torch.prompt_source import PromptSource, flags
 from saferedir_torch.trajectories import encode
 
 #: Of the pairs, how many prompts that ask for nothing there are beside them: safe rewrites, and benign ones.
 REWRITES_SHARE, BENIGN_SHARE = 0.4, 1.0
+#: Share of the pairs whose names are cut to one word, to be pairs or benign prompts beside them.
+PARTS_SHARE = 0.4
 CHUNK = 128
 
 
@@ -79,19 +81,22 @@ def make_pairs(
 ) -> PairBank:
     """`count` pairs a concept, and safe rewrites and benign prompts beside them, to be left alone."""
     end_id, concepts = pipeline.tokenizer.eos_token_id, list(source.replacements)
-    parts: list[tuple[Tensor, ...]] = []
+    banks: list[tuple[Tensor, ...]] = []
     for index, concept in enumerate(concepts):
         rng = np.random.default_rng([seed, 21, index])
         for start in range(0, count, CHUNK):
             size = min(CHUNK, count - start)
             pairs = confirmed(pipeline, [source.varied_pair(concept, rng) for _ in range(size)])
+            parts = parts_of_names(pipeline, pairs[: round(size * PARTS_SHARE)], rng)
+            pairs += parts.asking
             unsafe_ids, unsafe = encode(pipeline, [pair.unsafe for pair in pairs])
             safe_ids, safe = encode(pipeline, [pair.safe for pair in pairs])
             clean = [row for row, pair in enumerate(pairs) if set(pair.asked) <= set(pair.replaced)]
             clean = clean[: round(size * REWRITES_SHARE)]
-            benign_ids, benign = encode(pipeline, [source.varied_benign(rng) for _ in range(round(size * BENIGN_SHARE))])
+            harmless = [source.varied_benign(rng) for _ in range(round(size * BENIGN_SHARE))] + parts.harmless
+            benign_ids, benign = encode(pipeline, harmless)
             untouched, nothing = torch.cat([safe[clean], benign]).half(), torch.zeros(len(clean) + len(benign), len(concepts))
-            parts.append((
+            banks.append((
                 torch.cat([unsafe.half(), untouched]),
                 torch.cat([aligned_targets(unsafe_ids, safe_ids, unsafe, safe, end_id).half(), untouched]),
                 torch.cat([torch.tensor(flags([pair.asked for pair in pairs], concepts)), nothing]),
@@ -100,7 +105,7 @@ def make_pairs(
             ))  # fmt: skip
             if on_progress is not None:
                 on_progress(index * count + start + size, count * len(concepts))
-    return PairBank(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    return PairBank(*(torch.cat(tensors) for tensors in zip(*banks, strict=True)))
 
 
 def _before_end(ids: Tensor, end_id: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from typing import Protocol
 
 import numpy as np
@@ -56,3 +57,11 @@ class PromptSource(Protocol):
 def flags(rows: Sequence[Sequence[str]], concepts: Sequence[str]) -> list[list[float]]:
     """[len(rows)][N]: 1 where the concept is among the row's names."""
     return [[float(concept in row) for concept in concepts] for row in rows]
+
+
+def changed_words(prompt: str, other: str) -> list[str]:
+    """Runs of words in `prompt` that `other` has other words, or none, in place of."""
+    words, others = prompt.split(" "), other.split(" ")
+    blocks = SequenceMatcher(a=words, b=others, autojunk=False).get_opcodes()
+    runs = (" ".join(words[start:end]) for kind, start, end, _, _ in blocks if kind in ("replace", "delete"))
+    return [run for run in runs if run.strip()]

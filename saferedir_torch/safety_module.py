@@ -92,9 +92,9 @@ class Branch(nn.Module):
     def answers(self, step: StepFeatures, context: Tensor, tokens: Tensor) -> Answers:
         """Centred log-odds, [B, concepts] each: context [B, features] of what is drawn, tokens [B, T, features] in force."""
         count = len(self.keeps_subject)
-        told, shown, words = self.detector(step.joint, context, tokens)
+        told, shown, whole, words = self.detector(step.joint, context, tokens)
         of_told, of_shown = halves(self.levels(step.bends))
-        return Answers(told - of_told[:, :count], shown - of_shown[:, count:], words)
+        return Answers(told - of_told[:, :count], shown - of_shown[:, count:], whole, words)
 
     def levels(self, above: Tensor) -> Tensor:
         """What clean pictures come up to, of noise shares above each knot [R, KNOTS]: [R, 2 concepts]."""

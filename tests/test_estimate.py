@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ def test_levels_are_of_variance_1_and_noisier_the_later_in_training(times: list[
     found = [levels.at(time) for time in sorted(times)]
     assert all(level.alpha**2 + level.sigma**2 == pytest.approx(1) for level in found)
     shares = [level.share for level in found]
-    assert shares == sorted(shares)
+    assert all(later >= earlier - 1e-12 for earlier, later in pairwise(shares))  # times may lie closer than rounding
     assert all(0 < share <= 1 for share in shares)
 
 

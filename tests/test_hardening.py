@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saferedir_torch.attacks.hardening import ALL_FAMILIES, ALL_WORD_FAMILIES, HardenedPrompts, changed_words
+from saferedir_torch.attacks.hardening import ALL_FAMILIES, ALL_WORD_FAMILIES, HardenedPrompts
 from saferedir_torch.attacks.long_prompts import DID, EVERYDAY_WORDS, FRAMES, WHAT, WHEN, WHO
 from saferedir_torch.attacks.respelling import MARKS, accents
 from saferedir_torch.attacks.text_families import GAPS, INJECTIONS, LOOKALIKES, SMALL_TALK
 from saferedir_torch.everyday import EverydayPrompts, EverydayWords
-from saferedir_torch.meaning import confirmed, still_means
+from saferedir_torch.meaning import NEARER, confirmed, kept_meaning, parts_of_names
 from saferedir_torch.models import load_pipeline
-from saferedir_torch.prompt_source import TrainingPair
+from saferedir_torch.prompt_source import TrainingPair, changed_words
 from saferedir_torch.trajectories import encode
 from saferedir_torch.world.captions import all_names
 from saferedir_torch.world.source import WorldPrompts
@@ -124,10 +124,31 @@ def test_what_says_the_same_means_the_same() -> None:
     church, house, chapel, lost, lost_safe = encode(model, [
         "a church on blue", "a house on blue", "a chapel on blue", "one two three and nothing else", "one two three, nothing",
     ])[1][:, None]  # fmt: skip
-    assert still_means(model, church, house, church, house).tolist() == [True]
-    assert still_means(model, chapel, house, church, house).tolist() == [True]
-    assert still_means(model, house, house, church, house).tolist() == [False]
-    assert still_means(model, lost, lost_safe, church, house).tolist() == [False]
+    assert kept_meaning(model, church, house, church, house) > 100
+    assert kept_meaning(model, chapel, house, church, house) > NEARER
+    assert kept_meaning(model, house, house, church, house) == 0
+    assert kept_meaning(model, lost, lost_safe, church, house) < NEARER
+
+
+def test_a_word_of_a_name_is_a_pair_where_it_means_the_same_and_harmless_where_it_means_nothing() -> None:
+    def pair(name: str) -> TrainingPair:
+        return TrainingPair(f"a picture of {name}", "a picture of a balloon", ("weapons",), ("weapons",))
+
+    pairs = [pair("a blade on a wooden handle"), pair("a sword fight"), pair("a bow")]
+    left = [parts_of_names(load_pipeline(), pairs, np.random.default_rng(seed)) for seed in range(12)]
+    harmless = {prompt for parts in left for prompt in parts.harmless}
+    asking = {part.unsafe for parts in left for part in parts.asking}
+    assert "a picture of a blade" in harmless
+    assert "a picture of a fight" in asking
+    assert not harmless & asking
+    assert {part.safe for parts in left for part in parts.asking} == {"a picture of a balloon"}
+
+
+def test_names_of_one_word_and_prompts_that_ask_for_more_are_left_whole() -> None:
+    one = TrainingPair("church on blue", "house on blue", ("church",), ("church",))
+    rewritten = TrainingPair("a chhurch", "a house", ("church",), ("church",), "a church", "a house")
+    more = TrainingPair("a stone church in ink style", "a house in ink style", ("church", "ink"), ("church",))
+    assert parts_of_names(load_pipeline(), [one, rewritten, more], np.random.default_rng(0)) == ([], [])
 
 
 def test_unknown_families_are_named() -> None:

@@ -24,10 +24,10 @@ from benchmarks.tables.forgetting import Judges
 from benchmarks.test_sets import unsafe_set
 from saferedir.runtime import Pipeline
 from saferedir_torch.attacks.evolution import Evolution, evolve
-from saferedir_torch.attacks.hardening import changed_words
 from saferedir_torch.attacks.suite import UNCHANGED, Attempts, Draw, Outcome, Pixels, Success, attack, attempts, confirmed
 from saferedir_torch.attacks.text_families import FAMILIES, Target
 from saferedir_torch.evaluation.intervals import share
+from saferedir_torch.prompt_source import changed_words
 from saferedir_torch.world.prompts import Part, PromptPair, WorldConcept
 from saferedir_torch.world.split import Split
 

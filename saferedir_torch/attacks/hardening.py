@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from difflib import SequenceMatcher
 
 import numpy as np
 
 from saferedir_torch.attacks.long_prompts import among_words, framed, longer
 from saferedir_torch.attacks.respelling import RESPELLINGS
 from saferedir_torch.attacks.text_families import FAMILIES, WORD_FAMILIES, Family, Target, on_words
-from saferedir_torch.prompt_source import PromptSource, TrainingPair
+from saferedir_torch.prompt_source import PromptSource, TrainingPair, changed_words
 
 #: Share of pairs, and of benign prompts, that are rewritten.
 ATTACKED_SHARE = 0.4
@@ -88,11 +87,3 @@ def _rewritten_anywhere(prompt: str, family: Callable[[], str], rng: np.random.G
     words = prompt.split(" ")
     target_words = words[int(rng.integers(len(words)))]
     return ALL_FAMILIES[family()](Target(prompt, target_words), rng) if target_words else prompt
-
-
-def changed_words(prompt: str, other: str) -> list[str]:
-    """Runs of words in `prompt` that `other` has other words, or none, in place of."""
-    words, others = prompt.split(" "), other.split(" ")
-    blocks = SequenceMatcher(a=words, b=others, autojunk=False).get_opcodes()
-    runs = (" ".join(words[start:end]) for kind, start, end, _, _ in blocks if kind in ("replace", "delete"))
-    return [run for run in runs if run.strip()]

@@ -37,9 +37,9 @@ def train(
     ] = None,
     split: SplitFile = None,
     seed: Seed = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Optimisation steps.")] = 5000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimisation steps.")] = 6000,
     runs: Annotated[int, typer.Option(min=1, help="Runs to record, of all kinds and concepts, across the envelope.")] = 20_000,
-    pair_count: Annotated[int, typer.Option(min=1, help="Prompt pairs to draw, a concept.")] = 5000,
+    pair_count: Annotated[int, typer.Option(min=1, help="Prompt pairs to draw, a concept.")] = 8000,
     runs_from: Annotated[Path | None, typer.Option(help="Folder of another training whose recorded runs are used.")] = None,
     extend: Annotated[Path | None, typer.Option(help="Folder of a trained module that the concept is added to.")] = None,
     start_from: Annotated[
