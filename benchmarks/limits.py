@@ -13,10 +13,16 @@ PROMISED = 0.02
 
 def limits(results: dict[str, Any]) -> list[str]:
     """A sentence or two for each; `results` are those of the evaluation by name."""
-    by_text = _through([result for name, result in results.items() if name.startswith("attacks_")])
+    attacked = [result for name, result in results.items() if name.startswith("attacks_")]
+    by_text = _through(attacked)
     by_gradient = _through([result for name, result in results.items() if name.startswith("gradient_attacks_")])
     written = [(title, family, share) for title, family, share in by_text if share > PROMISED]
     said = []
+    if not attacked:
+        said.append(
+            "Prompts that hide what they ask for, by strange spelling most of all: some get through. How many, of text and of "
+            "embeddings that guidance amplifies, is not measured on this module yet."
+        )
     if written:
         listed = "; ".join(f"{title}, {family}: {percent(share)}" for title, family, share in sorted(written, key=_share))
         said.append(f"Prompts that hide what they ask for. More often than in {percent(PROMISED)} get through: {listed}.")
@@ -32,6 +38,7 @@ def limits(results: dict[str, Any]) -> list[str]:
         "An operator's own setting `unprotected`, which is logged and stated in the record.",
         "Pictures as input: drawing from a picture, inpainting and control networks are not offered by the runtime, and were "
         "not measured.",
+        "A false alarm can cost the picture: what is taken for a concept's word is moved, and the rest may follow it.",
         "Names and looks that are far from those taught: a concept is what its training pairs say it is.",
     ]
     return said

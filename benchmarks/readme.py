@@ -60,7 +60,7 @@ def figures() -> str:
         robustness_figures.peers: ("peers_church", "peers_ink", "peers_weapons"),
         robustness_figures.transfer: ("transfer",),
         robustness_figures.relation: ("relation",),
-        engine_figures.cost: ("speed", "speed_ort-cuda"),
+        engine_figures.cost: ("speed",),
         engine_figures.safety_cost: ("safety_cost",),
         engine_figures.optimisers: ("optimisers",),
         engine_figures.parity: ("parity",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.engine_figures import SPEEDS
 from benchmarks.limits import counted_row
 from benchmarks.markdown import hits_of, percent, read_result, share_of
 from benchmarks.report import RESULTS
@@ -97,12 +98,14 @@ def _amplified() -> str:
 
 
 def _cost() -> str:
-    if not _measured("speed", "speed_ort-cuda"):
+    measured = {name: read_result(name) for name in SPEEDS if _measured(name)}
+    if "speed" not in measured:
         return ""
-    speed, card = read_result("speed"), read_result("speed_ort-cuda")
-    return f"""Cost: safety is {percent(speed["safety_share_of_step"]["1"])} of a step of this very small UNet on a CPU,
-  {percent(card["safety_share_of_step"]["1"])} on an H200. Against protected eager diffusers a picture is drawn
-  {_speed(speed):.1f} times as fast on the CPU, {_speed(card):.1f} times on the card."""
+    where = {"speed": "a CPU", "speed_ort-cuda": "an H200"}
+    shares = ", ".join(f"{percent(own['safety_share_of_step']['1'])} on {where[name]}" for name, own in measured.items())
+    times = ", ".join(f"{_speed(own):.1f} times as fast on {where[name]}" for name, own in measured.items())
+    return f"""Cost: safety is {shares} of a step of this very small UNet. Against protected eager diffusers a picture is drawn
+  {times}."""
 
 
 def _parity() -> str:

@@ -188,9 +188,8 @@ class Learner:
     ) -> tuple[Tensor, dict[str, float]]:
         clean, target = (side[chosen].to(self.device).float() for side in (self.pairs.original, self.pairs.target))
         mask = changed_tokens(clean, target, self.tau)
-        way = rng.uniform(SHORTEST_WAY, 1.0, len(chosen)) if generator is not None else np.ones(len(chosen))
-        way = np.where(rng.random(len(chosen)) < PARTIAL_SHARE, way, 1.0)
-        clean = torch.lerp(target, clean, torch.from_numpy(way).to(clean)[:, None, None])
+        if generator is not None:
+            clean = _partial(clean, target, rng)
         # The target stays clean: what is strange about a name is to be removed, not carried over.
         original = self._noisy(clean, generator)
         joint, active = step.joint[: len(original)], self._active(chosen, rng).to(self.device)
@@ -309,6 +308,12 @@ def _on_the_way(strength: Tensor, asked: Tensor, replaced: Tensor) -> Tensor:
         (strength >= MUCH)[:, None], asked, torch.where((strength <= LITTLE)[:, None], asked * (1 - replaced), -1.0)
     )
     return torch.where(replaced > 0, moved, asked)
+
+
+def _partial(unsafe: Tensor, target: Tensor, rng: np.random.Generator) -> Tensor:
+    """Prompts [B, T, D], a share of them part of the way from their rewrites `target`."""
+    way, partial = rng.uniform(SHORTEST_WAY, 1.0, len(unsafe)), rng.random(len(unsafe)) < PARTIAL_SHARE
+    return torch.lerp(target, unsafe, torch.from_numpy(np.where(partial, way, 1.0)).to(unsafe)[:, None, None])
 
 
 def _choose(where: Tensor, first: Tensor, second: Tensor) -> Tensor:

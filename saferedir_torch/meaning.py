@@ -92,10 +92,10 @@ def parts_of_names(pipeline: Any, pairs: Sequence[TrainingPair], rng: np.random.
 def _one_word_left(pair: TrainingPair, rng: np.random.Generator) -> tuple[str, str] | None:
     """The unsafe prompt of a plain pair with one word of its name, and with none.
 
-    None where its name is a single word, or where it asks for anything besides.
+    None where its name is a single word, or where it asks for more than one concept: one word may then mean one of them.
     """
     spans = changed_words(pair.unsafe, pair.safe)
-    if pair.plain or set(pair.asked) != set(pair.replaced) or len(spans) != 1:
+    if pair.plain or len(pair.asked) != 1 or pair.asked != pair.replaced or len(spans) != 1:
         return None
     words = [word for word in spans[0].split(" ") if word not in pair.safe.split(" ")]
     if len(words) < 2:

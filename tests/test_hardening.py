@@ -148,7 +148,8 @@ def test_names_of_one_word_and_prompts_that_ask_for_more_are_left_whole() -> Non
     one = TrainingPair("church on blue", "house on blue", ("church",), ("church",))
     rewritten = TrainingPair("a chhurch", "a house", ("church",), ("church",), "a church", "a house")
     more = TrainingPair("a stone church in ink style", "a house in ink style", ("church", "ink"), ("church",))
-    assert parts_of_names(load_pipeline(), [one, rewritten, more], np.random.default_rng(0)) == ([], [])
+    both = TrainingPair("a church as a woodcut print", "a house in glossy style", ("church", "ink"), ("church", "ink"))
+    assert parts_of_names(load_pipeline(), [one, rewritten, more, both], np.random.default_rng(0)) == ([], [])
 
 
 def test_unknown_families_are_named() -> None:

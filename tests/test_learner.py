@@ -15,10 +15,13 @@ from saferedir_torch.learner import (
     MUCH,
     OWN_SHARE,
     PAIRED_SHARE,
+    PARTIAL_SHARE,
+    SHORTEST_WAY,
     TARGET_SHARE,
     Cases,
     Learner,
     _level,
+    _partial,
     _rows,
 )  # fmt: skip
 from saferedir_torch.pairs import PairBank
@@ -144,6 +147,15 @@ def test_what_the_redirector_is_told_is_active(learner: Learner) -> None:
     assert (active[asks][(asked > replaced)[asks]] == 0).all()  # what it asks for and is to keep
     falsely = active[asks][asked[asks] == 0]
     assert 0.1 < float(falsely.mean()) < 0.3
+
+
+def test_a_quarter_of_the_prompts_to_be_moved_are_part_of_the_way() -> None:
+    unsafe, target = torch.ones(4000, 1, 1), torch.zeros(4000, 1, 1)
+    way = _partial(unsafe, target, np.random.default_rng(0)).flatten()
+    partial = way[way < 1]
+    assert abs(len(partial) / len(way) - PARTIAL_SHARE) < 0.03
+    assert partial.min() >= SHORTEST_WAY
+    assert abs(float(partial.mean()) - (1 + SHORTEST_WAY) / 2) < 0.03
 
 
 def test_latents_are_carried_back_by_the_forward_process(learner: Learner) -> None:
