@@ -7,7 +7,7 @@ from pathlib import Path
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import OutputError
 from saferedir.engines.whole_file import write_bytes
-from saferedir.runtime.loop import StepCallback
+from saferedir.runtime.batcher import StepCallback
 from saferedir.runtime.outputs import output_folder, png_bytes
 from saferedir.runtime.page import GENERATOR, Comparison, comparison_page, contact_sheet
 from saferedir.runtime.pipeline import Pipeline

@@ -95,7 +95,7 @@ def graph(name: str, inputs: Sequence[Any], outputs: Sequence[Any], location: st
         ]
     else:
         nodes += [
-            helper.make_node("ReduceMean", ["prompt", "both"], ["said"], keepdims=1),
+            helper.make_node("ReduceMax", ["prompt", "both"], ["said"], keepdims=1),  # a mean depends on the batch
             helper.make_node("Unsqueeze", ["said", "last"], ["shift"]),
             helper.make_node("Add", ["latent", "shift"], ["moved"]),
             helper.make_node("Mul", ["moved", "factor"], ["next_latent"]),

@@ -1,0 +1,209 @@
+"""The audit: one record a picture, in a chain of hashes, durable before the picture leaves.
+
+A record says what was asked for, under which policy, what every step saw and decided, and how it ended. Its hash covers that of
+the record before, and the head of the chain stands in a table of its own, so that whatever is altered, removed or moved shows.
+With a key (HMAC) nobody without it can write the chain anew. Prompts are not in it: a salted commitment is. The salt, and the
+text where the operator keeps it, stand beside, to be deleted when they have to be; the commitment then tells nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    Column,
+    Connection,
+    Engine,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    delete,
+    event,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.exc import SQLAlchemyError
+
+from saferedir.engines.errors import AuditError
+
+#: What the first record follows.
+ORIGIN = "0" * 64
+SALT_BYTES = 16
+#: Seconds that a writer waits for another.
+BUSY = 10
+
+_METADATA = MetaData()
+RECORDS = Table(
+    "audit_records", _METADATA,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("body", Text, nullable=False),
+    Column("hash", String(64), nullable=False),
+)  # fmt: skip
+TEXTS = Table(
+    "audit_texts", _METADATA,
+    Column("id", String(64), primary_key=True),
+    Column("salt", String(2 * SALT_BYTES), nullable=False),
+    Column("prompt", Text, nullable=True),
+)  # fmt: skip
+#: One row: how many records there are, and the hash of the last.
+HEAD = Table(
+    "audit_head", _METADATA,
+    Column("one", Integer, primary_key=True, autoincrement=False),
+    Column("number", Integer, nullable=False),
+    Column("hash", String(64), nullable=False),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is written of one picture."""
+
+    id: str
+    #: Everything but the prompt, as JSON takes it.
+    body: dict[str, Any]
+    #: None where embeddings were given.
+    prompt: str | None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with the chain."""
+
+    #: Of the record, from 1.
+    number: int
+    what: str
+
+
+class Audit:
+    """Records in a database: `sqlite:///FILE`, or PostgreSQL by its URL. Safe for several threads, processes and machines."""
+
+    def __init__(self, url: str, *, key: bytes = b"", keep_prompts: bool = False) -> None:
+        """`key` keeps others from writing the chain anew; `keep_prompts` keeps the text of prompts beside their salt.
+
+        Raises:
+            AuditError: the database cannot be opened, or is not one of an audit.
+        """
+        self._key, self._keep_prompts = key, keep_prompts
+        try:
+            self._engine = _engine(url)
+            #: Does not keep writers waiting.
+            self._reader = self._engine.execution_options(reads=True)
+            with self._engine.begin() as connection:
+                _METADATA.create_all(connection)
+                if connection.execute(select(HEAD)).first() is None:
+                    connection.execute(insert(HEAD).values(one=1, number=0, hash=ORIGIN))
+        except (SQLAlchemyError, ImportError, ValueError) as error:
+            raise AuditError(f"the audit's database cannot be opened: {_first_line(error)}") from error
+
+    def append(self, entries: Sequence[Entry]) -> None:
+        """Write records, all or none; they are durable when this returns.
+
+        Raises:
+            AuditError: they could not be written. No picture of theirs may leave.
+        """
+        try:
+            with self._engine.begin() as connection:
+                number, last = self._locked_head(connection)
+                for entry in entries:
+                    number += 1
+                    last = self._write(connection, number, last, entry)
+                connection.execute(update(HEAD).values(number=number, hash=last))
+        except SQLAlchemyError as error:
+            raise AuditError(f"the audit could not be written: {_first_line(error)}") from error
+
+    def find(self, id: str) -> tuple[dict[str, Any], str | None]:
+        """A record's body, and its prompt where the text was kept.
+
+        Raises:
+            AuditError: there is none of that name, or the database cannot be read.
+        """
+        try:
+            with self._reader.connect() as connection:
+                body = connection.execute(select(RECORDS.c.body).where(RECORDS.c.id == id)).scalar()
+                prompt = connection.execute(select(TEXTS.c.prompt).where(TEXTS.c.id == id)).scalar()
+        except SQLAlchemyError as error:
+            raise AuditError(f"the audit cannot be read: {_first_line(error)}") from error
+        if body is None:
+            raise AuditError(f"the audit has no record {id!r}")
+        return json.loads(body), prompt
+
+    def forget(self, id: str) -> bool:
+        """Delete a prompt's salt, and its text where it was kept. Whether there was one."""
+        with self._engine.begin() as connection:
+            return connection.execute(delete(TEXTS).where(TEXTS.c.id == id)).rowcount > 0
+
+    def verify(self) -> Iterator[Problem]:
+        """What is wrong with the chain, record by record; nothing where it is whole."""
+        with self._reader.connect() as connection:
+            stated = connection.execute(select(HEAD.c.number, HEAD.c.hash)).first()
+            expected, last = 1, ORIGIN
+            rows = connection.execution_options(yield_per=1000).execute(select(RECORDS).order_by(RECORDS.c.number))
+            for number, id, body, own in rows:
+                if number != expected:
+                    yield Problem(expected, f"records {expected} to {number - 1} are missing")
+                if not hmac.compare_digest(self._hash(number, last, id, body), own):
+                    yield Problem(number, "it is not what was written, or does not follow the record before")
+                expected, last = number + 1, own
+            if stated is None:
+                yield Problem(expected, "the head of the chain is missing")
+            elif (stated.number, stated.hash) != (expected - 1, last):
+                yield Problem(stated.number, f"the head of the chain names record {stated.number}, the last is {expected - 1}")
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def _locked_head(self, connection: Connection) -> tuple[int, str]:
+        found = connection.execute(select(HEAD.c.number, HEAD.c.hash).with_for_update()).one()
+        return found.number, found.hash
+
+    def _write(self, connection: Connection, number: int, last: str, entry: Entry) -> str:
+        salt = secrets.token_hex(SALT_BYTES)
+        commitment = None if entry.prompt is None else hashlib.sha256((salt + entry.prompt).encode()).hexdigest()
+        body = json.dumps({**entry.body, "prompt_commitment": commitment}, sort_keys=True, allow_nan=False)
+        own = self._hash(number, last, entry.id, body)
+        connection.execute(insert(RECORDS).values(number=number, id=entry.id, body=body, hash=own))
+        if entry.prompt is not None:
+            text = entry.prompt if self._keep_prompts else None
+            connection.execute(insert(TEXTS).values(id=entry.id, salt=salt, prompt=text))
+        return own
+
+    def _hash(self, number: int, last: str, id: str, body: str) -> str:
+        said = json.dumps([number, last, id, body]).encode()
+        return hmac.digest(self._key, said, "sha256").hex() if self._key else hashlib.sha256(said).hexdigest()
+
+
+def _engine(url: str) -> Engine:
+    engine = create_engine(url, pool_pre_ping=True, connect_args={"timeout": BUSY} if url.startswith("sqlite") else {})
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _prepare_sqlite)
+        event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _: Any) -> None:
+    """Durable at every commit, and one writer at a time from the beginning of its transaction."""
+    connection.isolation_level = None  # transactions are begun by the listener
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    reads = connection.get_execution_options().get("reads", False)
+    connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

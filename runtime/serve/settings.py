@@ -1,0 +1,83 @@
+"""What a service is told: flags, then the environment (`SAFEREDIR_SERVE_...`), then a TOML file, then these defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from saferedir.engines import DEFAULT_BUNDLE
+from saferedir.engines.errors import RequestError
+
+PREFIX = "SAFEREDIR_SERVE_"
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseSettings):
+    """Every setting of a service."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+
+    bundle: str = Field(DEFAULT_BUNDLE, description="A folder, or the name of an embedded bundle.")
+    bundle_digest: str | None = Field(None, description="SHA-256 of the bundle's manifest, which pins it.")
+    backend: str = Field("auto", description="auto, or one that `saferedir doctor` lists.")
+    threads: Positive | None = Field(None, description="Of an engine on the CPU; the cores that there are by default.")
+    host: str = Field("127.0.0.1", description="Address to listen at.")
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    queue: Positive = Field(64, description="Pictures that may wait; more are refused with 429.")
+    most_pictures: Annotated[int, Field(ge=1, le=10)] = Field(10, description="Of one request.")
+    most_steps: Annotated[int, Field(ge=1, le=999)] = Field(50, description="Of one picture.")
+    prompt_characters: Positive = Field(10_000, description="Of one prompt.")
+    body_bytes: Positive = Field(1_000_000, description="Of one request.")
+    seconds: Annotated[float, Field(gt=0)] = Field(60.0, description="That a request may take; a request may ask for fewer.")
+    drain_seconds: Annotated[float, Field(ge=0)] = Field(30.0, description="For what is under way when the service is stopped.")
+    keys: Path | None = Field(None, description="File of hashed keys; without it anyone may draw.")
+    policy: Path | None = Field(None, description="The operator's policy; without it every concept is redirected.")
+    audit: str = Field("sqlite:///saferedir-audit.db", description="Database of the audit: SQLite or PostgreSQL, as a URL.")
+    audit_key: SecretStr = Field(SecretStr(""), description="Key of the audit's chain of hashes.")
+    keep_prompts: bool = Field(False, description="Keep the text of prompts beside the audit.")
+    log_prompts: bool = Field(False, description="Write prompts to the log.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource, dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:  # fmt: skip
+        return init_settings, env_settings, _FromFile(settings_cls)
+
+
+class _FromFile(TomlConfigSettingsSource):
+    """The file that `read_settings` was given."""
+
+    path: Path | None = None
+
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        super().__init__(settings_cls, self.path)
+
+
+def read_settings(flags: dict[str, Any], file: Path | None = None) -> Settings:
+    """The settings in force: `flags` that are not None, the environment, `file`.
+
+    Raises:
+        RequestError: names the setting, and what is wrong with it.
+    """
+    if file is not None and not file.is_file():
+        raise RequestError(f"{file} is no file of settings")
+    source = type("_ThisFile", (_FromFile,), {"path": file})
+
+    class FromFile(Settings):
+        @classmethod
+        def settings_customise_sources(cls, settings_cls: type[BaseSettings], **sources: Any) -> Any:
+            return sources["init_settings"], sources["env_settings"], source(settings_cls)
+
+    try:
+        return FromFile(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise RequestError(f"setting {name} is {first['input']!r}: {first['msg']}") from error
+    except ValueError as error:  # a file that is no TOML
+        raise RequestError(f"{file} cannot be read as settings: {error}") from error
