@@ -97,7 +97,9 @@ class Ours:
         self._batcher = Batcher(pipeline.backend, pipeline.manifest)
 
     def submit(self, drawing: Drawing) -> Future[Denoised]:
-        return self._batcher.submit(drawing).future
+        tickets = self._batcher.reserve(drawing.engine, drawing.steps)
+        self._batcher.submit(tickets, [drawing])
+        return tickets[0].future
 
 
 def _run(rows: Rows, batch: Sequence[tuple[Drawing, Future[Denoised]]]) -> None:

@@ -17,7 +17,7 @@ from saferedir.export.reference import open_reference
 class TorchBackend:
     """Runs the modules that a bundle was exported from; their weights must be the bundle's."""
 
-    name = "torch"
+    name, captures = "torch", False
 
     def __init__(self, bundle: Bundle, model: Path | None = None, safety: Path | None = None) -> None:
         self._graphs = open_reference(bundle, model, safety).graphs

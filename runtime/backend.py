@@ -22,6 +22,8 @@ class Backend(Protocol):
 
     #: The name it was asked for by, such as `ort-cpu`.
     name: str
+    #: Whether steps on resident rows are captured, so that each number of rows costs seconds and memory when it is met first.
+    captures: bool
 
     def upload(self, array: Array) -> DeviceTensor:
         """A copy of `array` on the device."""
@@ -64,7 +66,7 @@ class BackendAround:
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self.name = backend.name
+        self.name, self.captures = backend.name, backend.captures
 
     def upload(self, array: Array) -> DeviceTensor:
         return self.backend.upload(array)

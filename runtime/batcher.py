@@ -22,14 +22,13 @@ from saferedir.engines import Manifest
 from saferedir.engines.errors import CancelledError, DeadlineError, QueueFullError, SafeRedirError, SafetyEngineError
 from saferedir.runtime.backend import Backend
 from saferedir.runtime.job import Array, Denoised, Drawing, Job
+from saferedir.runtime.prediction import FIRST_GUESS, Ahead, StepTimes, seconds_until_drawn
 from saferedir.runtime.rows import Rows
 
-#: How long a picture may take, in times of what it takes alone, where nobody says: what orders pictures without a deadline.
+#: By when a picture should be drawn, in times of what it takes alone: what orders those that have no nearer deadline.
 USUAL_SLACK = 3.0
-#: Seconds of a step until one was measured.
-FIRST_GUESS = 0.05
-#: Weight of the latest step in the average.
-LATEST = 0.2
+#: Seconds by which a step of priority brings a picture forward. Not more: who has waited longer than that goes first all the same.
+PRIORITY_SECONDS = 5.0
 #: Called after every step with (steps done, steps in all), on the batcher's thread.
 StepCallback = Callable[[int, int], None]
 #: Called with an estimate of the finished picture, a latent [C, h, w], on the batcher's thread.
@@ -38,44 +37,41 @@ PreviewCallback = Callable[[Array], None]
 
 @dataclass(order=True)
 class Ticket:
-    """A picture on its way through the batcher, in the order in which pictures are served."""
+    """A picture's place in the batcher, in the order in which pictures are served. Callbacks are set before it is submitted."""
 
-    #: Higher is served first.
-    urgency: tuple[int, float, int]
-    job: Job = field(compare=False)
+    #: Lower is served first: by when it should be drawn, and its number.
+    urgency: tuple[float, int]
+    #: The step graph that is to draw it, and in how many steps.
+    engine: str = field(compare=False)
+    steps: int = field(compare=False)
     #: By when it is to be drawn, as `time.monotonic` counts; past it, it fails. None: whenever.
-    deadline: float | None = field(compare=False)
-    on_step: StepCallback | None = field(compare=False)
+    deadline: float | None = field(compare=False, default=None)
+    #: When it was expected to be drawn, as it was given.
+    predicted: float = field(compare=False, default=0.0)
+    on_step: StepCallback | None = field(compare=False, default=None)
     #: After which steps a preview is made.
     previewed: frozenset[int] = field(compare=False, default=frozenset())
+    #: Given a preview once the next step's detection has seen it, and only where that finds no concept.
     on_preview: PreviewCallback | None = field(compare=False, default=None)
     #: A preview that no decision has seen yet.
     held: Array | None = field(compare=False, default=None)
+    #: None until it was submitted.
+    job: Job | None = field(compare=False, default=None)
     future: Future[Denoised] = field(compare=False, default_factory=Future)
     cancelled: bool = field(compare=False, default=False)
+
+    @property
+    def done(self) -> int:
+        """Steps that are done."""
+        return 0 if self.job is None else self.job.done
 
     def cancel(self) -> None:
         """Let it leave at the next step; `future` then raises `CancelledError`."""
         self.cancelled = True
 
-
-class StepTimes:
-    """What a step of so many rows took lately, by step graph, in seconds."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[tuple[str, int], float] = {}
-
-    def measured(self, engine: str, rows: int, seconds: float) -> None:
-        before = self._seconds.get((engine, rows), seconds)
-        self._seconds[engine, rows] = before + LATEST * (seconds - before)
-
-    def of(self, engine: str, rows: int) -> float:
-        """Of the nearest number of rows that was measured, as many times as there are rows of it more."""
-        known = [own for other, own in self._seconds if other == engine]
-        if not known:
-            return FIRST_GUESS * rows
-        nearest = min(known, key=lambda own: abs(own - rows))
-        return self._seconds[engine, nearest] * max(1.0, rows / nearest)
+    @property
+    def ahead(self) -> Ahead:
+        return Ahead(self.urgency, self.engine, self.steps - self.done)
 
 
 class Batcher:
@@ -90,54 +86,76 @@ class Batcher:
         self._counter = itertools.count()
         self._reset()
 
-    def submit(
-        self, drawing: Drawing, *, priority: int = 0, deadline: float | None = None, on_step: StepCallback | None = None,
-        previewed: frozenset[int] = frozenset(), on_preview: PreviewCallback | None = None,
-    ) -> Ticket:  # fmt: skip
-        """Queue a picture.
-
-        After the steps of `previewed` it is shown to `on_preview`, once the next step's detection has seen it, and only where
-        that finds no concept.
+    def prepare(self, engines: Sequence[str]) -> None:
+        """Make the rows of these step graphs, and measure their steps, before anything is drawn.
 
         Raises:
-            QueueFullError: as many wait as may.
+            BackendError, SafetyEngineError: an engine cannot be loaded, or raises.
         """
-        ticket = Ticket(
-            (-priority, self._due(drawing, deadline), next(self._counter)), Job(drawing), deadline, on_step,
-            previewed=previewed, on_preview=on_preview,
-        )  # fmt: skip
-        self._queue([ticket])
-        return ticket
+        with self._lock:
+            for engine in engines:
+                try:
+                    for size, seconds in self._group(engine).rows.prepare():
+                        self.times.measured(engine, size, seconds)
+                except SafeRedirError:
+                    raise
+                except Exception as error:  # a backend raises types of its own
+                    raise SafetyEngineError(f"engine {engine!r} raised: {error}") from error
 
-    def submit_all(self, drawings: Sequence[Drawing], *, on_step: StepCallback | None = None) -> list[Ticket]:
-        """Queue pictures that begin together where there is room.
+    def reserve(
+        self, engine: str, steps: int, pictures: int = 1, *, priority: int = 0, deadline: float | None = None
+    ) -> list[Ticket]:
+        """Places for pictures of `steps` on the step graph `engine`, to be submitted soon, or cancelled.
 
         Raises:
-            QueueFullError: as many wait as may; none of them is drawn.
+            QueueFullError: as many wait as may, or they could not be drawn by their deadline. None is drawn.
         """
-        tickets = [
-            Ticket((0, self._due(drawing, None), next(self._counter)), Job(drawing), None, on_step) for drawing in drawings
-        ]
-        self._queue(tickets)
-        return tickets
-
-    def _due(self, drawing: Drawing, deadline: float | None) -> float:
-        """By when it should be drawn, where it says no deadline itself."""
-        if deadline is not None:
-            return deadline
-        return time.monotonic() + USUAL_SLACK * drawing.steps * self.times.of(drawing.engine, 1)
-
-    def _queue(self, tickets: Sequence[Ticket]) -> None:
+        now = time.monotonic()
+        due = now + USUAL_SLACK * steps * self.times.of(engine, 1)
+        due = (due if deadline is None else min(due, deadline)) - PRIORITY_SECONDS * priority
+        tickets = [Ticket((due, next(self._counter)), engine, steps, deadline) for _ in range(pictures)]
         if self._process != os.getpid():
             self._reset()
         with self._lock:
-            if self.queue is not None and len(self._waiting) + len(tickets) > self.queue:
-                raise QueueFullError(
-                    f"{len(self._waiting)} pictures wait already, of {self.queue} that may", self._wait_seconds()
-                )
+            self._reserved = [ticket for ticket in self._reserved if not ticket.cancelled]
+            waiting = [*self._waiting, *self._reserved]
+            if self.queue is not None and len(waiting) + pictures > self.queue:
+                message = f"{len(waiting)} pictures wait already, of {self.queue} that may"
+                raise QueueFullError(message, self._seconds_until_one_is_drawn())
+            if self.queue is not None or deadline is not None:
+                predicted = now + self._seconds_until_drawn([*waiting, *tickets], tickets[-1])
+                if deadline is not None and predicted > deadline:
+                    message = f"it would be drawn in {predicted - now:.1f} s, {predicted - deadline:.1f} s past its deadline"
+                    raise QueueFullError(message, predicted - deadline)
+                for ticket in tickets:
+                    ticket.predicted = predicted
+            self._reserved += tickets
+        return tickets
+
+    def submit(self, tickets: Sequence[Ticket], drawings: Sequence[Drawing]) -> None:
+        """Draw these in the places that were reserved for them. They begin together where there is room."""
+        for ticket, drawing in zip(tickets, drawings, strict=True):
+            ticket.job = Job(drawing)
+        with self._lock:
+            self._reserved = [ticket for ticket in self._reserved if ticket not in tickets]
             for ticket in tickets:
                 heapq.heappush(self._waiting, ticket)
             self._start()
+
+    def _seconds_until_drawn(self, waiting: Sequence[Ticket], last: Ticket) -> float:
+        ahead = {id(ticket): ticket.ahead for ticket in waiting}
+        under_way = [ticket.ahead for group in self._groups.values() for ticket in list(group.tickets)]
+        return seconds_until_drawn(ahead[id(last)], under_way, [*ahead.values()], self.capacity, self.times.of)
+
+    def _seconds_until_one_is_drawn(self) -> float:
+        """Until the first of those under way is drawn, or of those that wait where none is."""
+        everyone = [ticket.ahead for group in self._groups.values() for ticket in list(group.tickets)]
+        everyone = everyone or [ticket.ahead for ticket in (*self._waiting, *self._reserved)]
+        if not everyone:
+            return FIRST_GUESS
+        groups = {own.engine: sum(other.engine == own.engine for other in everyone) for own in everyone}
+        turn = sum(self.times.of(engine, min(count, self.capacity)) for engine, count in groups.items())
+        return turn * min(own.steps for own in everyone)
 
     def _start(self) -> None:
         if self._thread is None:
@@ -148,16 +166,9 @@ class Batcher:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._waiting: list[Ticket] = []
+        self._reserved: list[Ticket] = []
         self._thread: threading.Thread | None = None
         self._groups: dict[str, _Group] = {}
-
-    def _wait_seconds(self) -> float:
-        """Until the first of those under way is done, roughly."""
-        under_way = [(group, ticket) for group in self._groups.values() for ticket in group.tickets]
-        if not under_way:
-            return FIRST_GUESS
-        each = sum(self.times.of(group.rows.engine, len(group.tickets)) for group in self._groups.values() if group.tickets)
-        return each * min(ticket.job.drawing.steps - ticket.job.done for _, ticket in under_way)
 
     def turn(self) -> None:
         """Let in what there is room for, let out what was cancelled or is late, and step the most urgent group once."""
@@ -184,7 +195,7 @@ class Batcher:
                 _end(ticket)
                 continue
             try:
-                group = self._group(ticket.job.drawing.engine)
+                group = self._group(ticket.engine)
                 if group.rows.free:
                     group.enter(ticket)
                 else:
@@ -214,24 +225,23 @@ class Batcher:
         except Exception as error:  # an engine's: it fails those that it was to draw
             for ticket in list(group.tickets):
                 group.leave(ticket)
-                _fail(ticket, error, ticket.job.done + 1, rows.engine)
+                _fail(ticket, error, ticket.done + 1, rows.engine)
             del self._groups[rows.engine]  # what is in its tensors nobody knows
             return
-        self.times.measured(rows.engine, count, time.perf_counter() - started)
         for ticket, record in zip(list(group.tickets), recorded, strict=True):
             try:
-                ticket.job.take(record)
-                done = rows.denoised(ticket.job) if ticket.job.finished else None
+                done = _taken(rows, ticket, record)
             except Exception as error:
                 group.leave(ticket)
-                _fail(ticket, error, ticket.job.done, rows.engine)
+                _fail(ticket, error, ticket.done, rows.engine)
                 continue
             if ticket.on_step is not None:
-                ticket.on_step(ticket.job.done, ticket.job.drawing.steps)
+                ticket.on_step(ticket.done, ticket.steps)
             _show(ticket, record, rows)
             if done is not None:
                 group.leave(ticket)
                 ticket.future.set_result(done)
+        self.times.measured(rows.engine, count, time.perf_counter() - started)
 
 
 class _Group:
@@ -242,26 +252,35 @@ class _Group:
         self.tickets: list[Ticket] = []
 
     def enter(self, ticket: Ticket) -> None:
+        assert ticket.job is not None
         self.rows.enter(ticket.job)
         self.tickets.append(ticket)
 
     def leave(self, ticket: Ticket) -> None:
+        assert ticket.job is not None
         self.rows.leave(ticket.job)
         row = self.tickets.index(ticket)
         self.tickets[row] = self.tickets[-1]
         self.tickets.pop()
 
 
+def _taken(rows: Rows, ticket: Ticket, record: Mapping[str, Array]) -> Denoised | None:
+    """Give the picture what a step recorded of it. What is left of it, if that was its last."""
+    assert ticket.job is not None
+    ticket.job.take(record)
+    return rows.denoised(ticket.job) if ticket.job.finished else None
+
+
 def _show(ticket: Ticket, record: Mapping[str, Array], rows: Rows) -> None:
     """Show the preview that this step's decision has seen, and hold the one that it has made."""
     held, ticket.held = ticket.held, None
-    if ticket.on_preview is None or ticket.cancelled:
+    if ticket.on_preview is None or ticket.cancelled or ticket.job is None:
         return
     policy = ticket.job.drawing.policy
     # Scores, not firings: the detector looks while it rests after a firing as well.
     if held is not None and not np.any((record.get("score", 0) >= policy.threshold) & policy.enabled):
         ticket.on_preview(held)
-    if ticket.job.done in ticket.previewed:
+    if ticket.done in ticket.previewed:
         ticket.held = rows.estimate(ticket.job)
 
 
@@ -271,7 +290,7 @@ def _late(ticket: Ticket) -> bool:
 
 def _end(ticket: Ticket) -> None:
     """Tell whoever waits that it was cancelled, or late."""
-    steps = f"after {ticket.job.done} of {ticket.job.drawing.steps} steps"
+    steps = f"after {ticket.done} of {ticket.steps} steps"
     kind = CancelledError(f"cancelled {steps}") if ticket.cancelled else DeadlineError(f"its deadline passed {steps}")
     ticket.future.set_exception(kind)
 

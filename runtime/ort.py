@@ -97,6 +97,8 @@ def can_be_had(provider: Provider, offered: list[str]) -> bool:
 class OrtBackend:
     """Sessions are made on first use and shared by all threads; every call has its own bindings."""
 
+    captures = False
+
     def __init__(self, bundle: Bundle, provider: str = "auto", *, threads: int | None = None) -> None:
         self._ort = import_onnxruntime()
         self.name = resolve_provider(provider)

@@ -14,6 +14,8 @@ from saferedir.runtime.ort_stream import OrtStreamBackend
 class OrtCudaBackend(OrtStreamBackend):
     """One graph for each step that is bound to resident rows, captured by ONNX Runtime when it is called first."""
 
+    captures = True
+
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         super().__init__(bundle, "ort-cuda", threads=threads)
         self._ort.preload_dlls()  # CUDA and cuDNN may have come as packages, where no loader looks for them

@@ -21,6 +21,7 @@ from saferedir.engines.manifest import MANIFEST_FILE, TOKENIZER_FILE, ModelInfo
 from saferedir.runtime.backend import Backend
 from saferedir.runtime.backends import make_backend
 from saferedir.runtime.batcher import Batcher, StepCallback, Ticket
+from saferedir.runtime.gathering import Gathering
 from saferedir.runtime.job import Denoised, Drawing
 from saferedir.runtime.policy import ResolvedPolicy, SafetyPolicy, Tightening, check_promise, resolve
 from saferedir.runtime.prompts import Prompts
@@ -80,6 +81,8 @@ class Pipeline:
         self._policy = resolve(policy or SafetyPolicy(), self.manifest.safety)
         #: Draws the pictures of all calls.
         self.batcher = Batcher(backend, self.manifest, queue=queue)
+        self._encode = Gathering(self._text_encoder, self.manifest.max_batch)
+        self._decode = Gathering(self._vae_decoder, self.manifest.max_batch)
         source = str(bundle.folder / TOKENIZER_FILE)
         self._tokenizer = PromptTokenizer(bundle.read(TOKENIZER_FILE), self.model.prompt_tokens, source)
 
@@ -247,10 +250,12 @@ class Pipeline:
             while len(tickets) < len(plan.requests) or not all(ticket.future.done() for ticket in tickets):
                 if len(tickets) < len(plan.requests) and sum(not ticket.future.done() for ticket in tickets) <= most:
                     chunk = plan.requests[len(tickets) : len(tickets) + most]
-                    added = self.batcher.submit_all(self.drawings(plan, chunk), on_step=lambda done, total: happened.put(1))
-                    for ticket in added:
-                        ticket.future.add_done_callback(lambda future: happened.put(0))
+                    added = self.batcher.reserve(plan.engine, len(plan.schedule.timesteps), len(chunk))
                     tickets += added
+                    for ticket in added:
+                        ticket.on_step = lambda done, total: happened.put(1)
+                        ticket.future.add_done_callback(lambda future: happened.put(0))
+                    self.batcher.submit(added, self.drawings(plan, chunk))
                 stepped = happened.get()
                 if cancel is not None and cancel.is_set():
                     raise CancelledError(f"cancelled after {told} of {steps} steps")
@@ -265,25 +270,26 @@ class Pipeline:
                 ticket.cancel()
         return [ticket.future.result() for ticket in tickets]
 
-    def _encode(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        model = self.model
-        parts = []
-        for start in range(0, len(ids), self.manifest.max_batch):
-            chunk = ids[start : start + self.manifest.max_batch]
-            shape = (len(chunk), model.prompt_tokens, model.prompt_width)
-            parts.append(self._run("text_encoder", {"input_ids": chunk}, "prompt_embeds", shape))
-        return np.concatenate(parts)
-
     def decode(self, latent: npt.NDArray[np.float32]) -> list[Image.Image]:
-        scale, most = self.model.vae_scale_factor, self.manifest.max_batch
-        height, width = latent.shape[2:]
-        engine, shape = self.model.engine("vae_decoder", height, width), (3, height * scale, width * scale)
-        chunks = [latent[start : start + most] for start in range(0, len(latent), most)]
-        pictures = np.concatenate([self._run(engine, {"latent": own}, "image", (len(own), *shape)) for own in chunks])
+        """Pictures of clean latents [B, C, h, w].
+
+        Raises:
+            NonFiniteError: one is not finite.
+        """
+        pictures = self._decode(latent)
         if not np.isfinite(pictures).all():
             raise NonFiniteError("the decoded picture is not finite; no picture leaves")
         pixels = (pictures.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
         return [Image.fromarray(picture) for picture in pixels]
+
+    def _text_encoder(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        shape = (len(ids), self.model.prompt_tokens, self.model.prompt_width)
+        return self._run("text_encoder", {"input_ids": ids}, "prompt_embeds", shape)
+
+    def _vae_decoder(self, latent: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        scale, (height, width) = self.model.vae_scale_factor, latent.shape[2:]
+        shape = (len(latent), 3, height * scale, width * scale)
+        return self._run(self.model.engine("vae_decoder", height, width), {"latent": latent}, "image", shape)
 
     def _run(self, engine: str, inputs: dict[str, Any], output: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         tensors = {name: self.backend.upload(array) for name, array in inputs.items()}

@@ -6,6 +6,8 @@ only what the host knows of it and reads only what it records.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,11 @@ from saferedir.runtime.job import Denoised, Job
 Array = npt.NDArray[Any]
 #: Nothing, until a step has given something.
 BLANK = {"float32": np.nan, "int32": -1, "bool": False}
+
+
+def ladder(capacity: int) -> tuple[int, ...]:
+    """1, 2, 4, 8 and so on up to `capacity`, which ends it."""
+    return (*(2**power for power in range(capacity.bit_length()) if 2**power < capacity), capacity)
 
 
 class Rows:
@@ -52,12 +59,28 @@ class Rows:
             elif tensor.role is Role.RECORD:
                 self._last.append(tensor.name)
         self._constants = [tensor.name for tensor in tensors if tensor.role is Role.CONSTANT]
-        self._noisy = True  # what the row of noise holds is not known to be zero
+        self._noisy = True  # what the rows of noise hold is not known to be zero
+        self._sizes = ladder(capacity) if backend.captures else tuple(range(1, capacity + 1))
         self._calls: dict[tuple[int, int], Call] = {}
 
     @property
     def free(self) -> int:
         return self.capacity - len(self.jobs)
+
+    def prepare(self) -> Iterator[tuple[int, float]]:
+        """Call the engine on a few numbers of rows before anyone is there: each, and the seconds that it took then.
+
+        Raises:
+            whatever the engine raises.
+        """
+        for size in ladder(self.capacity):
+            for side in (0, 1, self._side):  # the first calls bind, capture and allocate
+                self._side = side
+                started = time.perf_counter()
+                self._call(size)()
+                self.backend.read(self._placed[self._constants[0]], 0, 1)  # waits for the device
+                seconds = time.perf_counter() - started
+            yield size, seconds
 
     def enter(self, job: Job) -> None:
         """Put the job into a free row."""
@@ -128,6 +151,8 @@ class Rows:
             self.backend.write(self._placed[name], 0, host if name == "noise" else host[:count])
 
     def _call(self, count: int) -> Call:
+        """A step of the first `count` rows, or of a few more that hold nobody."""
+        count = next(size for size in self._sizes if size >= count)
         key = count, self._side
         if key not in self._calls:
             before = {name: sides[self._side] for name, sides in self._state.items()}

@@ -44,6 +44,8 @@ def plan_folders(bundle: Bundle) -> list[Path]:
 class TensorRtBackend:
     """Plans are opened on first use, one execution context each; calls of all threads go to one stream, one at a time."""
 
+    captures = False
+
     def __init__(self, bundle: Bundle, name: str) -> None:
         self.name = name
         self._trt, self._cuda = _import(name), _import("polygraphy.cuda")
