@@ -15,6 +15,7 @@ SafeRedirError
 │   ├── SafetyMissingError         no safety engine
 │   ├── SafetyMismatchError        it was made for another model
 │   ├── SafetyEngineError          it raised
+│   ├── UnresponsiveError          an engine did not come back
 │   └── NonFiniteError             NaN or infinity in latent, score, embedding or picture
 ├── TrainingError              training cannot begin or go on                             exit 2
 ├── OutputError                the picture or record cannot be written                    exit 6
@@ -104,6 +105,10 @@ class SafetyEngineError(SafetyError):
 
 class NonFiniteError(SafetyError):
     """NaN or infinity in a latent, score, embedding or picture."""
+
+
+class UnresponsiveError(SafetyError):
+    """An engine did not come back from a step."""
 
 
 class BlockedError(SafeRedirError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import logging
 import os
 import threading
 import time
@@ -24,6 +25,8 @@ from saferedir.runtime.backend import Backend
 from saferedir.runtime.job import Array, Denoised, Drawing, Job
 from saferedir.runtime.prediction import FIRST_GUESS, Ahead, StepTimes, seconds_until_drawn
 from saferedir.runtime.rows import Rows
+
+log = logging.getLogger("saferedir")
 
 #: By when a picture should be drawn, in times of what it takes alone: what orders those that have no nearer deadline.
 USUAL_SLACK = 3.0
@@ -60,6 +63,9 @@ class Ticket:
     future: Future[Denoised] = field(compare=False, default_factory=Future)
     cancelled: bool = field(compare=False, default=False)
 
+    def __post_init__(self) -> None:
+        self.future.set_running_or_notify_cancel()  # nobody but the batcher ends it
+
     @property
     def done(self) -> int:
         """Steps that are done."""
@@ -83,6 +89,8 @@ class Batcher:
         self.backend, self.manifest, self.queue = backend, manifest, queue
         self.capacity = min(capacity or manifest.max_batch, manifest.max_batch)
         self.times = StepTimes()
+        #: Called after each step of a group with (rows, seconds), on the batcher's thread.
+        self.on_turn: Callable[[int, float], None] | None = None
         self._counter = itertools.count()
         self._reset()
 
@@ -101,6 +109,16 @@ class Batcher:
                     raise
                 except Exception as error:  # a backend raises types of its own
                     raise SafetyEngineError(f"engine {engine!r} raised: {error}") from error
+
+    @property
+    def waiting(self) -> int:
+        """Pictures that wait for a row, or for their prompts."""
+        return len(self._waiting) + sum(not ticket.cancelled for ticket in self._reserved)
+
+    @property
+    def running(self) -> int:
+        """Pictures in rows."""
+        return sum(len(group.tickets) for group in list(self._groups.values()))
 
     def reserve(
         self, engine: str, steps: int, pictures: int = 1, *, priority: int = 0, deadline: float | None = None
@@ -184,7 +202,20 @@ class Batcher:
                 if not self._waiting and not any(group.tickets for group in self._groups.values()):
                     self._thread = None
                     return
-            self.turn()
+            try:
+                self.turn()
+            except Exception as error:  # of ours: nobody waits for what will not come
+                log.exception("the batcher failed")
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Fail all pictures there are, and begin anew."""
+        with self._lock:
+            tickets = [*self._waiting, *(ticket for group in self._groups.values() for ticket in group.tickets)]
+            self._waiting, self._groups = [], {}
+        for ticket in tickets:
+            if not ticket.future.done():
+                _fail(ticket, error, ticket.done, ticket.engine)
 
     def _admit(self) -> None:
         """Let those that wait into free rows, the most urgent first. Of a group that is full the others wait on."""
@@ -231,17 +262,20 @@ class Batcher:
         for ticket, record in zip(list(group.tickets), recorded, strict=True):
             try:
                 done = _taken(rows, ticket, record)
+                if ticket.on_step is not None:
+                    ticket.on_step(ticket.done, ticket.steps)
+                _show(ticket, record, rows)
             except Exception as error:
                 group.leave(ticket)
                 _fail(ticket, error, ticket.done, rows.engine)
                 continue
-            if ticket.on_step is not None:
-                ticket.on_step(ticket.done, ticket.steps)
-            _show(ticket, record, rows)
             if done is not None:
                 group.leave(ticket)
                 ticket.future.set_result(done)
-        self.times.measured(rows.engine, count, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.times.measured(rows.engine, count, seconds)
+        if self.on_turn is not None:
+            self.on_turn(count, seconds)
 
 
 class _Group:

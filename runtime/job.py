@@ -77,18 +77,12 @@ class Job:
             amplification = max(0.0, drawing.guidance_scale / USUAL_GUIDANCE - 1)
             self._numbers[:, NUMBERS.index("amplification")] = amplification
         self._recorded: list[Mapping[str, Array]] = []
+        #: Which concepts have fired so far, [N].
+        self.fired = np.zeros(len(drawing.policy.concepts), np.bool_)
 
     @property
     def finished(self) -> bool:
         return self.done == self.drawing.steps
-
-    @property
-    def fired(self) -> npt.NDArray[np.bool_]:
-        """Which concepts have fired so far, [N]."""
-        fired = np.zeros(len(self.drawing.policy.concepts), np.bool_)
-        for record in self._recorded:
-            fired |= record["fired"]
-        return fired
 
     def first(self) -> dict[str, Array]:
         """Its row of the tensors that are the same in every step, and of the state before the first."""
@@ -132,6 +126,7 @@ class Job:
             raise NonFiniteError(f"NaN or infinity in step {self.done}; no picture is drawn")
         if recorded:
             self._recorded.append(recorded)
+            self.fired |= recorded["fired"]
 
     def denoised(self, latent: Float32, token_mask: Float32 | None) -> Denoised:
         """What is left after its last step.

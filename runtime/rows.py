@@ -74,7 +74,7 @@ class Rows:
             whatever the engine raises.
         """
         for size in ladder(self.capacity):
-            for side in (0, 1, self._side):  # the first calls bind, capture and allocate
+            for side in (0, 1, 0, 1) if self.backend.captures else (0, 1):  # the first calls bind, capture and allocate
                 self._side = side
                 started = time.perf_counter()
                 self._call(size)()

@@ -91,7 +91,8 @@ def graph(name: str, inputs: Sequence[Any], outputs: Sequence[Any], location: st
             helper.make_node("Slice", ["latent", "zero", "three", "one"], ["colours"]),
             helper.make_node("Resize", ["colours", "", "scales"], ["large"], mode="nearest"),
             helper.make_node("Mul", ["large", "factor"], ["scaled"]),
-            helper.make_node("Sigmoid", ["scaled"], ["image"]),
+            helper.make_node("Sin", ["scaled"], ["wave"]),
+            helper.make_node("Sigmoid", ["wave"], ["image"]),
         ]
     else:
         nodes += [

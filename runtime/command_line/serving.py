@@ -61,10 +61,9 @@ def serve(
         "keys": keys, "audit": audit,
     }  # fmt: skip
     settings = settings_module.read_settings(flags, config)
+    in_force = opening.check(settings)
     if check:
-        print_json(settings.model_dump(mode="json"))
-        service, _ = opening.open_service(settings)
-        console.print(f"ready: {service.pipeline.manifest.name}, policy {service.policies.version}")
+        print_json(in_force)
         return
     for name, value in settings_module.Settings.model_fields.items():
         own = getattr(settings, name)

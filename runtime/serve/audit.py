@@ -136,7 +136,14 @@ class Audit:
             raise AuditError(f"the audit cannot be read: {_first_line(error)}") from error
         if body is None:
             raise AuditError(f"the audit has no record {id!r}")
-        return json.loads(body), prompt
+        return json.loads(body), None if prompt is None else json.loads(prompt)
+
+    def bodies(self) -> Iterator[dict[str, Any]]:
+        """The bodies of all records, each with its `id`, in their order."""
+        with self._reader.connect() as connection:
+            query = select(RECORDS.c.id, RECORDS.c.body).order_by(RECORDS.c.number)
+            for id, body in connection.execution_options(yield_per=1000).execute(query):
+                yield {"id": id, **json.loads(body)}
 
     def forget(self, id: str) -> bool:
         """Delete a prompt's salt, and its text where it was kept. Whether there was one."""
@@ -174,7 +181,7 @@ class Audit:
         own = self._hash(number, last, entry.id, body)
         connection.execute(insert(RECORDS).values(number=number, id=entry.id, body=body, hash=own))
         if entry.prompt is not None:
-            text = entry.prompt if self._keep_prompts else None
+            text = json.dumps(entry.prompt) if self._keep_prompts else None  # no database stores every character
             connection.execute(insert(TEXTS).values(id=entry.id, salt=salt, prompt=text))
         return own
 

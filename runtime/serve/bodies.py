@@ -78,6 +78,8 @@ class PicturesBody(_Body):
     tighten: TightenBody | None = None
     output_format: Kind = "png"
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
+    #: Whether the answer is a stream of events: progress after every step, then the pictures.
+    stream: bool = False
     #: Seconds from now by which it is worth having.
     within: Annotated[float, Field(gt=0, le=86_400)] | None = None
     #: Higher is served first.

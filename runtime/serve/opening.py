@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 
-from saferedir.engines import open_bundle
+from saferedir.engines import Bundle, open_bundle
 from saferedir.engines.errors import MissingDependencyError, RequestError
 from saferedir.runtime.backends import make_backend
 from saferedir.runtime.pipeline import Pipeline
 from saferedir.runtime.serve.app import make_app
 from saferedir.runtime.serve.audit import Audit
 from saferedir.runtime.serve.keys import Keys
-from saferedir.runtime.serve.policies import Policies
+from saferedir.runtime.serve.policies import ANYONE, Policies
 from saferedir.runtime.serve.service import Service
 from saferedir.runtime.serve.settings import Settings, read_settings
+from saferedir.runtime.serve.tracing import Tracing
 
 #: Where a worker finds its file of settings; its flags are in the environment.
 CONFIG_VARIABLE = "SAFEREDIR_SERVE_CONFIG"
@@ -30,17 +34,47 @@ def open_service(settings: Settings) -> tuple[Service, Keys]:
     Raises:
         SafeRedirError: something cannot be used; the message names it.
     """
+    bundle, keys, policies, audit = _opened(settings)
+    pipeline = Pipeline(bundle, make_backend(bundle, settings.backend, threads=settings.threads), queue=settings.queue)
+    tracing = Tracing.to(settings.trace_to)
+    own = {"seconds": settings.seconds, "tracing": tracing, "log_prompts": settings.log_prompts}
+    return Service(pipeline, policies, audit, **own), keys  # type: ignore[arg-type]
+
+
+def check(settings: Settings) -> dict[str, Any]:
+    """What would be in force, without loading an engine.
+
+    Raises:
+        SafeRedirError: something cannot be used; the message names it.
+    """
+    bundle, _, policies, audit = _opened(settings)
+    audit.append([])
+    audit.close()
+    promise = bundle.manifest.safety.promise
+    return {
+        "settings": settings.model_dump(mode="json"),
+        "bundle": bundle.manifest.name,
+        "bundle_digest": bundle.digest,
+        "promise": None if promise is None else str(promise),
+        "policy": policies.version,
+        "actions": dict(policies.of(ANYONE).actions),
+    }
+
+
+def _opened(settings: Settings) -> tuple[Bundle, Keys, Policies, Audit]:
     bundle = open_bundle(settings.bundle, digest=settings.bundle_digest)
     keys, policies = Keys(settings.keys), Policies(bundle.manifest.safety, settings.policy)
     audit = Audit(settings.audit, key=settings.audit_key.get_secret_value().encode(), keep_prompts=settings.keep_prompts)
-    pipeline = Pipeline(bundle, make_backend(bundle, settings.backend, threads=settings.threads), queue=settings.queue)
-    return Service(pipeline, policies, audit, seconds=settings.seconds), keys
+    return bundle, keys, policies, audit
 
 
 def application() -> FastAPI:
     """The application of this process's environment, as granian calls it."""
     file = os.environ.get(CONFIG_VARIABLE)
-    return make_app(read_settings({}, Path(file) if file else None), open_service)
+    settings = read_settings({}, Path(file) if file else None)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("saferedir").setLevel(settings.log_level.upper())
+    return make_app(settings, open_service)
 
 
 def serve(settings: Settings) -> None:

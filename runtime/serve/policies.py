@@ -46,6 +46,8 @@ class PolicyFile(Struct, frozen=True, forbid_unknown_fields=True):
     """The file, as its JSON schema says."""
 
     version: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"\A[A-Za-z0-9._-]+\Z")]
+    #: Whether pictures are drawn by settings that the safety's promise is not for as well.
+    beyond_promise: bool = False
     #: By concept, for all tenants; `redirect` at the bundle's threshold where one is left out.
     concepts: Annotated[dict[Name, Rule], Meta(max_length=1000)] = {}
     #: By tenant: what differs from `concepts`.
@@ -61,19 +63,25 @@ class TenantPolicy:
     digest: str
     #: Concept -> what is done about it.
     actions: Mapping[str, Action]
-    #: In the engine's terms. What is observed is not looked for by the engine.
+    #: In the engine's terms. What is observed is not looked for by the engine, and has a threshold all the same.
     engine: ResolvedPolicy
-    #: Score from which on a concept counts as seen, [N].
-    observed_from: np.ndarray[Any, np.dtype[np.float32]]
 
     def only_observing(self) -> TenantPolicy:
         """The same, in which nothing is done about what is seen."""
         observed: dict[str, Action] = dict.fromkeys(self.actions, "observe")
         return replace(self, actions=observed, engine=replace(self.engine, enabled=np.zeros_like(self.engine.enabled)))
 
+    def tightened(self, engine: ResolvedPolicy) -> TenantPolicy:
+        """The same for a request that has tightened the engine's part: what it asks to look for is redirected."""
+        looked_for = dict(zip(engine.concepts, engine.enabled, strict=True))
+        actions: dict[str, Action] = {
+            name: "redirect" if action == "observe" and looked_for[name] else action for name, action in self.actions.items()
+        }
+        return replace(self, actions=actions, engine=engine)
+
     def seen(self, score: np.ndarray[Any, Any], action: Action) -> list[str]:
         """The concepts under `action` that some step's score [steps, N] reaches."""
-        reached = (score >= self.observed_from).any(axis=0)
+        reached = (score >= self.engine.threshold).any(axis=0)
         names = self.engine.concepts
         return [name for n, name in enumerate(names) if reached[n] and self.actions[name] == action]
 
@@ -149,13 +157,10 @@ class Policies:
             raise RequestError(f"the policy names {printable(unknown[0])!r}{where}; this bundle has {', '.join(names)}")
         every = {name: rules.get(name, Rule()) for name in names}
         thresholds = {name: rule.threshold for name, rule in every.items() if rule.threshold is not None}
-        whole = resolve(SafetyPolicy(thresholds=thresholds), self._safety)
+        whole = resolve(SafetyPolicy(thresholds=thresholds, beyond_promise=file.beyond_promise), self._safety)
         looked_for = np.array([every[name].action != "observe" for name in names])
-        engine = ResolvedPolicy(
-            whole.concepts, looked_for, whole.threshold, whole.alpha_scale, whole.cooldown, unprotected=False,
-            by_argmax=whole.by_argmax,
-        )  # fmt: skip
-        return TenantPolicy(file.version, digest, {name: rule.action for name, rule in every.items()}, engine, whole.threshold)
+        actions = {name: rule.action for name, rule in every.items()}
+        return TenantPolicy(file.version, digest, actions, replace(whole, enabled=looked_for))
 
 
 def _read(path: Path) -> tuple[PolicyFile, bytes]:

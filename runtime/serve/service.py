@@ -8,39 +8,48 @@ import io
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
 from saferedir.engines.errors import (
     AuditError,
+    BackendError,
     BlockedError,
     BusyError,
     CancelledError,
     DeadlineError,
     RequestError,
-    SafeRedirError,
     SafetyError,
+    UnresponsiveError,
 )
 from saferedir.runtime.batcher import Ticket
+from saferedir.runtime.job import Denoised
 from saferedir.runtime.pipeline import Pipeline, Plan
 from saferedir.runtime.policy import Tightening
 from saferedir.runtime.record import SafetyRecord
 from saferedir.runtime.serve.audit import Audit, Entry
+from saferedir.runtime.serve.metrics import Drift, Metrics
 from saferedir.runtime.serve.policies import Policies, TenantPolicy
+from saferedir.runtime.serve.tracing import Tracing
 
 log = logging.getLogger("saferedir")
 
+#: A request that has ended waits so long for the step that is under way, and then no longer.
+GRACE_SECONDS = 5.0
 Outcome = Literal["drawn", "redirected", "blocked", "cancelled", "late", "refused", "failed"]
 #: Called with steps done and steps in all, over all pictures of a request; on the batcher's thread.
 Progress = Callable[[int, int], None]
 #: Called with the number of a picture, and what it looks like so far: a latent [C, h, w]; on the batcher's thread.
 Preview = Callable[[int, Any], None]
+#: Makes what ends when the client has left.
+Gone = Callable[[], Coroutine[Any, Any, object]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +98,7 @@ class _UnderWay:
     began: float
     tickets: list[Ticket] = field(default_factory=list)
     #: Concepts whose firing stopped it.
-    blocked: list[str] = field(default_factory=list)
+    blocked: set[str] = field(default_factory=set)
 
     def stop(self) -> None:
         for ticket in self.tickets:
@@ -99,17 +108,54 @@ class _UnderWay:
 class Service:
     """Draws for tenants. Everything of a request that is no step happens off the batcher's thread."""
 
-    def __init__(self, pipeline: Pipeline, policies: Policies, audit: Audit, *, seconds: float) -> None:
+    def __init__(
+        self, pipeline: Pipeline, policies: Policies, audit: Audit, *, seconds: float, tracing: Tracing | None = None,
+        log_prompts: bool = False,
+    ) -> None:  # fmt: skip
         """`seconds` is what a request may take at most."""
         self.pipeline, self.policies, self.audit, self.seconds = pipeline, policies, audit, seconds
-        self._models = ThreadPoolExecutor(1, "saferedir-models")
+        self._tracing, self._log_prompts = tracing or Tracing(), log_prompts
+        self.batcher = pipeline.batcher
+        promise = pipeline.manifest.safety.promise
+        self.drift = Drift(promise.deciles if promise is not None else ())
+        self.metrics = Metrics(self.drift, lambda: self.batcher.waiting, lambda: self.batcher.running)
+        self.batcher.on_turn = self.metrics.turn
+        self._models = ThreadPoolExecutor(self.batcher.capacity, "saferedir-models")
         self._writer = ThreadPoolExecutor(1, "saferedir-audit")
-        self.under_way: set[str] = set()
-        #: What went wrong with the safety last; None as long as it is sound.
+        #: By the id of the request; each ends with its record.
+        self.under_way: dict[str, asyncio.Task[list[Drawn]]] = {}
+        #: What went wrong with the safety or its record; None while both are sound.
         self.fault: str | None = None
 
+    def prepare(self) -> None:
+        """Load and measure the engines, draw a protected picture, and write to the audit: only then anything is served.
+
+        Raises:
+            SafeRedirError: one of these failed.
+        """
+        model = self.pipeline.model
+        self.batcher.prepare([model.engine(name, model.latent_height, model.latent_width) for name in ("step", "step_unguided")])
+        self.probe()
+
+    def probe(self) -> None:
+        """Draw a protected picture and write to the audit.
+
+        Raises:
+            SafeRedirError: one of these failed.
+        """
+        promise = self.pipeline.manifest.safety.promise
+        self.pipeline("a picture", num_inference_steps=1 if promise is None else promise.envelope.steps[0])
+        self.audit.append([])
+        self.fault = None
+
+    def close(self) -> None:
+        """Write nothing more."""
+        self._models.shutdown()
+        self._writer.shutdown()
+        self.audit.close()
+
     async def draw(
-        self, asked: Asked, tenant: str, *, gone: Awaitable[object] | None = None, progress: Progress | None = None,
+        self, asked: Asked, tenant: str, *, gone: Gone | None = None, progress: Progress | None = None,
         previews: int = 0, preview: Preview | None = None,
     ) -> list[Drawn]:  # fmt: skip
         """All pictures of a request, or none. Where `gone` ends first, the client is, and nothing more is drawn.
@@ -120,23 +166,53 @@ class Service:
             RequestError: it cannot be drawn as asked. BusyError: not now, or not in time. BlockedError: the policy refuses it.
             SafetyError, AuditError: the safety or its record failed, and no picture leaves. CancelledError: the client is gone.
         """
-        id, began = f"img_{secrets.token_hex(12)}", time.time()
         policy = self.policies.of(tenant)
         plan = self._plan(asked, policy)
-        request = _UnderWay(id, tenant, asked, policy, plan, began)
-        self.under_way.add(id)
+        request = _UnderWay(f"img_{secrets.token_hex(12)}", tenant, asked, policy.tightened(plan.policy), plan, time.time())
+        if self._log_prompts:
+            log.info("%s of tenant %r: %r", request.id, tenant, asked.prompt)
+        task = asyncio.ensure_future(self._draw(request, gone, progress, preview, previews))
+        self.under_way[request.id] = task
+        task.add_done_callback(lambda done: self.under_way.pop(request.id, None))
+        task.add_done_callback(_retrieved)
         try:
-            drawn = await self._drawn(request, gone, progress, _spread(asked.steps, previews), preview)
-        except SafeRedirError as error:
-            if isinstance(error, SafetyError):
-                self.fault = str(error)
-            await self._write([self._entry(request, index, error=error) for index in range(asked.pictures)])
-            raise
-        finally:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:  # whoever waited does no longer; the request ends by itself, and is recorded
             request.stop()
-            self.under_way.discard(id)
-        await self._write([self._entry(request, index, drawn=own) for index, own in enumerate(drawn)])
+            raise
+
+    async def _draw(
+        self, request: _UnderWay, gone: Gone | None, progress: Progress | None, preview: Preview | None, previews: int
+    ) -> list[Drawn]:
+        pictures = range(request.asked.pictures)
+        about = {"gen_ai__request__choice__count": len(pictures), "saferedir__request": request.id}
+        with self._tracing.span(self.pipeline.manifest.name, **about) as tell:
+            try:
+                drawn = await self._drawn(request, gone, progress, preview, previews)
+            except Exception as error:
+                self._note(error)
+                tell(saferedir__outcome=_outcome(request, None, error), error__type=type(error).__name__)
+                await self._write([self._entry(request, index, error=error) for index in pictures])
+                raise
+            finally:
+                request.stop()
+            await self._write([self._entry(request, index, drawn=own) for index, own in enumerate(drawn)])
+            tell(saferedir__outcome="drawn", saferedir__redirected=sorted({name for own in drawn for name in own.redirected}))
+        for own in drawn:
+            self._count(own)
         return drawn
+
+    def _note(self, error: Exception) -> None:
+        """Whatever is wrong with the safety stays known until a probe succeeds."""
+        if isinstance(error, SafetyError | BackendError | AuditError):
+            self.fault = str(error)
+            self.metrics.faults.labels(type(error).__name__).inc()
+            log.error("fault: %s", error)
+
+    def _count(self, drawn: Drawn) -> None:
+        for name, action in [(name, "redirect") for name in drawn.redirected] + [(name, "observe") for name in drawn.observed]:
+            self.metrics.concepts.labels(name, action).inc()
+        self.drift.seen(max((max(step.score.values()) for step in drawn.record.steps), default=0.0))
 
     def _plan(self, asked: Asked, policy: TenantPolicy) -> Plan:
         return self.pipeline.plan(
@@ -155,59 +231,79 @@ class Service:
         )
 
     async def _drawn(
-        self, request: _UnderWay, gone: Awaitable[object] | None, progress: Progress | None, previewed: frozenset[int],
-        preview: Preview | None,
+        self, request: _UnderWay, gone: Gone | None, progress: Progress | None, preview: Preview | None, previews: int
     ) -> list[Drawn]:  # fmt: skip
-        loop = asyncio.get_running_loop()
-        deadline = time.monotonic() + min(self.seconds, request.asked.within or self.seconds)
-        drawings = await loop.run_in_executor(self._models, self.pipeline.drawings, request.plan, request.plan.requests)
-        stops = [n for n, name in enumerate(request.policy.engine.concepts) if request.policy.actions[name] == "block"]
-
-        def after_step(done: int, total: int) -> None:
-            for ticket in request.tickets:
-                fired = ticket.job.fired
-                if not request.blocked and any(fired[n] for n in stops):
-                    request.blocked = [request.policy.engine.concepts[n] for n in stops if fired[n]]
-                    request.stop()
-            if progress is not None:
-                progress(sum(ticket.job.done for ticket in request.tickets), total * len(drawings))
-
-        for index, drawing in enumerate(drawings):
-            request.tickets.append(
-                self.pipeline.batcher.submit(
-                    drawing, priority=request.asked.priority, deadline=deadline, on_step=after_step, previewed=previewed,
-                    on_preview=None if preview is None else partial(preview, index),
-                )
-            )  # fmt: skip
-        waiting = asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in request.tickets))
-        left = None if gone is None else asyncio.ensure_future(gone)
-        try:
-            await asyncio.wait({waiting} if left is None else {waiting, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not waiting.done():
-                request.stop()
-            done = await waiting
-        except CancelledError:
-            if not request.blocked:
-                raise
-        finally:
-            if left is not None:
-                left.cancel()
-        if request.blocked:
-            raise BlockedError(request.blocked, max(ticket.job.done for ticket in request.tickets))
-        made = await loop.run_in_executor(self._models, self.pipeline.finish, request.plan, done)
+        loop, asked, plan = asyncio.get_running_loop(), request.asked, request.plan
+        deadline = time.monotonic() + min(self.seconds, asked.within or self.seconds)
+        steps = len(plan.schedule.timesteps)
+        request.tickets = self.batcher.reserve(
+            plan.engine, steps, asked.pictures, priority=asked.priority, deadline=deadline
+        )  # fmt: skip
+        self._watch(request, progress)
+        for index, ticket in enumerate(request.tickets):
+            if preview is not None:
+                ticket.previewed, ticket.on_preview = _spread(steps, previews), partial(preview, index)
+        drawings = await loop.run_in_executor(self._models, self.pipeline.drawings, plan, plan.requests)
+        self.batcher.submit(request.tickets, drawings)
+        drawn = await self._ended(request, gone, deadline)
+        denoised = time.monotonic()
+        made = await loop.run_in_executor(self._models, self.pipeline.finish, plan, drawn)
+        self.metrics.decode_seconds.observe(time.monotonic() - denoised)
         return [
             Drawn(
                 f"{request.id}_{index}", image, record,
                 request.policy.seen(result.score, "redirect"), request.policy.seen(result.score, "observe"),
             )
-            for index, (image, record, result) in enumerate(zip(made.images, made.records, done, strict=True))
+            for index, (image, record, result) in enumerate(zip(made.images, made.records, drawn, strict=True))
         ]  # fmt: skip
 
+    def _watch(self, request: _UnderWay, progress: Progress | None) -> None:
+        """Stop the request where its policy blocks a concept that fires, and tell of its steps."""
+        policy, first = request.policy, [False]
+        stops = np.array([policy.actions[name] == "block" for name in policy.engine.concepts])
+
+        def after_step(ticket: Ticket, done: int, total: int) -> None:
+            if not first[0]:
+                first[0] = True
+                self.metrics.wait_seconds.observe(time.time() - request.began)
+            if ticket.job is not None and np.any(ticket.job.fired & stops):
+                fired = ticket.job.fired & stops
+                request.blocked |= {name for n, name in enumerate(policy.engine.concepts) if fired[n]}
+                request.stop()
+            if progress is not None:
+                progress(sum(own.done for own in request.tickets), total * len(request.tickets))
+
+        for ticket in request.tickets:
+            ticket.on_step = partial(after_step, ticket)
+
+    async def _ended(self, request: _UnderWay, gone: Gone | None, deadline: float) -> list[Denoised]:
+        """What was drawn, unless the policy, the client or the deadline ended it."""
+        futures = [asyncio.wrap_future(ticket.future) for ticket in request.tickets]
+        for future in futures:
+            future.add_done_callback(_retrieved)
+        drawn = asyncio.ensure_future(asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION))
+        left = None if gone is None else asyncio.ensure_future(gone())
+        watched: set[asyncio.Future[Any]] = {drawn} if left is None else {drawn, left}
+        try:
+            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED, timeout=deadline - time.monotonic())
+            if left is not None and left.done():
+                request.stop()
+            await asyncio.wait({drawn}, timeout=GRACE_SECONDS)
+            if not drawn.done():
+                raise UnresponsiveError(f"no step has ended for {GRACE_SECONDS:g} s after the request did")
+            if request.blocked:
+                raise BlockedError(sorted(request.blocked), max(ticket.done for ticket in request.tickets))
+            failed = [future for future in futures if future.done() and future.exception() is not None]
+            return [future.result() for future in failed or futures]
+        finally:
+            drawn.cancel()
+            if left is not None:
+                left.cancel()
+
     def _entry(
-        self, request: _UnderWay, index: int, *, drawn: Drawn | None = None, error: SafeRedirError | None = None
+        self, request: _UnderWay, index: int, *, drawn: Drawn | None = None, error: Exception | None = None
     ) -> Entry:
         asked, plan = request.asked, request.plan
-        job = request.tickets[index].job if index < len(request.tickets) else None
         body: dict[str, Any] = {
             "at": datetime.fromtimestamp(request.began, UTC).isoformat(),
             "seconds": round(time.time() - request.began, 3),
@@ -223,26 +319,42 @@ class Service:
             "negative_prompt": asked.negative_prompt,
             "size": list(plan.size),
             "actions": dict(request.policy.actions),
+            "thresholds": dict(zip(plan.policy.concepts, plan.policy.threshold.tolist(), strict=True)),
             "outcome": _outcome(request, drawn, error),
-            "steps_done": 0 if job is None else job.done,
+            "steps_done": request.tickets[index].done if request.tickets else 0,
             "scores": [] if drawn is None else [list(step.score.values()) for step in drawn.record.steps],
             "fired": [] if drawn is None else [list(step.fired) for step in drawn.record.steps],
             "observed": [] if drawn is None else drawn.observed,
-            "blocked": request.blocked,
+            "blocked": sorted(request.blocked),
             "pixels": None if drawn is None else hashlib.sha256(drawn.image.tobytes()).hexdigest(),
             "error": None if error is None else type(error).__name__,
         }
         return Entry(f"{request.id}_{index}", body, asked.prompt)
 
     async def _write(self, entries: Sequence[Entry]) -> None:
+        """Into the audit, before any picture of theirs leaves.
+
+        Raises:
+            AuditError: it could not be written.
+        """
+        began = time.monotonic()
         try:
             await asyncio.get_running_loop().run_in_executor(self._writer, self.audit.append, entries)
         except AuditError as error:
-            self.fault = str(error)
+            self._note(error)
             raise
+        self.metrics.audit_seconds.observe(time.monotonic() - began)
+        for entry in entries:
+            self.metrics.pictures.labels(entry.body["outcome"]).inc()
 
 
-def _outcome(request: _UnderWay, drawn: Drawn | None, error: SafeRedirError | None) -> Outcome:
+def _retrieved(future: asyncio.Future[Any]) -> None:
+    """Whatever became of it is known to whoever asked."""
+    if not future.cancelled():
+        future.exception()
+
+
+def _outcome(request: _UnderWay, drawn: Drawn | None, error: Exception | None) -> Outcome:
     if drawn is not None:
         return "redirected" if drawn.redirected else "drawn"
     if request.blocked:

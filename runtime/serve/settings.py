@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -37,6 +37,8 @@ class Settings(BaseSettings):
     policy: Path | None = Field(None, description="The operator's policy; without it every concept is redirected.")
     audit: str = Field("sqlite:///saferedir-audit.db", description="Database of the audit: SQLite or PostgreSQL, as a URL.")
     audit_key: SecretStr = Field(SecretStr(""), description="Key of the audit's chain of hashes.")
+    trace_to: str | None = Field(None, description="OTLP endpoint over HTTP that spans are sent to.")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
     keep_prompts: bool = Field(False, description="Keep the text of prompts beside the audit.")
     log_prompts: bool = Field(False, description="Write prompts to the log.")
 

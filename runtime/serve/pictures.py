@@ -1,0 +1,71 @@
+"""This service's own interface: all that the runtime draws by, with the safety record in the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import time
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from saferedir.runtime.serve.bodies import PicturesBody
+from saferedir.runtime.serve.documented import ANSWERS, Pictures
+from saferedir.runtime.serve.errors import invalid
+from saferedir.runtime.serve.service import Drawn, picture_bytes
+from saferedir.runtime.serve.state import State, admitted
+from saferedir.runtime.serve.streams import Event, Events, client_left, streamed
+
+router = APIRouter()
+
+
+@router.post("/v1/pictures", response_model=Pictures, responses=ANSWERS)
+async def draw(body: PicturesBody, request: Request) -> Response:
+    """Draw pictures of a prompt. With `stream` the answer is a stream of events: progress after every step, then the pictures."""
+    state, tenant = await admitted(request, body.pictures)
+    asked, key = state.limited(body.asked()), request.headers.get("idempotency-key")
+    if body.stream:
+        if key:
+            raise invalid("Idempotency-Key is for requests without stream", "Idempotency-Key")
+        return streamed(partial(_stream, state, tenant, body))
+
+    async def made(gone: bool) -> bytes:
+        drawn = await state.service.draw(asked, tenant, gone=partial(client_left, request) if gone else None)
+        return await asyncio.to_thread(lambda: json.dumps(_answer(body, drawn)).encode())
+
+    digest = b"pictures " + body.model_dump_json().encode()
+    data = await state.answers.once(tenant, key, digest, partial(made, False)) if key else await made(True)
+    return Response(data, media_type="application/json")
+
+
+async def _stream(state: State, tenant: str, body: PicturesBody, events: Events) -> None:
+    def progress(done: int, total: int) -> None:
+        events.add(partial(_progress, done, total))
+
+    drawn = await state.service.draw(body.asked(), tenant, gone=events.left.wait, progress=progress)
+    events.add(partial(_completed, body, drawn))
+
+
+async def _progress(done: int, total: int) -> Event:
+    return "progress", {"type": "progress", "done": done, "total": total}
+
+
+async def _completed(body: PicturesBody, drawn: list[Drawn]) -> Event:
+    return "completed", {"type": "completed", **await asyncio.to_thread(_answer, body, drawn)}
+
+
+def _answer(body: PicturesBody, drawn: list[Drawn]) -> dict[str, Any]:
+    return {"created": int(time.time()), "pictures": [_picture(body, own) for own in drawn]}
+
+
+def _picture(body: PicturesBody, own: Drawn) -> dict[str, Any]:
+    data = picture_bytes(own.image, body.output_format, body.output_compression)
+    return {
+        "id": own.id,
+        "b64_json": base64.b64encode(data).decode(),
+        "redirected": own.redirected,
+        "observed": own.observed,
+        "record": own.record.to_dict(),
+    }

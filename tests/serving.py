@@ -1,0 +1,103 @@
+"""A service under test: its application on granian in this process, at a port of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+from granian.constants import Interfaces
+from granian.server.embed import Server
+
+from saferedir.runtime.backend import Backend
+from saferedir.runtime.serve.app import make_app
+from saferedir.runtime.serve.audit import Audit
+from saferedir.runtime.serve.keys import Keys
+from saferedir.runtime.serve.opening import open_service
+from saferedir.runtime.serve.service import Service
+from saferedir.runtime.serve.settings import Settings, read_settings
+
+#: Seconds that a service may take to be ready.
+READY_SECONDS = 60.0
+
+
+class Served:
+    """A service that is up."""
+
+    def __init__(self, settings: Settings, service: Service, address: str) -> None:
+        self.settings, self.service, self.address = settings, service, address
+        self.http = httpx.Client(base_url=address, timeout=60)
+
+    @property
+    def audit(self) -> Audit:
+        return self.service.audit
+
+    def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
+        """The official client."""
+        return openai.OpenAI(base_url=f"{self.address}/v1", api_key=key, **options)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The bodies of all records of the audit."""
+        return list(self.audit.bodies())
+
+    def wait_until(self, what: Callable[[], object], seconds: float = 10) -> None:
+        """Until `what` is true."""
+        until = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < until, "it never came to be"
+            time.sleep(0.005)
+
+
+@contextmanager
+def served(
+    folder: Path, *, change: Callable[[Backend], Backend] = lambda backend: backend, audit: str | None = None, **flags: Any
+) -> Iterator[Served]:
+    """A service of these settings, whose engines run on what `change` makes of its backend; what it writes is in `folder`."""
+    settings = read_settings({"audit": audit or f"sqlite:///{folder}/audit.db", "port": free_port(), "threads": 1, **flags})
+    opened: list[Service] = []
+
+    def opening(own: Settings) -> tuple[Service, Keys]:
+        service, keys = open_service(own)
+        service.batcher.backend = service.pipeline.backend = change(service.pipeline.backend)
+        opened.append(service)
+        return service, keys
+
+    address = f"http://127.0.0.1:{settings.port}"
+    server = Server(
+        make_app(settings, opening), address="127.0.0.1", port=settings.port, interface=Interfaces.ASGI, log_enabled=False
+    )
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve()), daemon=True)
+    thread.start()
+    try:
+        until = time.monotonic() + READY_SECONDS
+        while not _is_ready(address):
+            assert time.monotonic() < until and thread.is_alive(), "the service is not ready"
+            time.sleep(0.02)
+        own = Served(settings, opened[0], address)
+        yield own
+        own.http.close()
+    finally:
+        loop.call_soon_threadsafe(server.stop)
+        thread.join(30)
+
+
+def _is_ready(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/ready", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
