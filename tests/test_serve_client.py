@@ -18,8 +18,10 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
-from serving import Served, served
+
 from tiny_bundle import write_tiny_bundle
+
+from benchmarks.serving.served import Served, served
 
 from saferedir.runtime.backend import Backend, BackendAround, Call, Tensors
 from saferedir.runtime.serve.keys import add_key

@@ -43,7 +43,9 @@ class Drift:
 class Metrics:
     """Of one service, in a registry of its own."""
 
-    def __init__(self, drift: Drift, waiting: Callable[[], int], running: Callable[[], int]) -> None:
+    def __init__(
+        self, drift: Drift, waiting: Callable[[], int], running: Callable[[], int], bad_policy: Callable[[], bool]
+    ) -> None:
         self._registry = CollectorRegistry()
         own = self._registry
         self.requests = Counter("saferedir_requests", "Answers, by status.", ["status"], registry=own)
@@ -60,6 +62,7 @@ class Metrics:
         for name, what, value in (
             ("pictures_waiting", "Pictures that wait for a row.", waiting),
             ("pictures_running", "Pictures under way.", running),
+            ("policy_refused", "Whether the policy's file as it is now could not be taken.", bad_policy),
             ("score_drift", "Population stability index of the scores against the calibration's.", lambda: drift.index),
         ):
             Gauge(f"saferedir_{name}", what, registry=own).set_function(value)

@@ -118,7 +118,7 @@ class Service:
         self.batcher = pipeline.batcher
         promise = pipeline.manifest.safety.promise
         self.drift = Drift(promise.deciles if promise is not None else ())
-        self.metrics = Metrics(self.drift, lambda: self.batcher.waiting, lambda: self.batcher.running)
+        self.metrics = Metrics(self.drift, lambda: self.batcher.waiting, lambda: self.batcher.running, self._bad_policy)
         self.batcher.on_turn = self.metrics.turn
         self._models = ThreadPoolExecutor(self.batcher.capacity, "saferedir-models")
         self._writer = ThreadPoolExecutor(1, "saferedir-audit")
@@ -147,6 +147,9 @@ class Service:
         self.pipeline("a picture", num_inference_steps=1 if promise is None else promise.envelope.steps[0])
         self.audit.append([])
         self.fault = None
+
+    def _bad_policy(self) -> bool:
+        return self.policies.problem is not None
 
     def close(self) -> None:
         """Write nothing more."""

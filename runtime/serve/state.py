@@ -46,9 +46,13 @@ class State:
 
     async def watch(self) -> None:
         """Take a changed policy, and try to recover from a fault, for ever."""
-        tried = 0.0
+        tried, drifted = 0.0, False
         while True:
             await asyncio.sleep(RELOAD_SECONDS)
+            index = self.service.drift.index
+            if index > self.settings.drift_alarm and not drifted:
+                log.warning("scores have drifted from the calibration's: index %.2f, alarm from %g", index, self.settings.drift_alarm)
+            drifted = index > self.settings.drift_alarm
             await asyncio.to_thread(self.service.policies.reload)
             if self.service.fault is not None and time.monotonic() > tried + RECOVERY_SECONDS:
                 tried = time.monotonic()

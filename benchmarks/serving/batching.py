@@ -1,7 +1,7 @@
 """One trace of requests, drawn one at a time, in static batches, by two workers of one thread, and by the batcher.
 
 Requests arrive by an open loop: a Poisson process at stated shares of what is drawn one at a time. Their numbers of steps are
-mixed. `python -m benchmarks.batching` prints, for each way, throughput when everything waits already, and latency at each load.
+mixed. `python -m benchmarks.serving.batching` prints, for each way, throughput when everything waits already, and latency at each load.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A service under test: its application on granian in this process, at a port of its own."""
+"""A service to be measured or tested: its application on granian in this process, at a port of its own."""
 
 from __future__ import annotations
 
