@@ -15,7 +15,6 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -34,8 +33,9 @@ from rich.progress import track
 from rich.table import Table
 from sqlalchemy import event
 
+from benchmarks.drawing import as_pictures
 from benchmarks.report import NETWORKS, environment, save
-from benchmarks.serving.served import Served, free_port, served
+from benchmarks.serving.served import Served, command, is_ready, running, served, worker_of
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.bundle import locate
 from saferedir.runtime.backend import Backend, BackendAround, Call, Tensors
@@ -164,7 +164,7 @@ def _file(change: Callable[[Path], None]) -> Inject:
         answer = bench.ask()
         same = answer.json()["pictures"][0]["b64_json"] == before
         assert same
-        check = subprocess.run(_command("serve", bench.own.settings.bundle, "--check"), capture_output=True, text=True)
+        check = subprocess.run(command("serve", bench.own.settings.bundle, "--check"), capture_output=True, text=True)
         assert check.returncode == 3
         return f"{bench.told(answer)}, the same to the byte: what was hashed is in memory", "does not start anew: exit 3"
 
@@ -340,38 +340,6 @@ def run(fault: Fault, folder: Path) -> dict[str, Any]:
         }  # fmt: skip
 
 
-def _command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from saferedir.runtime.command_line.entry import main; main()", *arguments]
-
-
-@contextmanager
-def running(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """`saferedir serve` as it is run, in processes of its own, once it is ready."""
-    port = free_port()
-    with (folder / "serve.log").open("wb") as log:
-        process = subprocess.Popen(
-            _command("serve", "--port", str(port), "--audit", f"sqlite:///{folder}/audit.db", *arguments),
-            stderr=log, stdout=log,
-        )  # fmt: skip
-        try:
-            address = f"http://127.0.0.1:{port}"
-            until = time.monotonic() + 60
-            while not _answers(address):
-                assert process.poll() is None and time.monotonic() < until, (folder / "serve.log").read_text()
-                time.sleep(0.02)
-            yield process, address
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def _answers(address: str) -> bool:
-    try:
-        return httpx.get(f"{address}/ready", timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
-
-
 def worker_killed(folder: Path) -> dict[str, Any]:
     """The worker is killed under a request; its parent starts another."""
     with running(folder) as (process, address):
@@ -387,11 +355,10 @@ def worker_killed(folder: Path) -> dict[str, Any]:
         asking = threading.Thread(target=ask)
         asking.start()
         time.sleep(0.5)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        os.kill(max(int(child) for child in children), signal.SIGKILL)
+        os.kill(worker_of(process.pid), signal.SIGKILL)
         asking.join()
         began = time.monotonic()
-        while not _answers(address):
+        while not is_ready(address):
             assert time.monotonic() < began + 60
             time.sleep(0.05)
         seconds = time.monotonic() - began
@@ -437,7 +404,6 @@ def _row(injected: str, came_back: str, recovery: str, answers: list[httpx.Respo
 
 def partial_images(count: int, folder: Path) -> dict[str, Any]:
     """Pictures in progress that were sent, of prompts that ask for each concept, and those in which the judge finds it."""
-    from saferedir_torch.world.images import as_pictures
     from saferedir_torch.world.judge import Judge
     from saferedir_torch.world.prompts import CONCEPTS
 

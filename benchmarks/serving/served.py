@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -78,7 +80,7 @@ def served(
     thread.start()
     try:
         until = time.monotonic() + READY_SECONDS
-        while not _is_ready(address):
+        while not is_ready(address):
             assert time.monotonic() < until and thread.is_alive(), "the service is not ready"
             time.sleep(0.02)
         own = Served(settings, opened[0], address)
@@ -89,7 +91,8 @@ def served(
         thread.join(30)
 
 
-def _is_ready(address: str) -> bool:
+def is_ready(address: str) -> bool:
+    """Whether requests should be sent there."""
     try:
         return httpx.get(f"{address}/ready", timeout=5).status_code == 200
     except httpx.HTTPError:
@@ -101,3 +104,34 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def command(*arguments: str) -> list[str]:
+    """`saferedir` with these arguments."""
+    return [sys.executable, "-c", "from saferedir.runtime.command_line.entry import main; main()", *arguments]
+
+
+@contextmanager
+def running(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`saferedir serve` as it is run, in processes of its own, once it is ready."""
+    port = free_port()
+    with (folder / "serve.log").open("wb") as log:
+        process = subprocess.Popen(
+            command("serve", "--port", str(port), "--audit", f"sqlite:///{folder}/audit.db", *arguments),
+            stderr=log, stdout=log,
+        )  # fmt: skip
+        try:
+            address = f"http://127.0.0.1:{port}"
+            until = time.monotonic() + 60
+            while not is_ready(address):
+                assert process.poll() is None and time.monotonic() < until, (folder / "serve.log").read_text()
+                time.sleep(0.02)
+            yield process, address
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def worker_of(parent: int) -> int:
+    """The process that serves, of granian's."""
+    return max(map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split()))
