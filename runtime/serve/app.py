@@ -32,9 +32,9 @@ def make_app(settings: Settings, open_service: Callable[[Settings], tuple[Servic
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.own = None
-        starting = asyncio.create_task(_start(app, settings, open_service))
+        app.state.starting = asyncio.create_task(_start(app, settings, open_service))
         yield
-        await starting
+        await app.state.starting
         app.state.watching.cancel()
         await app.state.own.drain()
         await asyncio.to_thread(app.state.own.service.close)

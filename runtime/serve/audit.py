@@ -74,6 +74,8 @@ class Entry:
     body: dict[str, Any]
     #: None where embeddings were given.
     prompt: str | None
+    #: Whether a record of this id may be there already, and then stays.
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ class Audit:
             with self._engine.begin() as connection:
                 number, last = self._locked_head(connection)
                 for entry in entries:
+                    if entry.again and self._has(connection, entry.id):
+                        continue
                     number += 1
                     last = self._write(connection, number, last, entry)
                 connection.execute(update(HEAD).values(number=number, hash=last))
@@ -169,6 +173,9 @@ class Audit:
 
     def close(self) -> None:
         self._engine.dispose()
+
+    def _has(self, connection: Connection, id: str) -> bool:
+        return connection.execute(select(RECORDS.c.number).where(RECORDS.c.id == id)).first() is not None
 
     def _locked_head(self, connection: Connection) -> tuple[int, str]:
         found = connection.execute(select(HEAD.c.number, HEAD.c.hash).with_for_update()).one()

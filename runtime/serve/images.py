@@ -33,12 +33,13 @@ async def generate(body: ImagesBody, request: Request) -> Response:
             raise invalid("n is for one picture where stream is true", "n")
         if key:
             raise invalid("Idempotency-Key is for requests without stream", "Idempotency-Key")
-        return streamed(partial(_stream, state, tenant, body))
+        return streamed(partial(_stream, state, tenant, body, state.number(request)))
     if body.partial_images:
         raise invalid("partial_images is for stream", "partial_images")
 
     async def made(gone: bool) -> bytes:
-        drawn = await state.service.draw(asked, tenant, gone=partial(client_left, request) if gone else None)
+        left = partial(client_left, request) if gone else None
+        drawn = await state.service.draw(asked, tenant, number=state.number(request), gone=left)
         return await asyncio.to_thread(lambda: json.dumps(_answer(body, drawn)).encode())
 
     data = await state.answers.once(tenant, key, _digest(body), partial(made, False)) if key else await made(True)
@@ -49,14 +50,14 @@ def _digest(body: ImagesBody) -> bytes:
     return b"images " + body.model_dump_json().encode()
 
 
-async def _stream(state: State, tenant: str, body: ImagesBody, events: Events) -> None:
+async def _stream(state: State, tenant: str, body: ImagesBody, number: str | None, events: Events) -> None:
     shown = iter(range(body.partial_images))
 
     def preview(picture: int, latent: Any) -> None:
         events.add(partial(_partial, state, body, next(shown), latent))
 
     drawn = await state.service.draw(
-        body.asked(), tenant, gone=events.left.wait, previews=body.partial_images, preview=preview
+        body.asked(), tenant, number=number, gone=events.left.wait, previews=body.partial_images, preview=preview
     )  # fmt: skip
     events.add(partial(_completed, body, drawn))
 

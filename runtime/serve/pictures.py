@@ -29,10 +29,11 @@ async def draw(body: PicturesBody, request: Request) -> Response:
     if body.stream:
         if key:
             raise invalid("Idempotency-Key is for requests without stream", "Idempotency-Key")
-        return streamed(partial(_stream, state, tenant, body))
+        return streamed(partial(_stream, state, tenant, body, state.number(request)))
 
     async def made(gone: bool) -> bytes:
-        drawn = await state.service.draw(asked, tenant, gone=partial(client_left, request) if gone else None)
+        left = partial(client_left, request) if gone else None
+        drawn = await state.service.draw(asked, tenant, number=state.number(request), gone=left)
         return await asyncio.to_thread(lambda: json.dumps(_answer(body, drawn)).encode())
 
     digest = b"pictures " + body.model_dump_json().encode()
@@ -40,11 +41,11 @@ async def draw(body: PicturesBody, request: Request) -> Response:
     return Response(data, media_type="application/json")
 
 
-async def _stream(state: State, tenant: str, body: PicturesBody, events: Events) -> None:
+async def _stream(state: State, tenant: str, body: PicturesBody, number: str | None, events: Events) -> None:
     def progress(done: int, total: int) -> None:
         events.add(partial(_progress, done, total))
 
-    drawn = await state.service.draw(body.asked(), tenant, gone=events.left.wait, progress=progress)
+    drawn = await state.service.draw(body.asked(), tenant, number=number, gone=events.left.wait, progress=progress)
     events.add(partial(_completed, body, drawn))
 
 

@@ -96,6 +96,8 @@ class _UnderWay:
     policy: TenantPolicy
     plan: Plan
     began: float
+    #: Whether its record may be there already.
+    again: bool = False
     tickets: list[Ticket] = field(default_factory=list)
     #: Concepts whose firing stopped it.
     blocked: set[str] = field(default_factory=set)
@@ -158,10 +160,12 @@ class Service:
         self.audit.close()
 
     async def draw(
-        self, asked: Asked, tenant: str, *, gone: Gone | None = None, progress: Progress | None = None,
+        self, asked: Asked, tenant: str, *, number: str | None = None, gone: Gone | None = None, progress: Progress | None = None,
         previews: int = 0, preview: Preview | None = None,
     ) -> list[Drawn]:  # fmt: skip
         """All pictures of a request, or none. Where `gone` ends first, the client is, and nothing more is drawn.
+
+        Requests of one `number` have one record, which the first to end writes.
 
         Each is shown to `preview` up to `previews` times while it is drawn, after the decision that saw it.
 
@@ -171,7 +175,8 @@ class Service:
         """
         policy = self.policies.of(tenant)
         plan = self._plan(asked, policy)
-        request = _UnderWay(f"img_{secrets.token_hex(12)}", tenant, asked, policy.tightened(plan.policy), plan, time.time())
+        id = f"img_{number or secrets.token_hex(12)}"
+        request = _UnderWay(id, tenant, asked, policy.tightened(plan.policy), plan, time.time(), again=number is not None)
         if self._log_prompts:
             log.info("%s of tenant %r: %r", request.id, tenant, asked.prompt)
         task = asyncio.ensure_future(self._draw(request, gone, progress, preview, previews))
@@ -332,7 +337,7 @@ class Service:
             "pixels": None if drawn is None else hashlib.sha256(drawn.image.tobytes()).hexdigest(),
             "error": None if error is None else type(error).__name__,
         }
-        return Entry(f"{request.id}_{index}", body, asked.prompt)
+        return Entry(f"{request.id}_{index}", body, asked.prompt, request.again)
 
     async def _write(self, entries: Sequence[Entry]) -> None:
         """Into the audit, before any picture of theirs leaves.

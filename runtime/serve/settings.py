@@ -40,6 +40,7 @@ class Settings(BaseSettings):
     drift_alarm: Annotated[float, Field(gt=0)] = Field(0.25, description="Population stability index from which on a drift is told.")
     trace_to: str | None = Field(None, description="OTLP endpoint over HTTP that spans are sent to.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    numbered: bool = Field(False, description="Whether a front gives requests their numbers, and a number's record is one.")
     keep_prompts: bool = Field(False, description="Keep the text of prompts beside the audit.")
     log_prompts: bool = Field(False, description="Write prompts to the log.")
 

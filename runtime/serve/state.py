@@ -20,6 +20,8 @@ from saferedir.runtime.serve.settings import Settings
 
 log = logging.getLogger("saferedir")
 
+#: The number that a front gives a request.
+REQUEST_HEADER = "x-saferedir-request"
 #: Seconds between looks at the policy's file, and between attempts to recover from a fault.
 RELOAD_SECONDS, RECOVERY_SECONDS = 1.0, 2.0
 
@@ -80,6 +82,10 @@ class State:
         own = self.settings
         check_limits(asked, steps=own.most_steps, pictures=own.most_pictures, characters=own.prompt_characters)
         return asked
+
+    def number(self, request: Request) -> str | None:
+        """The number that a front has given the request; where there is none, clients cannot give one."""
+        return request.headers.get(REQUEST_HEADER) if self.settings.numbered else None
 
     def check_model(self, name: str | None, status: int = 400) -> None:
         """
