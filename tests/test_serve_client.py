@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import random
 import socket
@@ -17,11 +15,10 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from PIL import Image
 
 from tiny_bundle import write_tiny_bundle
 
-from benchmarks.serving.served import Served, served
+from benchmarks.serving.served import Served, picture, served
 
 from saferedir.runtime.backend import Backend, BackendAround, Call, Tensors
 from saferedir.runtime.serve.keys import add_key
@@ -38,15 +35,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield own
 
 
-def picture(data: str | None) -> Image.Image:
-    assert data is not None
-    return Image.open(io.BytesIO(base64.b64decode(data)))
-
-
 def test_a_picture_and_the_same_again_by_its_seed(tiny: Served) -> None:
     client = tiny.client()
     drawn = client.images.generate(prompt="a church", n=2, model="tiny", size="8x8", quality="low", extra_body={"seed": 7})
-    assert drawn.data is not None and [picture(own.b64_json).size for own in drawn.data] == [(8, 8)] * 2
+    assert drawn.data is not None and [picture(str(own.b64_json)).size for own in drawn.data] == [(8, 8)] * 2
     assert (drawn.size, drawn.quality, drawn.output_format) == ("8x8", "low", "png")
     assert drawn.usage is not None and (drawn.usage.input_tokens, drawn.usage.output_tokens) == (2, 24)
     (again,) = client.images.generate(prompt="a church", quality="low", extra_body={"seed": 8}).data or []
@@ -56,7 +48,7 @@ def test_a_picture_and_the_same_again_by_its_seed(tiny: Served) -> None:
 @pytest.mark.parametrize("kind", ["jpeg", "webp", "png"])
 def test_formats(tiny: Served, kind: Any) -> None:
     drawn = tiny.client().images.generate(prompt="a cat", output_format=kind, output_compression=50, moderation="low")
-    assert drawn.data is not None and picture(drawn.data[0].b64_json).format == kind.upper()
+    assert drawn.data is not None and picture(str(drawn.data[0].b64_json)).format == kind.upper()
 
 
 def test_a_stream_shows_the_picture_as_it_comes(tiny: Served) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import socket
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import httpx
 import openai
 from granian.constants import Interfaces
 from granian.server.embed import Server
+from PIL import Image
 
 from saferedir.runtime.backend import Backend
 from saferedir.runtime.serve.app import make_app
@@ -97,6 +100,11 @@ def is_ready(address: str) -> bool:
         return httpx.get(f"{address}/ready", timeout=5).status_code == 200
     except httpx.HTTPError:
         return False
+
+
+def picture(data: str) -> Image.Image:
+    """Of base64."""
+    return Image.open(io.BytesIO(base64.b64decode(data)))
 
 
 def free_port() -> int:

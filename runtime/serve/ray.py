@@ -37,7 +37,7 @@ class Replica:
     """One application with engines of its own."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._app = make_app(Settings(**settings, numbered=True), open_service)
+        self._app = make_app(Settings(**{**settings, "numbered": True}), open_service)
         self._life: Any = None
 
     async def check_health(self) -> None:
