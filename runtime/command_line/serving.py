@@ -135,6 +135,7 @@ def verify(audit: AuditOption = DEFAULT_AUDIT, audit_key: AuditKeyOption = "", a
 def replay(
     id: Annotated[str, typer.Argument(help="Of a picture, as its answer and record name it.")],
     prompt: Annotated[str | None, typer.Option(help="Its prompt, where the audit has kept no text.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Its negative prompt, likewise.")] = None,
     bundle: BundleOption = "emoji-diffusion",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to write the picture.")] = None,
     audit: AuditOption = DEFAULT_AUDIT,
@@ -144,7 +145,15 @@ def replay(
 
     Example: `saferedir audit replay img_0123_0 --prompt "a church next to a cat"`
     """
-    console.print(_needed("replaying").replay(_open_audit(audit, audit_key), id, prompt=prompt, bundle=bundle, out=out))
+    from saferedir.engines.whole_file import write_bytes
+    from saferedir.runtime.outputs import png_bytes
+    from saferedir.runtime.pipeline import Pipeline
+
+    opened, pipeline = _open_audit(audit, audit_key), Pipeline.from_bundle(bundle)
+    image = _needed("replaying").replay(opened, id, pipeline, prompt=prompt, negative_prompt=negative)
+    if out is not None:
+        write_bytes(out, png_bytes(image))
+    console.print(f"{id} is drawn again, to the byte")
 
 
 @audit_app.command()

@@ -54,14 +54,15 @@ TEXTS = Table(
     "audit_texts", _METADATA,
     Column("id", String(64), primary_key=True),
     Column("salt", String(2 * SALT_BYTES), nullable=False),
-    Column("prompt", Text, nullable=True),
+    Column("texts", Text, nullable=True),  # as JSON: no database stores every character
 )  # fmt: skip
-#: One row: how many records there are, and the hash of the last.
+#: One row: how many records there are, the hash of the last, and a seal over both, so that nobody without the key moves it back.
 HEAD = Table(
     "audit_head", _METADATA,
     Column("one", Integer, primary_key=True, autoincrement=False),
     Column("number", Integer, nullable=False),
     Column("hash", String(64), nullable=False),
+    Column("seal", String(64), nullable=False),
 )  # fmt: skip
 
 
@@ -72,8 +73,8 @@ class Entry:
     id: str
     #: Everything but the prompt, as JSON takes it.
     body: dict[str, Any]
-    #: None where embeddings were given.
-    prompt: str | None
+    #: What was written by people: the prompt and the negative prompt, by name. None of it is in the body.
+    texts: dict[str, str | None]
     #: Whether a record of this id may be there already, and then stays.
     again: bool = False
 
@@ -104,7 +105,7 @@ class Audit:
             with self._engine.begin() as connection:
                 _METADATA.create_all(connection)
                 if connection.execute(select(HEAD)).first() is None:
-                    connection.execute(insert(HEAD).values(one=1, number=0, hash=ORIGIN))
+                    connection.execute(insert(HEAD).values(one=1, number=0, hash=ORIGIN, seal=self._seal(0, ORIGIN)))
         except (SQLAlchemyError, ImportError, ValueError) as error:
             raise AuditError(f"the audit's database cannot be opened: {_first_line(error)}") from error
 
@@ -122,12 +123,12 @@ class Audit:
                         continue
                     number += 1
                     last = self._write(connection, number, last, entry)
-                connection.execute(update(HEAD).values(number=number, hash=last))
+                connection.execute(update(HEAD).values(number=number, hash=last, seal=self._seal(number, last)))
         except SQLAlchemyError as error:
             raise AuditError(f"the audit could not be written: {_first_line(error)}") from error
 
-    def find(self, id: str) -> tuple[dict[str, Any], str | None]:
-        """A record's body, and its prompt where the text was kept.
+    def find(self, id: str) -> tuple[dict[str, Any], dict[str, str | None] | None]:
+        """A record's body, and its prompts where they were kept.
 
         Raises:
             AuditError: there is none of that name, or the database cannot be read.
@@ -135,12 +136,19 @@ class Audit:
         try:
             with self._reader.connect() as connection:
                 body = connection.execute(select(RECORDS.c.body).where(RECORDS.c.id == id)).scalar()
-                prompt = connection.execute(select(TEXTS.c.prompt).where(TEXTS.c.id == id)).scalar()
+                texts = connection.execute(select(TEXTS.c.texts).where(TEXTS.c.id == id)).scalar()
         except SQLAlchemyError as error:
             raise AuditError(f"the audit cannot be read: {_first_line(error)}") from error
         if body is None:
             raise AuditError(f"the audit has no record {id!r}")
-        return json.loads(body), None if prompt is None else json.loads(prompt)
+        return json.loads(body), None if texts is None else json.loads(texts)
+
+    def are_of(self, id: str, texts: dict[str, str | None]) -> bool | None:
+        """Whether these are the prompts of a record; None where its salt was deleted."""
+        body, _ = self.find(id)
+        with self._reader.connect() as connection:
+            salt = connection.execute(select(TEXTS.c.salt).where(TEXTS.c.id == id)).scalar()
+        return None if salt is None else _commitment(salt, texts) == body["prompts"]
 
     def bodies(self) -> Iterator[dict[str, Any]]:
         """The bodies of all records, each with its `id`, in their order."""
@@ -155,21 +163,33 @@ class Audit:
             return connection.execute(delete(TEXTS).where(TEXTS.c.id == id)).rowcount > 0
 
     def verify(self) -> Iterator[Problem]:
-        """What is wrong with the chain, record by record; nothing where it is whole."""
-        with self._reader.connect() as connection:
-            stated = connection.execute(select(HEAD.c.number, HEAD.c.hash)).first()
-            expected, last = 1, ORIGIN
-            rows = connection.execution_options(yield_per=1000).execute(select(RECORDS).order_by(RECORDS.c.number))
-            for number, id, body, own in rows:
-                if number != expected:
-                    yield Problem(expected, f"records {expected} to {number - 1} are missing")
-                if not hmac.compare_digest(self._hash(number, last, id, body), own):
-                    yield Problem(number, "it is not what was written, or does not follow the record before")
-                expected, last = number + 1, own
-            if stated is None:
-                yield Problem(expected, "the head of the chain is missing")
-            elif (stated.number, stated.hash) != (expected - 1, last):
-                yield Problem(stated.number, f"the head of the chain names record {stated.number}, the last is {expected - 1}")
+        """What is wrong with the chain, record by record; nothing where it is whole.
+
+        Raises:
+            AuditError: the database cannot be read.
+        """
+        try:
+            with self._reader.connect() as connection:
+                yield from self._problems(connection)
+        except SQLAlchemyError as error:
+            raise AuditError(f"the audit cannot be read: {_first_line(error)}") from error
+
+    def _problems(self, connection: Connection) -> Iterator[Problem]:
+        stated = connection.execute(select(HEAD)).first()
+        expected, last = 1, ORIGIN
+        rows = connection.execution_options(yield_per=1000).execute(select(RECORDS).order_by(RECORDS.c.number))
+        for number, id, body, own in rows:
+            if number != expected:
+                yield Problem(expected, f"records {expected} to {number - 1} are missing")
+            if not hmac.compare_digest(self._hash(number, last, id, body), own):
+                yield Problem(number, "it is not what was written, or does not follow the record before")
+            expected, last = number + 1, own
+        if stated is None:
+            yield Problem(expected, "the head of the chain is missing")
+        elif (stated.number, stated.hash) != (expected - 1, last):
+            yield Problem(stated.number, f"the head of the chain names record {stated.number}, the last is {expected - 1}")
+        elif not hmac.compare_digest(self._seal(stated.number, stated.hash), stated.seal):
+            yield Problem(stated.number, "the head of the chain was written by someone else, or with another key")
 
     def close(self) -> None:
         self._engine.dispose()
@@ -183,18 +203,23 @@ class Audit:
 
     def _write(self, connection: Connection, number: int, last: str, entry: Entry) -> str:
         salt = secrets.token_hex(SALT_BYTES)
-        commitment = None if entry.prompt is None else hashlib.sha256((salt + entry.prompt).encode()).hexdigest()
-        body = json.dumps({**entry.body, "prompt_commitment": commitment}, sort_keys=True, allow_nan=False)
+        body = json.dumps({**entry.body, "prompts": _commitment(salt, entry.texts)}, sort_keys=True, allow_nan=False)
         own = self._hash(number, last, entry.id, body)
         connection.execute(insert(RECORDS).values(number=number, id=entry.id, body=body, hash=own))
-        if entry.prompt is not None:
-            text = json.dumps(entry.prompt) if self._keep_prompts else None  # no database stores every character
-            connection.execute(insert(TEXTS).values(id=entry.id, salt=salt, prompt=text))
+        texts = json.dumps(entry.texts) if self._keep_prompts else None
+        connection.execute(insert(TEXTS).values(id=entry.id, salt=salt, texts=texts))
         return own
+
+    def _seal(self, number: int, last: str) -> str:
+        return hmac.digest(self._key, f"{number} {last}".encode(), "sha256").hex()
 
     def _hash(self, number: int, last: str, id: str, body: str) -> str:
         said = json.dumps([number, last, id, body]).encode()
-        return hmac.digest(self._key, said, "sha256").hex() if self._key else hashlib.sha256(said).hexdigest()
+        return hmac.digest(self._key, said, "sha256").hex()
+
+
+def _commitment(salt: str, texts: dict[str, str | None]) -> str:
+    return hashlib.sha256((salt + json.dumps(texts, sort_keys=True)).encode()).hexdigest()
 
 
 def _engine(url: str) -> Engine:

@@ -4,47 +4,47 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from saferedir.engines.errors import RequestError, VerificationError
 from saferedir.engines.manifest import SafetyInfo
-from saferedir.runtime.outputs import png_bytes
 from saferedir.runtime.pipeline import Pipeline
 from saferedir.runtime.policy import ResolvedPolicy, SafetyPolicy, resolve
 from saferedir.runtime.serve.audit import Audit
 
 
-def replay(audit: Audit, id: str, *, prompt: str | None, bundle: str, out: Path | None) -> str:
-    """Draw the picture `id` again; says that it equals what left.
+def replay(
+    audit: Audit, id: str, pipeline: Pipeline, *, prompt: str | None = None, negative_prompt: str | None = None
+) -> Image.Image:
+    """The picture `id`, drawn again by a pipeline of the same bundle, and equal to what left to the byte.
 
     Raises:
-        RequestError: its prompt is not known, or it never left. VerificationError: what is drawn is another picture.
+        RequestError: its prompts are not known, or others, or it never left. VerificationError: what is drawn is another picture.
     """
     body, kept = audit.find(id)
-    text = prompt if prompt is not None else kept
-    if text is None:
-        raise RequestError(f"the audit has kept no text of {id!r}; give it by --prompt")
+    texts = {"prompt": prompt, "negative_prompt": negative_prompt} if prompt is not None else kept
+    if texts is None:
+        raise RequestError(f"the audit has kept no text of {id!r}; give it by --prompt, and --negative if there was one")
+    if audit.are_of(id, texts) is False:
+        raise RequestError(f"these are not the prompts of {id!r}")
     if body["outcome"] not in ("drawn", "redirected"):
         raise RequestError(f"{id!r} never left: {body['outcome']}")
-    pipeline = Pipeline.from_bundle(bundle)
     if body["bundle"] != pipeline.bundle.digest:
         raise RequestError(f"{id!r} was drawn with bundle {body['bundle']}; this is {pipeline.bundle.digest}")
     height, width = (side * pipeline.model.vae_scale_factor for side in body["size"])
     plan = pipeline.plan(
-        text, negative_prompt=body["negative_prompt"], seed=body["seed"], num_inference_steps=body["steps"], height=height,
+        texts["prompt"], negative_prompt=texts["negative_prompt"], seed=body["seed"], num_inference_steps=body["steps"], height=height,
         width=width, guidance_scale=body["guidance_scale"], guidance_rescale=body["guidance_rescale"],
         scheduler=body["scheduler"], policy=_policy(body, pipeline.manifest.safety),
     )  # fmt: skip
     (image,) = pipeline.finish(plan, pipeline.draw(plan)).images
-    if out is not None:
-        out.write_bytes(png_bytes(image))
     found = hashlib.sha256(image.tobytes()).hexdigest()
     if found != body["pixels"]:
         raise VerificationError(f"{id!r} is drawn as another picture now: pixels {found[:12]}, recorded {body['pixels'][:12]}")
-    return f"{id} is drawn again, to the byte"
+    return image
 
 
 def _policy(body: dict[str, Any], safety: SafetyInfo) -> ResolvedPolicy:

@@ -324,7 +324,6 @@ class Service:
             "steps": asked.steps,
             "guidance_scale": plan.guidance_scale,
             "guidance_rescale": plan.guidance_rescale,
-            "negative_prompt": asked.negative_prompt,
             "size": list(plan.size),
             "actions": dict(request.policy.actions),
             "thresholds": dict(zip(plan.policy.concepts, plan.policy.threshold.tolist(), strict=True)),
@@ -337,7 +336,8 @@ class Service:
             "pixels": None if drawn is None else hashlib.sha256(drawn.image.tobytes()).hexdigest(),
             "error": None if error is None else type(error).__name__,
         }
-        return Entry(f"{request.id}_{index}", body, asked.prompt, request.again)
+        texts = {"prompt": asked.prompt, "negative_prompt": asked.negative_prompt}
+        return Entry(f"{request.id}_{index}", body, texts, request.again)
 
     async def _write(self, entries: Sequence[Entry]) -> None:
         """Into the audit, before any picture of theirs leaves.
