@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -108,6 +109,20 @@ def test_a_picture_of_the_embedded_model_is_the_same_in_company(threads: int) ->
         ])
     ]  # fmt: skip
     check_equality(bench, arrivals)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("SAFEREDIR_PATTERNS" not in os.environ, reason="forty minutes for 200; SAFEREDIR_PATTERNS says how many")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pictures_of_the_embedded_model_are_the_same_whoever_comes_and_goes(threads: int) -> None:
+    bench = Bench(Pipeline.from_bundle(backend="ort-cpu", threads=threads))
+
+    @given(ARRIVALS)
+    @settings(max_examples=int(os.environ["SAFEREDIR_PATTERNS"]), deadline=None, database=None)
+    def check(arrivals: list[Any]) -> None:
+        check_equality(bench, arrivals)
+
+    check()
 
 
 class Captured(BackendAround):

@@ -1,7 +1,8 @@
 """One trace of requests, drawn one at a time, in static batches, by two workers of one thread, and by the batcher.
 
 Requests arrive by an open loop: a Poisson process at stated shares of what is drawn one at a time. Their numbers of steps are
-mixed. `python -m benchmarks.serving.batching` prints, for each way, throughput when everything waits already, and latency at each load.
+mixed. `python -m benchmarks.serving.batching` prints, for each way, throughput when everything waits already, and latency at each
+load; what a request alone costs; and how well the batcher knows, when it is given more than it can draw, what it will draw when.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.report import environment, save
+from saferedir.engines.errors import QueueFullError
 from saferedir.runtime import Pipeline
 from saferedir.runtime.batcher import Batcher
 from saferedir.runtime.job import Denoised, Drawing, Job
@@ -33,6 +35,8 @@ STEPS = (4, 8, 12, 20, 25, 30, 50)
 GUIDANCES = (3.0, 5.0, 7.5)
 #: A request is in time within so many times what it takes alone.
 IN_TIME = 3.0
+#: Of what the batcher draws, and how long a request then waits at most.
+OVERLOAD, PATIENCE = 1.5, 10.0
 PROMPTS = ("a church next to a cat", "a dog on blue", "a castle in ink style", "a red balloon", "two swords", "a boat")
 
 
@@ -95,6 +99,7 @@ class Ours:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._batcher = Batcher(pipeline.backend, pipeline.manifest)
+        self._batcher.prepare(["step"])
 
     def submit(self, drawing: Drawing) -> Future[Denoised]:
         tickets = self._batcher.reserve(drawing.engine, drawing.steps)
@@ -175,6 +180,48 @@ def play(server: Server, trace: Sequence[Arrival], title: str) -> list[float]:
     return [end - arrival.at for end, arrival in zip(ends, trace, strict=True)]
 
 
+def lone_seconds(pipeline: Pipeline, drawing: Drawing, times: int = 9) -> dict[str, float]:
+    """A request that comes when nobody else is there, by way: the median."""
+    servers: dict[str, Server] = {"one at a time": OneAtATime(pipeline), "batcher": Ours(pipeline)}
+    taken: dict[str, list[float]] = {name: [] for name in servers}
+    for _ in range(times):
+        for name, server in servers.items():
+            started = time.perf_counter()
+            server.submit(drawing).result()
+            taken[name].append(time.perf_counter() - started)
+    return {name: float(np.median(own)) for name, own in taken.items()}
+
+
+def admission(pipeline: Pipeline, drawings: Sequence[Drawing], a_second: float, seed: int) -> dict[str, Any]:
+    """`OVERLOAD` times what the batcher draws: how soon a request is refused, and how right predictions are."""
+    batcher = Batcher(pipeline.backend, pipeline.manifest)
+    batcher.prepare(["step"])
+    gaps = np.random.default_rng([seed, 2]).exponential(1 / (OVERLOAD * a_second), len(drawings))
+    started, refused, admitted = time.monotonic(), list[float](), list[tuple[float, Any, list[float]]]()
+    for at, drawing in zip(track(np.cumsum(gaps), description="more than can be drawn"), drawings, strict=True):
+        time.sleep(max(0.0, started + float(at) - time.monotonic()))
+        came, ended = time.monotonic(), list[float]()
+        try:
+            (ticket,) = batcher.reserve(drawing.engine, drawing.steps, deadline=came + PATIENCE)
+        except QueueFullError:
+            refused.append(time.monotonic() - came)
+            continue
+        ticket.future.add_done_callback(lambda _, ended=ended: ended.append(time.monotonic()))  # type: ignore[misc]
+        batcher.submit([ticket], [drawing])
+        admitted.append((came, ticket, ended))
+    late = 0
+    for _, ticket, _ in admitted:
+        late += ticket.future.exception() is not None
+    drawn = [(ticket.predicted - came, ended[0] - came) for came, ticket, ended in admitted if ticket.future.exception() is None]
+    ratio = np.array([true / predicted for predicted, true in drawn])
+    return {
+        "overload": OVERLOAD, "patience_s": PATIENCE, "requests": len(drawings), "refused": len(refused),
+        "refused_after_ms": {"median": 1e3 * float(np.median(refused)), "most": 1e3 * max(refused)} if refused else None,
+        "admitted": len(admitted), "late": late, "within_20_percent": float(np.mean(np.abs(ratio - 1) <= 0.2)),
+        "true_over_predicted": [float(value) for value in np.quantile(ratio, [0.025, 0.5, 0.975])],
+    }  # fmt: skip
+
+
 def measure(requests: int, seed: int) -> dict[str, Any]:
     """By way: what is drawn in a second when all wait from the start, and latency at each load."""
     pipeline = Pipeline.from_bundle()
@@ -206,7 +253,12 @@ def measure(requests: int, seed: int) -> dict[str, Any]:
                 "p50": float(np.quantile(seconds, 0.5)), "p95": float(np.quantile(seconds, 0.95)),
                 "in_time": float(np.mean(in_time)),
             })  # fmt: skip
-    return {"requests": requests, "seed": seed, "seconds_a_step_alone": step, "rows": rows}
+    (ours,) = (row for row in rows if row["way"] == "batcher" and row["load"] is None)
+    return {
+        "requests": requests, "seed": seed, "seconds_a_step_alone": step, "rows": rows,
+        "lone_seconds": lone_seconds(pipeline, drawings[0]),
+        "admission": admission(pipeline, drawings, ours["a_second"], seed),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -226,7 +278,7 @@ def main() -> None:
             f"{row['p95']:.2f}",
             f"{100 * row['in_time']:.0f} %",
         )
-    Console().print(environment()["machine"], table)
+    Console().print(environment()["machine"], table, figures["lone_seconds"], figures["admission"])
     print(save("batching", figures))
 
 
