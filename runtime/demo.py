@@ -7,11 +7,11 @@ from pathlib import Path
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import OutputError
 from saferedir.engines.whole_file import write_bytes
-from saferedir.runtime.batcher import StepCallback
 from saferedir.runtime.outputs import output_folder, png_bytes
 from saferedir.runtime.page import GENERATOR, Comparison, comparison_page, contact_sheet
 from saferedir.runtime.pipeline import Pipeline
 from saferedir.runtime.policy import SafetyPolicy
+from saferedir.runtime.ticket import StepCallback
 
 #: Bytes of a page in which it says what made it.
 LONGEST_HEAD = 1_000

@@ -20,7 +20,7 @@ from saferedir.engines.errors import BackendError, BundleError, CancelledError, 
 from saferedir.engines.manifest import MANIFEST_FILE, TOKENIZER_FILE, ModelInfo
 from saferedir.runtime.backend import Backend
 from saferedir.runtime.backends import make_backend
-from saferedir.runtime.batcher import Batcher, StepCallback, Ticket
+from saferedir.runtime.batcher import Batcher
 from saferedir.runtime.gathering import Gathering
 from saferedir.runtime.job import Denoised, Drawing
 from saferedir.runtime.policy import ResolvedPolicy, SafetyPolicy, Tightening, check_promise, resolve
@@ -28,6 +28,7 @@ from saferedir.runtime.prompts import Prompts
 from saferedir.runtime.record import LookedFor, SafetyRecord, StepRecord
 from saferedir.runtime.request import ImageRequest, Seeds, build_requests, check_guidance, check_rescale, latent_size
 from saferedir.runtime.schedulers import Schedule, make_schedule
+from saferedir.runtime.ticket import StepCallback, Ticket
 from saferedir.runtime.tokenizer import PromptTokenizer, check_prompt
 
 log = logging.getLogger("saferedir")

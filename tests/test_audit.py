@@ -40,7 +40,10 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def audit(url: str) -> Iterator[Audit]:
     audit = Audit(url, key=b"key", keep_prompts=True)
     audit.append(
-        [Entry(f"img_{number}", {"seed": number, "outcome": "drawn"}, {"prompt": f"prompt {number}"}) for number in range(RECORDS)]
+        [
+            Entry(f"img_{number}", {"seed": number, "outcome": "drawn"}, {"prompt": f"prompt {number}"})
+            for number in range(RECORDS)
+        ]
     )
     yield audit
     audit.close()
@@ -74,8 +77,12 @@ ATTACKS = {
     "given another's hash": [
         "UPDATE audit_records SET hash = (SELECT hash FROM audit_records WHERE number = {other}) WHERE number = {number}"
     ],
-    "written twice": ["INSERT INTO audit_records SELECT {more}, 'img_more', body, hash FROM audit_records WHERE number = {number}"],
-    "head moved back": ["UPDATE audit_head SET number = {number}, hash = (SELECT hash FROM audit_records WHERE number = {number})"],
+    "written twice": [
+        "INSERT INTO audit_records SELECT {more}, 'img_more', body, hash FROM audit_records WHERE number = {number}"
+    ],
+    "head moved back": [
+        "UPDATE audit_head SET number = {number}, hash = (SELECT hash FROM audit_records WHERE number = {number})"
+    ],
 }  # fmt: skip
 ATTACKS["cut off, and the head moved back"] = ATTACKS["cut off"] + [
     "UPDATE audit_head SET number = {number} - 1, hash = (SELECT hash FROM audit_records WHERE number = {number} - 1)"

@@ -17,11 +17,12 @@ from saferedir.engines import open_bundle
 from saferedir.engines.errors import CancelledError, DeadlineError, NonFiniteError, QueueFullError, SafetyEngineError
 from saferedir.runtime import Pipeline
 from saferedir.runtime.backend import BackendAround, Call, Tensors
-from saferedir.runtime.batcher import Batcher, Ticket
+from saferedir.runtime.batcher import Batcher
 from saferedir.runtime.job import Denoised, Drawing
 from saferedir.runtime.policy import SafetyPolicy, resolve
 from saferedir.runtime.rows import ladder
 from saferedir.runtime.schedulers import SCHEDULERS, make_schedule
+from saferedir.runtime.ticket import Ticket
 
 SAMPLERS = tuple(SCHEDULERS)
 #: Steps that lcm draws at most.

@@ -43,7 +43,9 @@ def test_the_steps_of_the_container_file_serve_a_picture(tmp_path: Path) -> None
         while not is_ready(f"http://127.0.0.1:{port}"):
             assert server.poll() is None and time.monotonic() < until
             time.sleep(0.1)
-        drawn = httpx.post(f"http://127.0.0.1:{port}/v1/images/generations", json={"prompt": "a cat", "quality": "low"}, timeout=60)
+        drawn = httpx.post(
+            f"http://127.0.0.1:{port}/v1/images/generations", json={"prompt": "a cat", "quality": "low"}, timeout=60
+        )
         assert drawn.status_code == 200 and (data / "audit.db").exists()
     finally:
         server.terminate()

@@ -15,11 +15,9 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-
 from tiny_bundle import write_tiny_bundle
 
 from benchmarks.serving.served import Served, picture, served
-
 from saferedir.runtime.backend import Backend, BackendAround, Call, Tensors
 from saferedir.runtime.serve.keys import add_key
 
@@ -182,7 +180,12 @@ def test_clients_that_leave_free_their_rows_in_the_next_step(tmp_path: Path) -> 
         for number in range(200):
             sent = json.dumps({"prompt": "a church", "steps": MANY, "stream": bool(number % 2)}).encode()
             with socket.create_connection(("127.0.0.1", own.settings.port)) as connection:
-                head = ("POST /v1/pictures HTTP/1.1", "host: x", "content-type: application/json", f"content-length: {len(sent)}")
+                head = (
+                    "POST /v1/pictures HTTP/1.1",
+                    "host: x",
+                    "content-type: application/json",
+                    f"content-length: {len(sent)}",
+                )
                 connection.sendall("\r\n".join((*head, "", "")).encode() + sent)
                 own.wait_until(lambda: batcher.running == 1)
                 (ticket,) = (ticket for group in batcher._groups.values() for ticket in group.tickets)

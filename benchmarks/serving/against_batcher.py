@@ -1,7 +1,7 @@
 """What the service costs beside its batcher: one trace, handed to the batcher itself and sent over HTTP.
 
-`python -m benchmarks.serving.against_batcher` prints pictures a second when all is there from the start, and the 95th percentile
-of latency at half of that.
+`python -m benchmarks.serving.against_batcher` prints pictures a second when all is there from the start, and the 95th
+percentile of latency at half of that.
 """
 
 from __future__ import annotations
@@ -85,9 +85,7 @@ def measure(requests: int, seed: int) -> dict[str, Any]:
     taken = {"batcher": asyncio.run(bare(at_once))[0], "service": asyncio.run(served(at_once))[0]}
     rate = requests / taken["batcher"] / 2
     half = trace(requests, rate, seed)
-    p95 = {
-        name: float(np.quantile(asyncio.run(way(half))[1], 0.95)) for name, way in (("batcher", bare), ("service", served))
-    }
+    p95 = {name: float(np.quantile(asyncio.run(way(half))[1], 0.95)) for name, way in (("batcher", bare), ("service", served))}
     return {
         "requests": requests, "seed": seed, "a_second": {name: requests / own for name, own in taken.items()},
         "half_load": rate, "p95_at_half_load": p95,

@@ -1,8 +1,8 @@
 """One trace of requests, drawn one at a time, in static batches, by two workers of one thread, and by the batcher.
 
 Requests arrive by an open loop: a Poisson process at stated shares of what is drawn one at a time. Their numbers of steps are
-mixed. `python -m benchmarks.serving.batching` prints, for each way, throughput when everything waits already, and latency at each
-load; what a request alone costs; and how well the batcher knows, when it is given more than it can draw, what it will draw when.
+mixed. `python -m benchmarks.serving.batching` prints, for each way, throughput when everything waits already, and latency at
+each load; what a request alone costs; and how well the batcher knows when it will draw what, where more comes than it can draw.
 """
 
 from __future__ import annotations
@@ -212,7 +212,9 @@ def admission(pipeline: Pipeline, drawings: Sequence[Drawing], a_second: float, 
     late = 0
     for _, ticket, _ in admitted:
         late += ticket.future.exception() is not None
-    drawn = [(ticket.predicted - came, ended[0] - came) for came, ticket, ended in admitted if ticket.future.exception() is None]
+    drawn = [
+        (ticket.predicted - came, ended[0] - came) for came, ticket, ended in admitted if ticket.future.exception() is None
+    ]
     ratio = np.array([true / predicted for predicted, true in drawn])
     return {
         "overload": OVERLOAD, "patience_s": PATIENCE, "requests": len(drawings), "refused": len(refused),

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,11 @@ class Planted(BackendAround):
         call = super().bind(engine, inputs, outputs, rows)
 
         def planted() -> None:
-            fault = self.fault if engine == {"encoder": "text_encoder", "decoder": "vae_decoder"}.get(self.fault or "", "step") else None
+            fault = (
+                self.fault
+                if engine == {"encoder": "text_encoder", "decoder": "vae_decoder"}.get(self.fault or "", "step")
+                else None
+            )
             if fault in ("raise", "encoder"):
                 raise RuntimeError("device lost")
             if fault == "memory":
@@ -239,10 +243,8 @@ def _drift(bench: Bench) -> tuple[str, str]:
 
 def _client_gone(bench: Bench) -> tuple[str, str]:
     bench.planted.fault = "slow"
-    try:
+    with suppress(httpx.TimeoutException):
         bench.own.http.post("/v1/pictures", json={"prompt": PROMPT, "steps": LONG}, timeout=0.3)
-    except httpx.TimeoutException:
-        pass
     bench.own.wait_until(lambda: bench.own.service.batcher.running == 0)
     bench.planted.fault = None
     bench.own.wait_until(lambda: bench.own.records()[-1]["outcome"] == "cancelled")
@@ -425,7 +427,12 @@ def partial_images(count: int, folder: Path) -> dict[str, Any]:
     for name, pictures in shown.items():
         if pictures:
             found += int((judge.judge(as_pictures(np.stack(pictures))).of(CONCEPTS[name].shown_by) >= 0.5).sum())
-    return {"asked": asked, "sent": sum(map(len, shown.values())), "withheld": asked - sum(map(len, shown.values())), "found": found}
+    return {
+        "asked": asked,
+        "sent": sum(map(len, shown.values())),
+        "withheld": asked - sum(map(len, shown.values())),
+        "found": found,
+    }
 
 
 def main() -> None:

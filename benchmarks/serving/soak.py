@@ -73,7 +73,11 @@ async def _ask(
     client: httpx.AsyncClient, kind: str, rng: np.random.Generator, asked: Counter[str], answered: Counter[str]
 ) -> None:
     """One request. `asked` counts pictures that may come to a record, `answered` by what came back."""
-    body: dict[str, Any] = {"prompt": str(rng.choice(PROMPTS)), "steps": int(rng.choice([4, 8, 12])), "seed": int(rng.integers(1 << 31))}
+    body: dict[str, Any] = {
+        "prompt": str(rng.choice(PROMPTS)),
+        "steps": int(rng.choice([4, 8, 12])),
+        "seed": int(rng.integers(1 << 31)),
+    }
     pictures = 3 if kind == "several" else 1
     patience = 60.0
     match kind:

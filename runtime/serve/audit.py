@@ -56,7 +56,7 @@ TEXTS = Table(
     Column("salt", String(2 * SALT_BYTES), nullable=False),
     Column("texts", Text, nullable=True),  # as JSON: no database stores every character
 )  # fmt: skip
-#: One row: how many records there are, the hash of the last, and a seal over both, so that nobody without the key moves it back.
+#: One row: how many records there are, the hash of the last, and a seal over both: nobody without the key moves it back.
 HEAD = Table(
     "audit_head", _METADATA,
     Column("one", Integer, primary_key=True, autoincrement=False),

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from saferedir.runtime.policy import Tightening
+from saferedir.runtime.serve.asked import Asked
 from saferedir.runtime.serve.errors import invalid
-from saferedir.runtime.serve.service import Asked
 
 #: Denoising steps of a quality.
 QUALITY = {"low": 12, "medium": 25, "high": 50, "auto": 25, "standard": 25, "hd": 50}

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from saferedir.runtime.batcher import StepCallback
 from saferedir.runtime.pipeline import Pipeline
 from saferedir.runtime.serve.policies import Policies, TenantPolicy
+from saferedir.runtime.ticket import StepCallback
 
 
 def differences(

@@ -11,10 +11,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from saferedir.runtime.serve.asked import Drawn, picture_bytes
 from saferedir.runtime.serve.bodies import ImagesBody
 from saferedir.runtime.serve.documented import ANSWERS, Images
 from saferedir.runtime.serve.errors import invalid
-from saferedir.runtime.serve.service import Drawn, picture_bytes
 from saferedir.runtime.serve.state import State, admitted
 from saferedir.runtime.serve.streams import Event, Events, client_left, streamed
 

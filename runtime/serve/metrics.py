@@ -51,8 +51,12 @@ class Metrics:
         self.requests = Counter("saferedir_requests", "Answers, by status.", ["status"], registry=own)
         self.request_seconds = _seconds("request_seconds", "Until an answer is complete.", own)
         self.pictures = Counter("saferedir_pictures", "Pictures, by outcome.", ["outcome"], registry=own)
-        self.concepts = Counter("saferedir_concepts", "Pictures, by a concept that was seen and what was done.", ["concept", "action"], registry=own)
-        self.faults = Counter("saferedir_safety_faults", "Failures of the safety or of its record, by kind.", ["kind"], registry=own)
+        self.concepts = Counter(
+            "saferedir_concepts", "Pictures, by a concept that was seen and what was done.", ["concept", "action"], registry=own
+        )
+        self.faults = Counter(
+            "saferedir_safety_faults", "Failures of the safety or of its record, by kind.", ["kind"], registry=own
+        )
         self.steps = Counter("saferedir_steps", "Calls of a step graph.", registry=own)
         self.rows = Counter("saferedir_step_rows", "Pictures in them; over steps it is the batch's fill.", registry=own)
         self.step_seconds = _seconds("step_seconds", "Of a call of a step graph.", own)

@@ -11,10 +11,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from saferedir.runtime.serve.asked import Drawn, picture_bytes
 from saferedir.runtime.serve.bodies import PicturesBody
 from saferedir.runtime.serve.documented import ANSWERS, Pictures
 from saferedir.runtime.serve.errors import invalid
-from saferedir.runtime.serve.service import Drawn, picture_bytes
 from saferedir.runtime.serve.state import State, admitted
 from saferedir.runtime.serve.streams import Event, Events, client_left, streamed
 
@@ -23,7 +23,7 @@ router = APIRouter()
 
 @router.post("/v1/pictures", response_model=Pictures, responses=ANSWERS)
 async def draw(body: PicturesBody, request: Request) -> Response:
-    """Draw pictures of a prompt. With `stream` the answer is a stream of events: progress after every step, then the pictures."""
+    """Draw pictures of a prompt. With `stream` the answer is events: progress after every step, then the pictures."""
     state, tenant = await admitted(request, body.pictures)
     asked, key = state.limited(body.asked()), request.headers.get("idempotency-key")
     if body.stream:

@@ -119,7 +119,9 @@ class Front:
             if not key:
                 return _response(await self._answer(request.method, path, headers, body))
             whose = request.headers.get("authorization", "")
-            data = await self._answers.once(whose, key, path.encode() + await request.body(), lambda: self._kept(path, headers, body))
+            data = await self._answers.once(
+                whose, key, path.encode() + await request.body(), lambda: self._kept(path, headers, body)
+            )
             return _response(_unpacked(data))
         except ServiceError as error:
             return JSONResponse(error.body, error.status, error.headers)
@@ -127,7 +129,7 @@ class Front:
     async def _kept(self, path: str, headers: list[tuple[str, str]], body: bytes) -> bytes:
         status, told, data = await self._answer("POST", path, headers, body)
         if status != 200:
-            raise _NotDrawn(status, told, data)
+            raise _NotDrawnError(status, told, data)
         return _packed(status, told, data)
 
     async def _answer(self, method: str, path: str, headers: list[tuple[str, str]], body: bytes) -> Answer:
@@ -155,7 +157,7 @@ class Front:
         raise _lost()
 
 
-class _NotDrawn(ServiceError):
+class _NotDrawnError(ServiceError):
     """An answer that is none, passed on as it was."""
 
     def __init__(self, status: int, told: list[tuple[str, str]], data: bytes) -> None:

@@ -22,7 +22,8 @@ def replay(
     """The picture `id`, drawn again by a pipeline of the same bundle, and equal to what left to the byte.
 
     Raises:
-        RequestError: its prompts are not known, or others, or it never left. VerificationError: what is drawn is another picture.
+        RequestError: its prompts are not known, or others, or it never left.
+        VerificationError: what is drawn is another picture.
     """
     body, kept = audit.find(id)
     texts = {"prompt": prompt, "negative_prompt": negative_prompt} if prompt is not None else kept
@@ -36,8 +37,8 @@ def replay(
         raise RequestError(f"{id!r} was drawn with bundle {body['bundle']}; this is {pipeline.bundle.digest}")
     height, width = (side * pipeline.model.vae_scale_factor for side in body["size"])
     plan = pipeline.plan(
-        texts["prompt"], negative_prompt=texts["negative_prompt"], seed=body["seed"], num_inference_steps=body["steps"], height=height,
-        width=width, guidance_scale=body["guidance_scale"], guidance_rescale=body["guidance_rescale"],
+        texts["prompt"], negative_prompt=texts["negative_prompt"], seed=body["seed"], num_inference_steps=body["steps"],
+        height=height, width=width, guidance_scale=body["guidance_scale"], guidance_rescale=body["guidance_rescale"],
         scheduler=body["scheduler"], policy=_policy(body, pipeline.manifest.safety),
     )  # fmt: skip
     (image,) = pipeline.finish(plan, pipeline.draw(plan)).images

@@ -3,108 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import io
 import logging
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from saferedir.engines.errors import (
     AuditError,
     BackendError,
     BlockedError,
-    BusyError,
-    CancelledError,
-    DeadlineError,
-    RequestError,
     SafetyError,
     UnresponsiveError,
 )
-from saferedir.runtime.batcher import Ticket
 from saferedir.runtime.job import Denoised
 from saferedir.runtime.pipeline import Pipeline, Plan
-from saferedir.runtime.policy import Tightening
-from saferedir.runtime.record import SafetyRecord
+from saferedir.runtime.serve.asked import Asked, Drawn, UnderWay
 from saferedir.runtime.serve.audit import Audit, Entry
 from saferedir.runtime.serve.metrics import Drift, Metrics
 from saferedir.runtime.serve.policies import Policies, TenantPolicy
+from saferedir.runtime.serve.recording import entry, outcome
 from saferedir.runtime.serve.tracing import Tracing
+from saferedir.runtime.ticket import Ticket
 
 log = logging.getLogger("saferedir")
 
 #: A request that has ended waits so long for the step that is under way, and then no longer.
 GRACE_SECONDS = 5.0
-Outcome = Literal["drawn", "redirected", "blocked", "cancelled", "late", "refused", "failed"]
 #: Called with steps done and steps in all, over all pictures of a request; on the batcher's thread.
 Progress = Callable[[int, int], None]
 #: Called with the number of a picture, and what it looks like so far: a latent [C, h, w]; on the batcher's thread.
 Preview = Callable[[int, Any], None]
 #: Makes what ends when the client has left.
 Gone = Callable[[], Coroutine[Any, Any, object]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What a client asks for."""
-
-    prompt: str
-    negative_prompt: str | None = None
-    pictures: int = 1
-    height: int | None = None
-    width: int | None = None
-    seed: int | None = None
-    steps: int = 25
-    guidance_scale: float = 5.0
-    guidance_rescale: float = 0.0
-    scheduler: str | None = None
-    tighten: Tightening | None = None
-    #: Seconds from now.
-    within: float | None = None
-    priority: int = 0
-    #: Who asks, as the client names its own users.
-    user: str | None = None
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One picture that may leave."""
-
-    id: str
-    image: Image.Image
-    record: SafetyRecord
-    #: Concepts that were redirected, and such that the policy only observes.
-    redirected: list[str]
-    observed: list[str]
-
-
-@dataclass
-class _UnderWay:
-    """One request: its tickets, and why they were stopped."""
-
-    id: str
-    tenant: str
-    asked: Asked
-    policy: TenantPolicy
-    plan: Plan
-    began: float
-    #: Whether its record may be there already.
-    again: bool = False
-    tickets: list[Ticket] = field(default_factory=list)
-    #: Concepts whose firing stopped it.
-    blocked: set[str] = field(default_factory=set)
-
-    def stop(self) -> None:
-        for ticket in self.tickets:
-            ticket.cancel()
 
 
 class Service:
@@ -136,7 +71,9 @@ class Service:
             SafeRedirError: one of these failed.
         """
         model = self.pipeline.model
-        self.batcher.prepare([model.engine(name, model.latent_height, model.latent_width) for name in ("step", "step_unguided")])
+        self.batcher.prepare(
+            [model.engine(name, model.latent_height, model.latent_width) for name in ("step", "step_unguided")]
+        )
         self.probe()
 
     def probe(self) -> None:
@@ -160,8 +97,8 @@ class Service:
         self.audit.close()
 
     async def draw(
-        self, asked: Asked, tenant: str, *, number: str | None = None, gone: Gone | None = None, progress: Progress | None = None,
-        previews: int = 0, preview: Preview | None = None,
+        self, asked: Asked, tenant: str, *, number: str | None = None, gone: Gone | None = None,
+        progress: Progress | None = None, previews: int = 0, preview: Preview | None = None,
     ) -> list[Drawn]:  # fmt: skip
         """All pictures of a request, or none. Where `gone` ends first, the client is, and nothing more is drawn.
 
@@ -176,7 +113,7 @@ class Service:
         policy = self.policies.of(tenant)
         plan = self._plan(asked, policy)
         id = f"img_{number or secrets.token_hex(12)}"
-        request = _UnderWay(id, tenant, asked, policy.tightened(plan.policy), plan, time.time(), again=number is not None)
+        request = UnderWay(id, tenant, asked, policy.tightened(plan.policy), plan, time.time(), again=number is not None)
         if self._log_prompts:
             log.info("%s of tenant %r: %r", request.id, tenant, asked.prompt)
         task = asyncio.ensure_future(self._draw(request, gone, progress, preview, previews))
@@ -190,7 +127,7 @@ class Service:
             raise
 
     async def _draw(
-        self, request: _UnderWay, gone: Gone | None, progress: Progress | None, preview: Preview | None, previews: int
+        self, request: UnderWay, gone: Gone | None, progress: Progress | None, preview: Preview | None, previews: int
     ) -> list[Drawn]:
         pictures = range(request.asked.pictures)
         about = {"gen_ai__request__choice__count": len(pictures), "saferedir__request": request.id}
@@ -199,12 +136,14 @@ class Service:
                 drawn = await self._drawn(request, gone, progress, preview, previews)
             except Exception as error:
                 self._note(error)
-                tell(saferedir__outcome=_outcome(request, None, error), error__type=type(error).__name__)
-                await self._write([self._entry(request, index, error=error) for index in pictures])
+                tell(saferedir__outcome=outcome(request, None, error), error__type=type(error).__name__)
+                await self._write([entry(request, index, self.pipeline.bundle.digest, error=error) for index in pictures])
                 raise
             finally:
                 request.stop()
-            await self._write([self._entry(request, index, drawn=own) for index, own in enumerate(drawn)])
+            await self._write(
+                [entry(request, index, self.pipeline.bundle.digest, drawn=own) for index, own in enumerate(drawn)]
+            )
             tell(saferedir__outcome="drawn", saferedir__redirected=sorted({name for own in drawn for name in own.redirected}))
         for own in drawn:
             self._count(own)
@@ -239,7 +178,7 @@ class Service:
         )
 
     async def _drawn(
-        self, request: _UnderWay, gone: Gone | None, progress: Progress | None, preview: Preview | None, previews: int
+        self, request: UnderWay, gone: Gone | None, progress: Progress | None, preview: Preview | None, previews: int
     ) -> list[Drawn]:  # fmt: skip
         loop, asked, plan = asyncio.get_running_loop(), request.asked, request.plan
         deadline = time.monotonic() + min(self.seconds, asked.within or self.seconds)
@@ -265,7 +204,7 @@ class Service:
             for index, (image, record, result) in enumerate(zip(made.images, made.records, drawn, strict=True))
         ]  # fmt: skip
 
-    def _watch(self, request: _UnderWay, progress: Progress | None) -> None:
+    def _watch(self, request: UnderWay, progress: Progress | None) -> None:
         """Stop the request where its policy blocks a concept that fires, and tell of its steps."""
         policy, first = request.policy, [False]
         stops = np.array([policy.actions[name] == "block" for name in policy.engine.concepts])
@@ -284,7 +223,7 @@ class Service:
         for ticket in request.tickets:
             ticket.on_step = partial(after_step, ticket)
 
-    async def _ended(self, request: _UnderWay, gone: Gone | None, deadline: float) -> list[Denoised]:
+    async def _ended(self, request: UnderWay, gone: Gone | None, deadline: float) -> list[Denoised]:
         """What was drawn, unless the policy, the client or the deadline ended it."""
         futures = [asyncio.wrap_future(ticket.future) for ticket in request.tickets]
         for future in futures:
@@ -308,37 +247,6 @@ class Service:
             if left is not None:
                 left.cancel()
 
-    def _entry(
-        self, request: _UnderWay, index: int, *, drawn: Drawn | None = None, error: Exception | None = None
-    ) -> Entry:
-        asked, plan = request.asked, request.plan
-        body: dict[str, Any] = {
-            "at": datetime.fromtimestamp(request.began, UTC).isoformat(),
-            "seconds": round(time.time() - request.began, 3),
-            "tenant": request.tenant,
-            "user": asked.user,
-            "policy": {"version": request.policy.version, "digest": request.policy.digest},
-            "bundle": self.pipeline.bundle.digest,
-            "seed": plan.requests[index].seed,
-            "scheduler": plan.scheduler,
-            "steps": asked.steps,
-            "guidance_scale": plan.guidance_scale,
-            "guidance_rescale": plan.guidance_rescale,
-            "size": list(plan.size),
-            "actions": dict(request.policy.actions),
-            "thresholds": dict(zip(plan.policy.concepts, plan.policy.threshold.tolist(), strict=True)),
-            "outcome": _outcome(request, drawn, error),
-            "steps_done": request.tickets[index].done if request.tickets else 0,
-            "scores": [] if drawn is None else [list(step.score.values()) for step in drawn.record.steps],
-            "fired": [] if drawn is None else [list(step.fired) for step in drawn.record.steps],
-            "observed": [] if drawn is None else drawn.observed,
-            "blocked": sorted(request.blocked),
-            "pixels": None if drawn is None else hashlib.sha256(drawn.image.tobytes()).hexdigest(),
-            "error": None if error is None else type(error).__name__,
-        }
-        texts = {"prompt": asked.prompt, "negative_prompt": asked.negative_prompt}
-        return Entry(f"{request.id}_{index}", body, texts, request.again)
-
     async def _write(self, entries: Sequence[Entry]) -> None:
         """Into the audit, before any picture of theirs leaves.
 
@@ -352,8 +260,8 @@ class Service:
             self._note(error)
             raise
         self.metrics.audit_seconds.observe(time.monotonic() - began)
-        for entry in entries:
-            self.metrics.pictures.labels(entry.body["outcome"]).inc()
+        for own in entries:
+            self.metrics.pictures.labels(own.body["outcome"]).inc()
 
 
 def _retrieved(future: asyncio.Future[Any]) -> None:
@@ -362,26 +270,6 @@ def _retrieved(future: asyncio.Future[Any]) -> None:
         future.exception()
 
 
-def _outcome(request: _UnderWay, drawn: Drawn | None, error: Exception | None) -> Outcome:
-    if drawn is not None:
-        return "redirected" if drawn.redirected else "drawn"
-    if request.blocked:
-        return "blocked"
-    if isinstance(error, DeadlineError):
-        return "late"
-    if isinstance(error, BusyError | RequestError):
-        return "refused"
-    return "cancelled" if isinstance(error, CancelledError) else "failed"
-
-
 def _spread(steps: int, previews: int) -> frozenset[int]:
     """After which steps a picture is shown, spread evenly; never after the last, which ends it."""
     return frozenset(step for part in range(1, previews + 1) if 0 < (step := round(part * steps / (previews + 1))) < steps)
-
-
-def picture_bytes(image: Image.Image, kind: str, compression: int | None = None) -> bytes:
-    """The picture as png, jpeg or webp; `compression` is the quality of the latter two, 0 to 100."""
-    buffer = io.BytesIO()
-    options: dict[str, Any] = {} if kind == "png" or compression is None else {"quality": compression}
-    image.save(buffer, kind.upper(), **options)
-    return buffer.getvalue()

@@ -37,7 +37,9 @@ class Settings(BaseSettings):
     policy: Path | None = Field(None, description="The operator's policy; without it every concept is redirected.")
     audit: str = Field("sqlite:///saferedir-audit.db", description="Database of the audit: SQLite or PostgreSQL, as a URL.")
     audit_key: SecretStr = Field(SecretStr(""), description="Key of the audit's chain of hashes.")
-    drift_alarm: Annotated[float, Field(gt=0)] = Field(0.25, description="Population stability index from which on a drift is told.")
+    drift_alarm: Annotated[float, Field(gt=0)] = Field(
+        0.25, description="Population stability index from which on a drift is told."
+    )
     trace_to: str | None = Field(None, description="OTLP endpoint over HTTP that spans are sent to.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     numbered: bool = Field(False, description="Whether a front gives requests their numbers, and a number's record is one.")

@@ -11,11 +11,12 @@ from fastapi import Request
 
 from saferedir.engines.errors import SafeRedirError
 from saferedir.runtime.serve.answers import Answers
+from saferedir.runtime.serve.asked import Asked
 from saferedir.runtime.serve.bodies import check_limits
 from saferedir.runtime.serve.errors import NO_RETRY, ServiceError
 from saferedir.runtime.serve.keys import Keys
 from saferedir.runtime.serve.policies import ANYONE
-from saferedir.runtime.serve.service import Asked, Service
+from saferedir.runtime.serve.service import Service
 from saferedir.runtime.serve.settings import Settings
 
 log = logging.getLogger("saferedir")
@@ -53,7 +54,9 @@ class State:
             await asyncio.sleep(RELOAD_SECONDS)
             index = self.service.drift.index
             if index > self.settings.drift_alarm and not drifted:
-                log.warning("scores have drifted from the calibration's: index %.2f, alarm from %g", index, self.settings.drift_alarm)
+                log.warning(
+                    "scores have drifted from the calibration's: index %.2f, alarm from %g", index, self.settings.drift_alarm
+                )
             drifted = index > self.settings.drift_alarm
             await asyncio.to_thread(self.service.policies.reload)
             if self.service.fault is not None and time.monotonic() > tried + RECOVERY_SECONDS:
