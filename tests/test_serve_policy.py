@@ -43,9 +43,9 @@ def tenants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, 
         yield own, keys
 
 
-def ask(tenants: tuple[Served, dict[str, str]], tenant: str, **fields: Any) -> Any:
+def ask(tenants: tuple[Served, dict[str, str]], whose: str, **fields: Any) -> Any:
     own, keys = tenants
-    headers = {"authorization": f"Bearer {keys[tenant]}"}
+    headers = {"authorization": f"Bearer {keys[whose]}"}
     return own.http.post("/v1/pictures", json={**UNSAFE, **fields}, headers=headers)
 
 

@@ -247,7 +247,8 @@ def _client_gone(bench: Bench) -> tuple[str, str]:
         bench.own.http.post("/v1/pictures", json={"prompt": PROMPT, "steps": LONG}, timeout=0.3)
     bench.own.wait_until(lambda: bench.own.service.batcher.running == 0)
     bench.planted.fault = None
-    bench.own.wait_until(lambda: bench.own.records()[-1]["outcome"] == "cancelled")
+    bench.own.wait_until(bench.own.records)
+    assert bench.own.records()[-1]["outcome"] == "cancelled"
     return f"cancelled after {bench.own.records()[-1]['steps_done']} of {LONG} steps", bench.recovered()
 
 

@@ -25,7 +25,7 @@ from saferedir.runtime.backend import Backend
 from saferedir.runtime.serve.app import make_app
 from saferedir.runtime.serve.audit import Audit
 from saferedir.runtime.serve.keys import Keys
-from saferedir.runtime.serve.opening import open_service
+from saferedir.runtime.serve.opening import BACKLOG, CONNECTIONS, allow_connections, open_service
 from saferedir.runtime.serve.service import Service
 from saferedir.runtime.serve.settings import Settings, read_settings
 
@@ -74,10 +74,12 @@ def served(
         opened.append(service)
         return service, keys
 
+    allow_connections()
     address = f"http://127.0.0.1:{settings.port}"
     server = Server(
-        make_app(settings, opening), address="127.0.0.1", port=settings.port, interface=Interfaces.ASGI, log_enabled=False
-    )
+        make_app(settings, opening), address="127.0.0.1", port=settings.port, interface=Interfaces.ASGI, log_enabled=False,
+        backlog=BACKLOG, backpressure=CONNECTIONS,
+    )  # fmt: skip
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=lambda: loop.run_until_complete(server.serve()), daemon=True)
     thread.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from saferedir.runtime.serve.tracing import Tracing
 CONFIG_VARIABLE = "SAFEREDIR_SERVE_CONFIG"
 #: Seconds of a client that sends its headers slowly.
 HEADER_SECONDS = 30
+#: Connections that may be open, most of which say nothing for a while; and such that wait to be accepted.
+CONNECTIONS, BACKLOG = 16_384, 2048
 
 
 def open_service(settings: Settings) -> tuple[Service, Keys]:
@@ -70,11 +73,18 @@ def _opened(settings: Settings) -> tuple[Bundle, Keys, Policies, Audit]:
 
 def application() -> FastAPI:
     """The application of this process's environment, as granian calls it."""
+    allow_connections()
     file = os.environ.get(CONFIG_VARIABLE)
     settings = read_settings({}, Path(file) if file else None)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("saferedir").setLevel(settings.log_level.upper())
     return make_app(settings, open_service)
+
+
+def allow_connections() -> None:
+    """Let this process have as many files open as it may."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def serve(settings: Settings) -> None:
@@ -99,6 +109,8 @@ def serve(settings: Settings) -> None:
         workers=1,
         log_access=False,
         respawn_failed_workers=True,
+        backlog=BACKLOG,
+        backpressure=CONNECTIONS,
         workers_kill_timeout=int(settings.drain_seconds) + 5,
         http1_settings=HTTP1Settings(header_read_timeout=HEADER_SECONDS * 1000),
     )
