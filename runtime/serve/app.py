@@ -20,7 +20,7 @@ from saferedir.runtime.serve.errors import NO_RETRY, ServiceError, invalid, told
 from saferedir.runtime.serve.keys import Keys
 from saferedir.runtime.serve.service import Service
 from saferedir.runtime.serve.settings import Settings
-from saferedir.runtime.serve.state import State, admitted
+from saferedir.runtime.serve.state import State, caller
 
 #: Status -> code, where the framework itself answers.
 CODES = {400: "invalid_body", 404: "not_found", 405: "method_not_allowed"}
@@ -52,13 +52,13 @@ def make_app(settings: Settings, open_service: Callable[[Settings], tuple[Servic
     @app.get("/v1/models", response_model=Models, responses=ANSWERS)
     async def models(request: Request) -> dict[str, Any]:
         """What is served."""
-        state, _ = await admitted(request, 0)
+        state, _ = await caller(request, 0)
         return {"object": "list", "data": [_model(state)]}
 
     @app.get("/v1/models/{name}", response_model=Model, responses=ANSWERS)
     async def model(name: str, request: Request) -> dict[str, Any]:
         """One model, if it is served."""
-        state, _ = await admitted(request, 0)
+        state, _ = await caller(request, 0)
         state.check_model(name, status=404)
         return _model(state)
 

@@ -58,12 +58,19 @@ class UnderWay:
     asked: Asked
     policy: TenantPolicy
     plan: Plan
+    #: As the clock on the wall has it, and by when it is to be drawn, as `time.monotonic` counts.
     began: float
+    deadline: float
     #: Whether its record may be there already.
     again: bool = False
     tickets: list[Ticket] = field(default_factory=list)
     #: Concepts whose firing stopped it.
     blocked: set[str] = field(default_factory=set)
+
+    @property
+    def steps(self) -> int:
+        """Of each picture."""
+        return len(self.plan.schedule.timesteps)
 
     def stop(self) -> None:
         for ticket in self.tickets:

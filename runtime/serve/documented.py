@@ -103,3 +103,5 @@ _REASONS = {
 }
 #: What any endpoint may answer.
 ANSWERS: dict[int | str, dict[str, Any]] = {status: {"model": Error, "description": why} for status, why in _REASONS.items()}
+#: Of those that stream where they are asked to.
+STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}

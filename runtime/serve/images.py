@@ -11,21 +11,21 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from saferedir.runtime.serve.asked import Drawn, picture_bytes
+from saferedir.runtime.serve.asked import Drawn, UnderWay, picture_bytes
 from saferedir.runtime.serve.bodies import ImagesBody
-from saferedir.runtime.serve.documented import ANSWERS, Images
+from saferedir.runtime.serve.documented import ANSWERS, STREAMS, Images
 from saferedir.runtime.serve.errors import invalid
-from saferedir.runtime.serve.state import State, admitted
+from saferedir.runtime.serve.state import State, caller
 from saferedir.runtime.serve.streams import Event, Events, client_left, streamed
 
 router = APIRouter()
 Answer = dict[str, Any]
 
 
-@router.post("/v1/images/generations", response_model=Images, responses=ANSWERS)
+@router.post("/v1/images/generations", response_model=Images, responses=STREAMS | ANSWERS)
 async def generate(body: ImagesBody, request: Request) -> Response:
     """Draw `n` pictures of a prompt. With `stream` the answer is a stream of events."""
-    state, tenant = await admitted(request, body.n)
+    state, tenant = await caller(request, body.n)
     state.check_model(body.model)
     asked, key = state.limited(body.asked()), request.headers.get("idempotency-key")
     if body.stream:
@@ -33,13 +33,13 @@ async def generate(body: ImagesBody, request: Request) -> Response:
             raise invalid("n is for one picture where stream is true", "n")
         if key:
             raise invalid("Idempotency-Key is for requests without stream", "Idempotency-Key")
-        return streamed(partial(_stream, state, tenant, body, state.number(request)))
+        return streamed(partial(_stream, state, body, await state.service.admit(asked, tenant, number=state.number(request))))
     if body.partial_images:
         raise invalid("partial_images is for stream", "partial_images")
 
     async def made(gone: bool) -> bytes:
-        left = partial(client_left, request) if gone else None
-        drawn = await state.service.draw(asked, tenant, number=state.number(request), gone=left)
+        admitted = await state.service.admit(asked, tenant, number=state.number(request))
+        drawn = await state.service.draw(admitted, gone=partial(client_left, request) if gone else None)
         return await asyncio.to_thread(lambda: json.dumps(_answer(body, drawn)).encode())
 
     data = await state.answers.once(tenant, key, _digest(body), partial(made, False)) if key else await made(True)
@@ -50,15 +50,13 @@ def _digest(body: ImagesBody) -> bytes:
     return b"images " + body.model_dump_json().encode()
 
 
-async def _stream(state: State, tenant: str, body: ImagesBody, number: str | None, events: Events) -> None:
+async def _stream(state: State, body: ImagesBody, request: UnderWay, events: Events) -> None:
     shown = iter(range(body.partial_images))
 
     def preview(picture: int, latent: Any) -> None:
         events.add(partial(_partial, state, body, next(shown), latent))
 
-    drawn = await state.service.draw(
-        body.asked(), tenant, number=number, gone=events.left.wait, previews=body.partial_images, preview=preview
-    )  # fmt: skip
+    drawn = await state.service.draw(request, gone=events.left.wait, previews=body.partial_images, preview=preview)
     events.add(partial(_completed, body, drawn))
 
 

@@ -11,29 +11,29 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from saferedir.runtime.serve.asked import Drawn, picture_bytes
+from saferedir.runtime.serve.asked import Drawn, UnderWay, picture_bytes
 from saferedir.runtime.serve.bodies import PicturesBody
-from saferedir.runtime.serve.documented import ANSWERS, Pictures
+from saferedir.runtime.serve.documented import ANSWERS, STREAMS, Pictures
 from saferedir.runtime.serve.errors import invalid
-from saferedir.runtime.serve.state import State, admitted
+from saferedir.runtime.serve.state import State, caller
 from saferedir.runtime.serve.streams import Event, Events, client_left, streamed
 
 router = APIRouter()
 
 
-@router.post("/v1/pictures", response_model=Pictures, responses=ANSWERS)
+@router.post("/v1/pictures", response_model=Pictures, responses=STREAMS | ANSWERS)
 async def draw(body: PicturesBody, request: Request) -> Response:
     """Draw pictures of a prompt. With `stream` the answer is events: progress after every step, then the pictures."""
-    state, tenant = await admitted(request, body.pictures)
+    state, tenant = await caller(request, body.pictures)
     asked, key = state.limited(body.asked()), request.headers.get("idempotency-key")
     if body.stream:
         if key:
             raise invalid("Idempotency-Key is for requests without stream", "Idempotency-Key")
-        return streamed(partial(_stream, state, tenant, body, state.number(request)))
+        return streamed(partial(_stream, state, body, await state.service.admit(asked, tenant, number=state.number(request))))
 
     async def made(gone: bool) -> bytes:
-        left = partial(client_left, request) if gone else None
-        drawn = await state.service.draw(asked, tenant, number=state.number(request), gone=left)
+        admitted = await state.service.admit(asked, tenant, number=state.number(request))
+        drawn = await state.service.draw(admitted, gone=partial(client_left, request) if gone else None)
         return await asyncio.to_thread(lambda: json.dumps(_answer(body, drawn)).encode())
 
     digest = b"pictures " + body.model_dump_json().encode()
@@ -41,11 +41,11 @@ async def draw(body: PicturesBody, request: Request) -> Response:
     return Response(data, media_type="application/json")
 
 
-async def _stream(state: State, tenant: str, body: PicturesBody, number: str | None, events: Events) -> None:
+async def _stream(state: State, body: PicturesBody, request: UnderWay, events: Events) -> None:
     def progress(done: int, total: int) -> None:
         events.add(partial(_progress, done, total))
 
-    drawn = await state.service.draw(body.asked(), tenant, number=number, gone=events.left.wait, progress=progress)
+    drawn = await state.service.draw(request, gone=events.left.wait, progress=progress)
     events.add(partial(_completed, body, drawn))
 
 

@@ -17,6 +17,7 @@ from saferedir.engines.errors import (
     AuditError,
     BackendError,
     BlockedError,
+    QueueFullError,
     SafetyError,
     UnresponsiveError,
 )
@@ -96,26 +97,41 @@ class Service:
         self._writer.shutdown()
         self.audit.close()
 
-    async def draw(
-        self, asked: Asked, tenant: str, *, number: str | None = None, gone: Gone | None = None,
-        progress: Progress | None = None, previews: int = 0, preview: Preview | None = None,
-    ) -> list[Drawn]:  # fmt: skip
-        """All pictures of a request, or none. Where `gone` ends first, the client is, and nothing more is drawn.
+    async def admit(self, asked: Asked, tenant: str, *, number: str | None = None) -> UnderWay:
+        """A request that may be drawn now, with places for its pictures. Requests of one `number` have one record.
 
-        Requests of one `number` have one record, which the first to end writes.
+        Raises:
+            RequestError: it cannot be drawn as asked. QueueFullError: not now, or not in time.
+        """
+        policy = self.policies.of(tenant)
+        plan = self._plan(asked, policy)
+        id, now = f"img_{number or secrets.token_hex(12)}", time.monotonic()
+        deadline = now + min(self.seconds, asked.within or self.seconds)
+        again = number is not None
+        request = UnderWay(id, tenant, asked, policy.tightened(plan.policy), plan, time.time(), deadline, again=again)
+        if self._log_prompts:
+            log.info("%s of tenant %r: %r", request.id, tenant, asked.prompt)
+        try:
+            request.tickets = self.batcher.reserve(
+                plan.engine, request.steps, asked.pictures, priority=asked.priority, deadline=deadline
+            )
+        except QueueFullError as error:
+            await self._write(self._entries(request, error=error))
+            raise
+        return request
+
+    async def draw(
+        self, request: UnderWay, *, gone: Gone | None = None, progress: Progress | None = None, previews: int = 0,
+        preview: Preview | None = None,
+    ) -> list[Drawn]:  # fmt: skip
+        """All pictures of a request that was admitted, or none. Where `gone` ends first, the client is, and no more is drawn.
 
         Each is shown to `preview` up to `previews` times while it is drawn, after the decision that saw it.
 
         Raises:
-            RequestError: it cannot be drawn as asked. BusyError: not now, or not in time. BlockedError: the policy refuses it.
-            SafetyError, AuditError: the safety or its record failed, and no picture leaves. CancelledError: the client is gone.
+            DeadlineError: it was late. BlockedError: the policy refuses it. CancelledError: the client is gone.
+            SafetyError, AuditError: the safety or its record failed, and no picture leaves.
         """
-        policy = self.policies.of(tenant)
-        plan = self._plan(asked, policy)
-        id = f"img_{number or secrets.token_hex(12)}"
-        request = UnderWay(id, tenant, asked, policy.tightened(plan.policy), plan, time.time(), again=number is not None)
-        if self._log_prompts:
-            log.info("%s of tenant %r: %r", request.id, tenant, asked.prompt)
         task = asyncio.ensure_future(self._draw(request, gone, progress, preview, previews))
         self.under_way[request.id] = task
         task.add_done_callback(lambda done: self.under_way.pop(request.id, None))
@@ -129,21 +145,18 @@ class Service:
     async def _draw(
         self, request: UnderWay, gone: Gone | None, progress: Progress | None, preview: Preview | None, previews: int
     ) -> list[Drawn]:
-        pictures = range(request.asked.pictures)
-        about = {"gen_ai__request__choice__count": len(pictures), "saferedir__request": request.id}
+        about = {"gen_ai__request__choice__count": request.asked.pictures, "saferedir__request": request.id}
         with self._tracing.span(self.pipeline.manifest.name, **about) as tell:
             try:
                 drawn = await self._drawn(request, gone, progress, preview, previews)
             except Exception as error:
                 self._note(error)
                 tell(saferedir__outcome=outcome(request, None, error), error__type=type(error).__name__)
-                await self._write([entry(request, index, self.pipeline.bundle.digest, error=error) for index in pictures])
+                await self._write(self._entries(request, error=error))
                 raise
             finally:
                 request.stop()
-            await self._write(
-                [entry(request, index, self.pipeline.bundle.digest, drawn=own) for index, own in enumerate(drawn)]
-            )
+            await self._write(self._entries(request, drawn=drawn))
             tell(saferedir__outcome="drawn", saferedir__redirected=sorted({name for own in drawn for name in own.redirected}))
         for own in drawn:
             self._count(own)
@@ -180,19 +193,14 @@ class Service:
     async def _drawn(
         self, request: UnderWay, gone: Gone | None, progress: Progress | None, preview: Preview | None, previews: int
     ) -> list[Drawn]:  # fmt: skip
-        loop, asked, plan = asyncio.get_running_loop(), request.asked, request.plan
-        deadline = time.monotonic() + min(self.seconds, asked.within or self.seconds)
-        steps = len(plan.schedule.timesteps)
-        request.tickets = self.batcher.reserve(
-            plan.engine, steps, asked.pictures, priority=asked.priority, deadline=deadline
-        )  # fmt: skip
+        loop, plan = asyncio.get_running_loop(), request.plan
         self._watch(request, progress)
         for index, ticket in enumerate(request.tickets):
             if preview is not None:
-                ticket.previewed, ticket.on_preview = _spread(steps, previews), partial(preview, index)
+                ticket.previewed, ticket.on_preview = _spread(request.steps, previews), partial(preview, index)
         drawings = await loop.run_in_executor(self._models, self.pipeline.drawings, plan, plan.requests)
         self.batcher.submit(request.tickets, drawings)
-        drawn = await self._ended(request, gone, deadline)
+        drawn = await self._ended(request, gone)
         denoised = time.monotonic()
         made = await loop.run_in_executor(self._models, self.pipeline.finish, plan, drawn)
         self.metrics.decode_seconds.observe(time.monotonic() - denoised)
@@ -223,7 +231,7 @@ class Service:
         for ticket in request.tickets:
             ticket.on_step = partial(after_step, ticket)
 
-    async def _ended(self, request: UnderWay, gone: Gone | None, deadline: float) -> list[Denoised]:
+    async def _ended(self, request: UnderWay, gone: Gone | None) -> list[Denoised]:
         """What was drawn, unless the policy, the client or the deadline ended it."""
         futures = [asyncio.wrap_future(ticket.future) for ticket in request.tickets]
         for future in futures:
@@ -232,7 +240,7 @@ class Service:
         left = None if gone is None else asyncio.ensure_future(gone())
         watched: set[asyncio.Future[Any]] = {drawn} if left is None else {drawn, left}
         try:
-            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED, timeout=deadline - time.monotonic())
+            await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED, timeout=request.deadline - time.monotonic())
             if left is not None and left.done():
                 request.stop()
             await asyncio.wait({drawn}, timeout=GRACE_SECONDS)
@@ -246,6 +254,11 @@ class Service:
             drawn.cancel()
             if left is not None:
                 left.cancel()
+
+    def _entries(self, request: UnderWay, *, drawn: Sequence[Drawn] = (), error: Exception | None = None) -> list[Entry]:
+        own = drawn or [None] * request.asked.pictures
+        digest = self.pipeline.bundle.digest
+        return [entry(request, index, digest, drawn=each, error=error) for index, each in enumerate(own)]
 
     async def _write(self, entries: Sequence[Entry]) -> None:
         """Into the audit, before any picture of theirs leaves.

@@ -100,7 +100,7 @@ class State:
             raise ServiceError(status, "invalid_request_error", "model_not_found", message, "model", NO_RETRY)
 
 
-async def admitted(request: Request, pictures: int) -> tuple[State, str]:
+async def caller(request: Request, pictures: int) -> tuple[State, str]:
     """The state of the service, and whose request it is.
 
     Raises:
