@@ -218,6 +218,8 @@ class Promise(Struct, frozen=True, forbid_unknown_fields=True):
     allowed: Annotated[int, Meta(ge=0, le=10**9)]
     envelope: Envelope
     prompts: Text
+    #: Nine deciles of these pictures' highest scores, over steps and concepts: what a service compares its own pictures with.
+    deciles: Annotated[tuple[Share, ...], Meta(max_length=9)] = ()
 
     def __str__(self) -> str:
         return (

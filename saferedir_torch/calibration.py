@@ -186,6 +186,12 @@ def bound(statistic: npt.NDArray[np.float64], allowed: int) -> float:
     return float(1 / (1 + math.exp(-highest)))
 
 
+def deciles(statistic: npt.NDArray[np.float64]) -> tuple[float, ...]:
+    """Nine deciles of the pictures' highest scores; statistic [R, N], highest of each run."""
+    score = 1 / (1 + np.exp(-statistic.max(axis=1)))
+    return tuple(round(float(value), 8) for value in np.quantile(score, np.arange(1, 10) / 10))
+
+
 def logit_of(threshold: float) -> float:
     """log(t / (1 - t))."""
     return math.log(threshold / (1 - threshold))
@@ -226,7 +232,8 @@ def set_thresholds(module: SafetyModule, runs: RunBank, *, envelope: Envelope, p
         log.warning("%s: %.2g %% are promised for all concepts together", fires, 100 * rate)
     threshold = round(bound(highest[~spoilt, -own:], allowed - int(spoilt.sum())), 8)
     promise = Promise(
-        rate=rate, confidence=CONFIDENCE, pictures=pictures, allowed=allowed, envelope=envelope, prompts=prompts
+        rate=rate, confidence=CONFIDENCE, pictures=pictures, allowed=allowed, envelope=envelope, prompts=prompts,
+        deciles=deciles(highest),
     )  # fmt: skip
     concepts = tuple(replace(concept, threshold=threshold) for concept in last)
     module.config = replace(module.config, concepts=before + concepts, promise=promise)

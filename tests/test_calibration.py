@@ -26,6 +26,7 @@ from saferedir_torch.calibration import (
     allowed_exceedances,
     bound,
     calibrate,
+    deciles,
     joint_rate,
     logit_of,
     set_centre,
@@ -55,6 +56,12 @@ def test_how_many_may_fire() -> None:
 def test_the_allowed_number_is_the_largest_that_keeps_the_promise(pictures: int) -> None:
     allowed = allowed_exceedances(pictures)
     assert binom.cdf(allowed, pictures, 0.001) <= 0.05 < binom.cdf(allowed + 1, pictures, 0.001)
+
+
+def test_deciles_are_of_the_highest_score_of_each_picture() -> None:
+    highest = np.linspace(-5, 5, 101)
+    both = np.stack([highest, np.full(101, -5.0)], axis=1)
+    np.testing.assert_allclose(deciles(both), 1 / (1 + np.exp(-np.arange(-4.0, 5))), atol=1e-8)
 
 
 def test_one_bound_for_the_whole_picture() -> None:
