@@ -255,4 +255,4 @@ def test_what_cannot_be_drawn_in_time_is_refused(tmp_path: Path) -> None:
         client = own.client(max_retries=0)
         with pytest.raises(openai.RateLimitError, match="wait already, of 2 that may"):
             client.images.generate(prompt="a cat", n=10)
-        assert {record["outcome"] for record in own.records()} == {"refused"}
+        assert own.records() == []  # what never began has none

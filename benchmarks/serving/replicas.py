@@ -31,8 +31,8 @@ def kill_one() -> int:
     """Kill a replica as a machine would; its process."""
     from ray.util.state import list_actors
 
-    found = [actor for actor in list_actors(detail=True) if "Replica" in actor.class_name and actor.state == "ALIVE" and actor.pid]
-    pid = int(next(actor.pid for actor in found if "Front" not in actor.class_name))
+    alive = (actor for actor in list_actors(detail=True) if actor.state == "ALIVE" and actor.pid)
+    pid = int(next(actor.pid for actor in alive if actor.class_name.endswith(":Replica")))
     os.kill(pid, signal.SIGKILL)
     return pid
 
@@ -88,7 +88,8 @@ def replicas(audit: str, bundle: str, seed: int) -> dict[str, Any]:
         "requests": CLIENTS * EACH, "seconds": seconds, "killed": killed.is_set(),
         "statuses": dict(Counter(str(status) for status, _ in answers)),
         "answered_once": len({id for status, id in answers if status == 200}),
-        "recorded": len(recorded), "answered_and_recorded": len(set(recorded) & {id for _, id in answers}), "problems": problems,
+        "recorded": len(recorded), "answered_and_recorded": len(set(recorded) & {id for _, id in answers}),
+        "problems": problems,
     }  # fmt: skip
 
 

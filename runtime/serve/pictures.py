@@ -29,10 +29,10 @@ async def draw(body: PicturesBody, request: Request) -> Response:
     if body.stream:
         if key:
             raise invalid("Idempotency-Key is for requests without stream", "Idempotency-Key")
-        return streamed(partial(_stream, state, body, await state.service.admit(asked, tenant, number=state.number(request))))
+        return streamed(partial(_stream, state, body, state.service.admit(asked, tenant, number=state.number(request))))
 
     async def made(gone: bool) -> bytes:
-        admitted = await state.service.admit(asked, tenant, number=state.number(request))
+        admitted = state.service.admit(asked, tenant, number=state.number(request))
         drawn = await state.service.draw(admitted, gone=partial(client_left, request) if gone else None)
         return await asyncio.to_thread(lambda: json.dumps(_answer(body, drawn)).encode())
 

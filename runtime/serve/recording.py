@@ -7,11 +7,11 @@ import time
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from saferedir.engines.errors import BusyError, CancelledError, DeadlineError, RequestError
+from saferedir.engines.errors import CancelledError, DeadlineError
 from saferedir.runtime.serve.asked import Drawn, UnderWay
 from saferedir.runtime.serve.audit import Entry
 
-Outcome = Literal["drawn", "redirected", "blocked", "cancelled", "late", "refused", "failed"]
+Outcome = Literal["drawn", "redirected", "blocked", "cancelled", "late", "failed"]
 
 
 def outcome(request: UnderWay, drawn: Drawn | None, error: Exception | None) -> Outcome:
@@ -22,8 +22,6 @@ def outcome(request: UnderWay, drawn: Drawn | None, error: Exception | None) -> 
         return "blocked"
     if isinstance(error, DeadlineError):
         return "late"
-    if isinstance(error, BusyError | RequestError):
-        return "refused"
     return "cancelled" if isinstance(error, CancelledError) else "failed"
 
 

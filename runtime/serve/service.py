@@ -97,7 +97,7 @@ class Service:
         self._writer.shutdown()
         self.audit.close()
 
-    async def admit(self, asked: Asked, tenant: str, *, number: str | None = None) -> UnderWay:
+    def admit(self, asked: Asked, tenant: str, *, number: str | None = None) -> UnderWay:
         """A request that may be drawn now, with places for its pictures. Requests of one `number` have one record.
 
         Raises:
@@ -115,8 +115,8 @@ class Service:
             request.tickets = self.batcher.reserve(
                 plan.engine, request.steps, asked.pictures, priority=asked.priority, deadline=deadline
             )
-        except QueueFullError as error:
-            await self._write(self._entries(request, error=error))
+        except QueueFullError:  # it has no record, so that nobody fills the audit by asking
+            self.metrics.pictures.labels("refused").inc(asked.pictures)
             raise
         return request
 
