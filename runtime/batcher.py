@@ -36,6 +36,11 @@ PRIORITY_SECONDS = 5.0
 class Batcher:
     """Draws with one backend. Its thread lives as long as there is something to draw."""
 
+    _waiting: list[Ticket]
+    _reserved: list[Ticket]
+    _groups: dict[str, _Group]
+    _thread: threading.Thread | None
+
     def __init__(self, backend: Backend, manifest: Manifest, *, capacity: int | None = None, queue: int | None = None) -> None:
         """`capacity` pictures are under way in each group at most, by default what the engines are made for; at most `queue`
         wait, any number where it is None."""
@@ -136,10 +141,7 @@ class Batcher:
     def _reset(self) -> None:
         self._process = os.getpid()
         self._lock = threading.Lock()
-        self._waiting: list[Ticket] = []
-        self._reserved: list[Ticket] = []
-        self._thread: threading.Thread | None = None
-        self._groups: dict[str, _Group] = {}
+        self._waiting, self._reserved, self._groups, self._thread = [], [], {}, None
 
     def turn(self) -> None:
         """Let in what there is room for, let out what was cancelled or is late, and step the most urgent group once."""

@@ -91,6 +91,27 @@ class TensorRtBackend:
 
         return call
 
+    def write(self, tensor: DeviceTensor, row: int, values: Array) -> None:
+        values = np.ascontiguousarray(values)
+        self._copy(_row(tensor, row), values.ctypes.data, values.nbytes, "HostToDevice")
+
+    def move(self, tensor: DeviceTensor, target: int, source: int) -> None:
+        self._copy(_row(tensor, target), _row(tensor, source), _row(tensor, 1) - _row(tensor, 0), "DeviceToDevice")
+
+    def read(self, tensor: DeviceTensor, row: int = 0, rows: int | None = None) -> Array:
+        count, *shape = tensor.shape
+        host = np.empty((count - row if rows is None else rows, *shape), np.dtype(tensor.dtype))
+        self._copy(host.ctypes.data, _row(tensor, row), host.nbytes, "DeviceToHost")
+        self._stream.synchronize()
+        with self._lock:
+            for kernels in self._kernels.values():
+                kernels.keep()
+        return host
+
+    def _copy(self, target: int, source: int, size: int, kind: str) -> None:
+        """In the stream's order; does not wait for the device."""
+        self._cuda.wrapper().memcpy(target, source, size, getattr(self._cuda.MemcpyKind, kind), self._stream.ptr)
+
     def inspect_all(self) -> list[InspectedPlan]:
         """What the plans that fit this card are made of, of each engine that there is one of.
 

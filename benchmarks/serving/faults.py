@@ -98,7 +98,7 @@ class Bench:
         return f"{answer.status_code} {code}"
 
     def ready(self) -> bool:
-        return self.own.http.get("/ready").status_code == 200
+        return bool(self.own.http.get("/ready").status_code == 200)
 
     def recovered(self) -> str:
         """Draws again, by itself."""
@@ -444,7 +444,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         jobs: list[Callable[[Path], dict[str, Any]]] = [
             *((lambda folder, fault=fault: run(fault, folder)) for fault in FAULTS), worker_killed, drained,
-        ]  # type: ignore[misc]  # fmt: skip
+        ]  # fmt: skip
         for number, job in enumerate(track(jobs, description="faults")):
             folder = Path(place) / str(number)
             folder.mkdir()

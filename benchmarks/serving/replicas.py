@@ -1,6 +1,6 @@
 """Two replicas under Ray Serve, one of which is killed under load: every request is answered once, and recorded once.
 
-`python -m benchmarks.serving.replicas --audit postgresql+psycopg://...` runs six clients of ten requests each on a local cluster.
+`python -m benchmarks.serving.replicas --audit postgresql+psycopg://...` runs six clients of ten requests on a local cluster.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def served(
 def is_ready(address: str) -> bool:
     """Whether requests should be sent there."""
     try:
-        return httpx.get(f"{address}/ready", timeout=5).status_code == 200
+        return bool(httpx.get(f"{address}/ready", timeout=5).status_code == 200)
     except httpx.HTTPError:
         return False
 

@@ -41,7 +41,7 @@ class Answers:
         self._forget()
         kept = self._kept.get((tenant, key))
         if kept is None:
-            kept = _Kept(request, time.monotonic(), asyncio.ensure_future(make()))  # type: ignore[arg-type]
+            kept = _Kept(request, time.monotonic(), asyncio.ensure_future(make()))
             self._kept[tenant, key] = kept
         if kept.request != request:
             message = "The Idempotency-Key was of another request."

@@ -88,7 +88,8 @@ class PicturesBody(_Body):
 
     def asked(self) -> Asked:
         """What it asks for."""
-        tighten = self.tighten and Tightening(enabled=self.tighten.enabled, thresholds=self.tighten.thresholds)
+        own = self.tighten
+        tighten = None if own is None else Tightening(enabled=own.enabled, thresholds=own.thresholds)
         return Asked(
             prompt=self.prompt, negative_prompt=self.negative_prompt, pictures=self.pictures, height=self.height,
             width=self.width, seed=self.seed, steps=self.steps, guidance_scale=self.guidance_scale,

@@ -35,5 +35,5 @@ def differences(
 
 def _decisions(policy: TenantPolicy, score: np.ndarray[Any, Any]) -> dict[str, str | None]:
     """By concept: what is done of a picture with these scores [steps, N]; None where it is not seen."""
-    reached = (score >= policy.engine.threshold).any(axis=0)
+    reached = np.any(score >= policy.engine.threshold, axis=0)
     return {name: policy.actions[name] if reached[n] else None for n, name in enumerate(policy.engine.concepts)}

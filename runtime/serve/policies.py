@@ -81,7 +81,7 @@ class TenantPolicy:
 
     def seen(self, score: np.ndarray[Any, Any], action: Action) -> list[str]:
         """The concepts under `action` that some step's score [steps, N] reaches."""
-        reached = (score >= self.engine.threshold).any(axis=0)
+        reached = np.any(score >= self.engine.threshold, axis=0)
         names = self.engine.concepts
         return [name for n, name in enumerate(names) if reached[n] and self.actions[name] == action]
 

@@ -256,7 +256,7 @@ class Service:
                 left.cancel()
 
     def _entries(self, request: UnderWay, *, drawn: Sequence[Drawn] = (), error: Exception | None = None) -> list[Entry]:
-        own = drawn or [None] * request.asked.pictures
+        own: Sequence[Drawn | None] = drawn or [None] * request.asked.pictures
         digest = self.pipeline.bundle.digest
         return [entry(request, index, digest, drawn=each, error=error) for index, each in enumerate(own)]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import tomllib
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import RequestError
@@ -52,16 +54,11 @@ class Settings(BaseSettings):
         env_settings: PydanticBaseSettingsSource, dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:  # fmt: skip
-        return init_settings, env_settings, _FromFile(settings_cls)
+        return init_settings, env_settings, InitSettingsSource(settings_cls, _FILE.get())
 
 
-class _FromFile(TomlConfigSettingsSource):
-    """The file that `read_settings` was given."""
-
-    path: Path | None = None
-
-    def __init__(self, settings_cls: type[BaseSettings]) -> None:
-        super().__init__(settings_cls, self.path)
+#: What the file that is being read says.
+_FILE: ContextVar[dict[str, Any]] = ContextVar("file")
 
 
 def read_settings(flags: dict[str, Any], file: Path | None = None) -> Settings:
@@ -70,20 +67,19 @@ def read_settings(flags: dict[str, Any], file: Path | None = None) -> Settings:
     Raises:
         RequestError: names the setting, and what is wrong with it.
     """
-    if file is not None and not file.is_file():
-        raise RequestError(f"{file} is no file of settings")
-    source = type("_ThisFile", (_FromFile,), {"path": file})
-
-    class FromFile(Settings):
-        @classmethod
-        def settings_customise_sources(cls, settings_cls: type[BaseSettings], **sources: Any) -> Any:
-            return sources["init_settings"], sources["env_settings"], source(settings_cls)
-
+    _FILE.set({} if file is None else _read(file))
     try:
-        return FromFile(**{name: value for name, value in flags.items() if value is not None})
+        return Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or "settings"
         raise RequestError(f"setting {name} is {first['input']!r}: {first['msg']}") from error
-    except ValueError as error:  # a file that is no TOML
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise RequestError(f"{file} cannot be read as settings: {error}") from error
