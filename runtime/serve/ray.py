@@ -41,13 +41,11 @@ class Replica:
         self._life: Any = None
 
     async def check_health(self) -> None:
-        """Ray asks this again and again, and replaces a replica that raises."""
+        """Ray asks this before it sends requests here, and again and again: it replaces a replica that raises."""
         if self._life is None:
             self._life = self._app.router.lifespan_context(self._app)
             await self._life.__aenter__()
-        starting = self._app.state.starting
-        if starting.done():
-            starting.result()
+        await asyncio.shield(self._app.state.starting)
 
     async def answer(self, method: str, path: str, headers: list[tuple[str, str]], body: bytes) -> Answer:
         """The application's answer, whole."""

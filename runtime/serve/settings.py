@@ -54,7 +54,7 @@ class Settings(BaseSettings):
         env_settings: PydanticBaseSettingsSource, dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:  # fmt: skip
-        return init_settings, env_settings, InitSettingsSource(settings_cls, _FILE.get())
+        return init_settings, env_settings, InitSettingsSource(settings_cls, _FILE.get({}))
 
 
 #: What the file that is being read says.
