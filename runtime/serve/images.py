@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import time
 from functools import partial
 from typing import Any
@@ -15,8 +14,9 @@ from saferedir.runtime.serve.asked import Drawn, UnderWay, picture_bytes
 from saferedir.runtime.serve.bodies import ImagesBody
 from saferedir.runtime.serve.documented import ANSWERS, STREAMS, Images
 from saferedir.runtime.serve.errors import invalid
+from saferedir.runtime.serve.replies import for_a_stream, whole
 from saferedir.runtime.serve.state import State, caller
-from saferedir.runtime.serve.streams import Event, Events, client_left, streamed
+from saferedir.runtime.serve.streams import Event, Events, streamed
 
 router = APIRouter()
 Answer = dict[str, Any]
@@ -27,27 +27,14 @@ async def generate(body: ImagesBody, request: Request) -> Response:
     """Draw `n` pictures of a prompt. With `stream` the answer is a stream of events."""
     state, tenant = await caller(request, body.n)
     state.check_model(body.model)
-    asked, key = state.limited(body.asked()), request.headers.get("idempotency-key")
-    if body.stream:
-        if body.n != 1:
-            raise invalid("n is for one picture where stream is true", "n")
-        if key:
-            raise invalid("Idempotency-Key is for requests without stream", "Idempotency-Key")
-        return streamed(partial(_stream, state, body, state.service.admit(asked, tenant, number=state.number(request))))
-    if body.partial_images:
-        raise invalid("partial_images is for stream", "partial_images")
-
-    async def made(gone: bool) -> bytes:
-        admitted = state.service.admit(asked, tenant, number=state.number(request))
-        drawn = await state.service.draw(admitted, gone=partial(client_left, request) if gone else None)
-        return await asyncio.to_thread(lambda: json.dumps(_answer(body, drawn)).encode())
-
-    data = await state.answers.once(tenant, key, _digest(body), partial(made, False)) if key else await made(True)
-    return Response(data, media_type="application/json")
-
-
-def _digest(body: ImagesBody) -> bytes:
-    return b"images " + body.model_dump_json().encode()
+    asked = state.limited(body.asked())
+    if not body.stream:
+        if body.partial_images:
+            raise invalid("partial_images is for stream", "partial_images")
+        return await whole(request, state, tenant, body, asked, partial(_answer, body))
+    if body.n != 1:
+        raise invalid("n is for one picture where stream is true", "n")
+    return streamed(partial(_stream, state, body, for_a_stream(request, state, tenant, asked)))
 
 
 async def _stream(state: State, body: ImagesBody, request: UnderWay, events: Events) -> None:

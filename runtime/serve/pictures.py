@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import json
 import time
 from functools import partial
 from typing import Any
@@ -14,9 +13,9 @@ from fastapi import APIRouter, Request, Response
 from saferedir.runtime.serve.asked import Drawn, UnderWay, picture_bytes
 from saferedir.runtime.serve.bodies import PicturesBody
 from saferedir.runtime.serve.documented import ANSWERS, STREAMS, Pictures
-from saferedir.runtime.serve.errors import invalid
+from saferedir.runtime.serve.replies import for_a_stream, whole
 from saferedir.runtime.serve.state import State, caller
-from saferedir.runtime.serve.streams import Event, Events, client_left, streamed
+from saferedir.runtime.serve.streams import Event, Events, streamed
 
 router = APIRouter()
 
@@ -25,20 +24,10 @@ router = APIRouter()
 async def draw(body: PicturesBody, request: Request) -> Response:
     """Draw pictures of a prompt. With `stream` the answer is events: progress after every step, then the pictures."""
     state, tenant = await caller(request, body.pictures)
-    asked, key = state.limited(body.asked()), request.headers.get("idempotency-key")
-    if body.stream:
-        if key:
-            raise invalid("Idempotency-Key is for requests without stream", "Idempotency-Key")
-        return streamed(partial(_stream, state, body, state.service.admit(asked, tenant, number=state.number(request))))
-
-    async def made(gone: bool) -> bytes:
-        admitted = state.service.admit(asked, tenant, number=state.number(request))
-        drawn = await state.service.draw(admitted, gone=partial(client_left, request) if gone else None)
-        return await asyncio.to_thread(lambda: json.dumps(_answer(body, drawn)).encode())
-
-    digest = b"pictures " + body.model_dump_json().encode()
-    data = await state.answers.once(tenant, key, digest, partial(made, False)) if key else await made(True)
-    return Response(data, media_type="application/json")
+    asked = state.limited(body.asked())
+    if not body.stream:
+        return await whole(request, state, tenant, body, asked, partial(_answer, body))
+    return streamed(partial(_stream, state, body, for_a_stream(request, state, tenant, asked)))
 
 
 async def _stream(state: State, body: PicturesBody, request: UnderWay, events: Events) -> None:
