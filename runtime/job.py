@@ -81,6 +81,11 @@ class Job:
         self.fired = np.zeros(len(drawing.policy.concepts), np.bool_)
 
     @property
+    def last(self) -> Mapping[str, Array]:
+        """What the last step recorded; nothing of an unprotected one."""
+        return self._recorded[-1] if self._recorded else {}
+
+    @property
     def finished(self) -> bool:
         return self.done == self.drawing.steps
 

@@ -149,12 +149,16 @@ def test_the_service_says_what_it_did(tiny: Served) -> None:
 
 
 def test_progress_comes_after_every_step(tiny: Served) -> None:
-    body = {"prompt": "a church", "steps": 5, "pictures": 2, "stream": True}
+    body = {"prompt": "a church", "steps": 5, "pictures": 2, "stream": True, "previews": 2}
     with tiny.http.stream("POST", "/v1/pictures", json=body) as answer:
         events = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line.startswith("data: ")]
-    assert [event["type"] for event in events] == ["progress"] * 10 + ["completed"]
-    assert [event["done"] for event in events[:10]] == list(range(1, 11)) and events[0]["total"] == 10
-    assert len(events[-1]["pictures"]) == 2
+    progress, previews = ([event for event in events if event["type"] == kind] for kind in ("progress", "preview"))
+    assert [event["done"] for event in progress] == list(range(1, 11)) and progress[0]["total"] == 10
+    assert {event["picture"] for event in previews} == {0, 1} and len(previews) == 4
+    assert (len(events), events[-1]["type"], len(events[-1]["pictures"])) == (15, "completed", 2)
+    record = events[-1]["pictures"][1]["record"]
+    scores = [event["scores"] for event in progress if event["picture"] == 1]
+    assert scores == [step["score"] for step in record["steps"]]
 
 
 def slow(backend: Backend, seconds: float = 0.005) -> Backend:

@@ -38,6 +38,22 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """A step that was just done."""
+
+    #: Which of the request's pictures, from 0, and which of its steps, from 1.
+    picture: int
+    step: int
+    #: Steps done and steps in all, over all pictures of the request.
+    done: int
+    total: int
+    #: Concept -> score of this step.
+    scores: dict[str, float]
+    #: Concepts that fired in it.
+    fired: list[str]
+
+
+@dataclass(frozen=True)
 class Drawn:
     """One picture that may leave."""
 

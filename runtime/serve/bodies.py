@@ -78,8 +78,10 @@ class PicturesBody(_Body):
     tighten: TightenBody | None = None
     output_format: Kind = "png"
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
-    #: Whether the answer is a stream of events: progress after every step, then the pictures.
+    #: Whether the answer is a stream of events: scores after every step, pictures in progress, then the pictures.
     stream: bool = False
+    #: Of a stream: how many pictures in progress are shown, each after the decision that saw it.
+    previews: Annotated[int, Field(ge=0, le=999)] = 0
     #: Seconds from now by which it is worth having.
     within: Annotated[float, Field(gt=0, le=86_400)] | None = None
     #: Higher is served first.

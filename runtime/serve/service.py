@@ -23,20 +23,19 @@ from saferedir.engines.errors import (
 )
 from saferedir.runtime.job import Denoised
 from saferedir.runtime.pipeline import Pipeline, Plan
-from saferedir.runtime.serve.asked import Asked, Drawn, UnderWay
+from saferedir.runtime.serve.asked import Asked, Drawn, Progress, UnderWay
 from saferedir.runtime.serve.audit import Audit, Entry
 from saferedir.runtime.serve.metrics import Drift, Metrics
 from saferedir.runtime.serve.policies import Policies, TenantPolicy
 from saferedir.runtime.serve.recording import entry, outcome
 from saferedir.runtime.serve.tracing import Tracing
-from saferedir.runtime.ticket import Ticket
 
 log = logging.getLogger("saferedir")
 
 #: A request that has ended waits so long for the step that is under way, and then no longer.
 GRACE_SECONDS = 5.0
-#: Called with steps done and steps in all, over all pictures of a request; on the batcher's thread.
-Progress = Callable[[int, int], None]
+#: Called after every step, on the batcher's thread.
+OnProgress = Callable[[Progress], None]
 #: Called with the number of a picture, and what it looks like so far: a latent [C, h, w]; on the batcher's thread.
 Preview = Callable[[int, Any], None]
 #: Makes what ends when the client has left.
@@ -121,7 +120,7 @@ class Service:
         return request
 
     async def draw(
-        self, request: UnderWay, *, gone: Gone | None = None, progress: Progress | None = None, previews: int = 0,
+        self, request: UnderWay, *, gone: Gone | None = None, progress: OnProgress | None = None, previews: int = 0,
         preview: Preview | None = None,
     ) -> list[Drawn]:  # fmt: skip
         """All pictures of a request that was admitted, or none. Where `gone` ends first, the client is, and no more is drawn.
@@ -143,7 +142,7 @@ class Service:
             raise
 
     async def _draw(
-        self, request: UnderWay, gone: Gone | None, progress: Progress | None, preview: Preview | None, previews: int
+        self, request: UnderWay, gone: Gone | None, progress: OnProgress | None, preview: Preview | None, previews: int
     ) -> list[Drawn]:
         about = {"gen_ai__request__choice__count": request.asked.pictures, "saferedir__request": request.id}
         with self._tracing.span(self.pipeline.manifest.name, **about) as tell:
@@ -191,7 +190,7 @@ class Service:
         )
 
     async def _drawn(
-        self, request: UnderWay, gone: Gone | None, progress: Progress | None, preview: Preview | None, previews: int
+        self, request: UnderWay, gone: Gone | None, progress: OnProgress | None, preview: Preview | None, previews: int
     ) -> list[Drawn]:  # fmt: skip
         loop, plan = asyncio.get_running_loop(), request.plan
         self._watch(request, progress)
@@ -212,24 +211,28 @@ class Service:
             for index, (image, record, result) in enumerate(zip(made.images, made.records, drawn, strict=True))
         ]  # fmt: skip
 
-    def _watch(self, request: UnderWay, progress: Progress | None) -> None:
+    def _watch(self, request: UnderWay, progress: OnProgress | None) -> None:
         """Stop the request where its policy blocks a concept that fires, and tell of its steps."""
         policy, first = request.policy, [False]
         stops = np.array([policy.actions[name] == "block" for name in policy.engine.concepts])
 
-        def after_step(ticket: Ticket, done: int, total: int) -> None:
+        def after_step(index: int, done: int, total: int) -> None:
             if not first[0]:
                 first[0] = True
                 self.metrics.wait_seconds.observe(time.time() - request.began)
-            if ticket.job is not None and np.any(ticket.job.fired & stops):
-                fired = ticket.job.fired & stops
-                request.blocked |= {name for n, name in enumerate(policy.engine.concepts) if fired[n]}
+            job = request.tickets[index].job
+            assert job is not None
+            if np.any(job.fired & stops):
+                request.blocked |= _named(policy.engine.concepts, job.fired & stops)
                 request.stop()
             if progress is not None:
-                progress(sum(own.done for own in request.tickets), total * len(request.tickets))
+                scores = dict(zip(policy.engine.concepts, map(float, job.last["score"]), strict=True))
+                fired = sorted(_named(policy.engine.concepts, job.last["fired"]))
+                done_of_all = sum(own.done for own in request.tickets)
+                progress(Progress(index, done, done_of_all, total * len(request.tickets), scores, fired))
 
-        for ticket in request.tickets:
-            ticket.on_step = partial(after_step, ticket)
+        for index, ticket in enumerate(request.tickets):
+            ticket.on_step = partial(after_step, index)
 
     async def _ended(self, request: UnderWay, gone: Gone | None) -> list[Denoised]:
         """What was drawn, unless the policy, the client or the deadline ended it."""
@@ -275,6 +278,10 @@ class Service:
         self.metrics.audit_seconds.observe(time.monotonic() - began)
         for own in entries:
             self.metrics.pictures.labels(own.body["outcome"]).inc()
+
+
+def _named(names: Sequence[str], chosen: np.ndarray[Any, Any]) -> set[str]:
+    return {name for name, own in zip(names, chosen, strict=True) if own}
 
 
 def _retrieved(future: asyncio.Future[Any]) -> None:
