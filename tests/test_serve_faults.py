@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks.serving.faults import FAULTS, Fault, drained, partial_images, run, worker_killed
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.injected for fault in FAULTS])
 def test_a_fault_lets_nothing_through(fault: Fault, tmp_path: Path) -> None:
