@@ -39,6 +39,7 @@ def serve(
     policy: Annotated[Path | None, typer.Option(help="The operator's policy.")] = None,
     keys: Annotated[Path | None, typer.Option(help="File of hashed keys; without it anyone may draw.")] = None,
     audit: Annotated[str | None, typer.Option(help="Database of the audit, as a URL.")] = None,
+    page: Annotated[bool, typer.Option("--page", help="Serve a page at / that draws, and shows what the safety does.")] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Print what would be in force, and what is wrong; serve nothing.")
     ] = False,
@@ -58,7 +59,7 @@ def serve(
     opening, settings_module = _needed("opening"), _needed("settings")
     flags = {
         "bundle": bundle, "host": host, "port": port, "backend": backend, "threads": threads, "queue": queue, "policy": policy,
-        "keys": keys, "audit": audit,
+        "keys": keys, "audit": audit, "page": page or None,
     }  # fmt: skip
     settings = settings_module.read_settings(flags, config)
     in_force = opening.check(settings)

@@ -53,7 +53,7 @@ const saferedir = (() => {
       const weight = Math.max(...masks.map((mask) => mask[index]));
       if (token.startsWith("<|")) return;
       const word = element("span", { title: weight.toFixed(2) }, token.replace("</w>", ""));
-      word.style.background = `rgb(var(--mask) / ${weight.toFixed(2)})`;
+      word.style.background = `rgb(var(--mask) / ${(0.45 * weight).toFixed(2)})`; // light enough to read
       line.append(word, " ");
     });
     return line;

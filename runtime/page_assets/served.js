@@ -17,10 +17,11 @@
     at("tab-review").hidden = !setup.review;
     for (const concept of setup.concepts) {
       const name = `threshold-${concept.name}`;
-      at("policy").append(
-        element("label", { for: name }, `${concept.name}, ${concept.action} from ${concept.threshold.toFixed(3)} on: `),
-        element("input", { id: name, type: "number", min: 0, max: concept.threshold, step: "any", placeholder: concept.threshold.toFixed(3) }),
-      );
+      const level = concept.threshold.toFixed(3);
+      at("policy").append(element("div", {},
+        element("label", { for: name }, `${concept.name}: ${concept.action} from ${level} on`),
+        element("input", { id: name, type: "number", min: 0, max: concept.threshold, step: "any", placeholder: level }),
+      ));
       at("concept").append(element("option", {}, concept.name));
     }
   }

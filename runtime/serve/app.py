@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from saferedir.engines.errors import SafeRedirError
-from saferedir.runtime.serve import images, pictures
+from saferedir.runtime.serve import images, page, pictures
 from saferedir.runtime.serve.documented import ANSWERS, Model, Models, Status
 from saferedir.runtime.serve.edge import Edge
 from saferedir.runtime.serve.errors import NO_RETRY, ServiceError, invalid, told
@@ -48,6 +48,8 @@ def make_app(settings: Settings, open_service: Callable[[Settings], tuple[Servic
         app.add_exception_handler(kind, handler)
     app.include_router(images.router)
     app.include_router(pictures.router)
+    if settings.page:
+        app.include_router(page.router)
 
     @app.get("/v1/models", response_model=Models, responses=ANSWERS)
     async def models(request: Request) -> dict[str, Any]:

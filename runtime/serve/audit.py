@@ -12,7 +12,7 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +156,35 @@ class Audit:
             query = select(RECORDS.c.id, RECORDS.c.body).order_by(RECORDS.c.number)
             for id, body in connection.execution_options(yield_per=1000).execute(query):
                 yield {"id": id, **json.loads(body)}
+
+    def latest(
+        self, wanted: Callable[[dict[str, Any]], bool], *, before: int | None = None, limit: int
+    ) -> list[dict[str, Any]]:
+        """The latest records that are `wanted`, with number, id and, where they were kept, texts; the newest first.
+
+        Raises:
+            AuditError: the database cannot be read.
+        """
+        found: list[dict[str, Any]] = []
+        query = select(RECORDS.c.number, RECORDS.c.id, RECORDS.c.body, TEXTS.c.texts).outerjoin(
+            TEXTS, RECORDS.c.id == TEXTS.c.id
+        )
+        if before is not None:
+            query = query.where(RECORDS.c.number < before)
+        try:
+            with self._reader.connect() as connection:
+                rows = connection.execution_options(yield_per=500).execute(query.order_by(RECORDS.c.number.desc()))
+                for number, id, body, texts in rows:
+                    record = json.loads(body)
+                    if wanted(record):
+                        found.append(
+                            {**record, "number": number, "id": id, "texts": None if texts is None else json.loads(texts)}
+                        )
+                    if len(found) == limit:
+                        break
+        except SQLAlchemyError as error:
+            raise AuditError(f"the audit cannot be read: {_first_line(error)}") from error
+        return found
 
     def forget(self, id: str) -> bool:
         """Delete a prompt's salt, and its text where it was kept. Whether there was one."""

@@ -31,10 +31,12 @@ async def draw(body: PicturesBody, request: Request) -> Response:
         if body.previews:
             raise invalid("previews is for stream", "previews")
         return await whole(request, state, tenant, body, asked, partial(_answer, body))
-    return streamed(partial(_stream, state, body, for_a_stream(request, state, tenant, asked)))
+    return streamed(partial(stream, state, body, for_a_stream(request, state, tenant, asked)))
 
 
-async def _stream(state: State, body: PicturesBody, request: UnderWay, events: Events) -> None:
+async def stream(state: State, body: PicturesBody, request: UnderWay, events: Events) -> None:
+    """Add the events of a request that was admitted."""
+
     def progress(step: Progress) -> None:
         events.add(partial(_progress, step))
 

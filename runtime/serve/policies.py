@@ -71,6 +71,12 @@ class TenantPolicy:
         observed: dict[str, Action] = dict.fromkeys(self.actions, "observe")
         return replace(self, actions=observed, engine=replace(self.engine, enabled=np.zeros_like(self.engine.enabled)))
 
+    def switched_off(self) -> TenantPolicy:
+        """Drawn without the safety, as the operator alone may have it."""
+        observed: dict[str, Action] = dict.fromkeys(self.actions, "observe")
+        off = np.zeros_like(self.engine.enabled)
+        return replace(self, actions=observed, engine=replace(self.engine, enabled=off, unprotected=True))
+
     def tightened(self, engine: ResolvedPolicy) -> TenantPolicy:
         """The same for a request that has tightened the engine's part: what it asks to look for is redirected."""
         looked_for = dict(zip(engine.concepts, engine.enabled, strict=True))

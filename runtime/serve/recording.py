@@ -11,11 +11,13 @@ from saferedir.engines.errors import CancelledError, DeadlineError
 from saferedir.runtime.serve.asked import Drawn, UnderWay
 from saferedir.runtime.serve.audit import Entry
 
-Outcome = Literal["drawn", "redirected", "blocked", "cancelled", "late", "failed"]
+Outcome = Literal["drawn", "redirected", "blocked", "cancelled", "late", "failed", "unprotected"]
 
 
 def outcome(request: UnderWay, drawn: Drawn | None, error: Exception | None) -> Outcome:
     """What became of a picture, in a word."""
+    if drawn is not None and not drawn.record.protected and request.plan.policy.unprotected:
+        return "unprotected"
     if drawn is not None:
         return "redirected" if drawn.redirected else "drawn"
     if request.blocked:

@@ -96,13 +96,16 @@ class Service:
         self._writer.shutdown()
         self.audit.close()
 
-    def admit(self, asked: Asked, tenant: str, *, number: str | None = None) -> UnderWay:
+    def admit(self, asked: Asked, tenant: str, *, number: str | None = None, unprotected: bool = False) -> UnderWay:
         """A request that may be drawn now, with places for its pictures. Requests of one `number` have one record.
 
         Raises:
             RequestError: it cannot be drawn as asked. QueueFullError: not now, or not in time.
         """
         policy = self.policies.of(tenant)
+        if unprotected:
+            log.warning("a picture is drawn UNPROTECTED for tenant %r, as the operator's settings allow", tenant)
+            policy = policy.switched_off()
         plan = self._plan(asked, policy)
         id, now = f"img_{number or secrets.token_hex(12)}", time.monotonic()
         deadline = now + min(self.seconds, asked.within or self.seconds)
@@ -171,7 +174,8 @@ class Service:
     def _count(self, drawn: Drawn) -> None:
         for name, action in [(name, "redirect") for name in drawn.redirected] + [(name, "observe") for name in drawn.observed]:
             self.metrics.concepts.labels(name, action).inc()
-        self.drift.seen(max((max(step.score.values()) for step in drawn.record.steps), default=0.0))
+        if drawn.record.steps:
+            self.drift.seen(max(max(step.score.values()) for step in drawn.record.steps))
 
     def _plan(self, asked: Asked, policy: TenantPolicy) -> Plan:
         return self.pipeline.plan(
@@ -226,8 +230,9 @@ class Service:
                 request.blocked |= _named(policy.engine.concepts, job.fired & stops)
                 request.stop()
             if progress is not None:
-                scores = dict(zip(policy.engine.concepts, map(float, job.last["score"]), strict=True))
-                fired = sorted(_named(policy.engine.concepts, job.last["fired"]))
+                names, last = policy.engine.concepts, job.last
+                scores = dict(zip(names, map(float, last["score"]), strict=True)) if last else {}
+                fired = sorted(_named(names, last["fired"])) if last else []
                 done_of_all = sum(own.done for own in request.tickets)
                 progress(Progress(index, done, done_of_all, total * len(request.tickets), scores, fired))
 

@@ -44,6 +44,11 @@ class Settings(BaseSettings):
     )
     trace_to: str | None = Field(None, description="OTLP endpoint over HTTP that spans are sent to.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    page: bool = Field(False, description="Serve a page at / that draws, and shows what the safety does.")
+    page_unprotected: bool = Field(False, description="Let the page draw unprotected as well. Logged, and recorded.")
+    review_key: SecretStr = Field(
+        SecretStr(""), description="What the page's review of the audit asks for; without it there is none."
+    )
     numbered: bool = Field(False, description="Whether a front gives requests their numbers, and a number's record is one.")
     keep_prompts: bool = Field(False, description="Keep the text of prompts beside the audit.")
     log_prompts: bool = Field(False, description="Write prompts to the log.")
