@@ -7,11 +7,11 @@ from pathlib import Path
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import OutputError
 from saferedir.engines.whole_file import write_bytes
-from saferedir.runtime.loop import StepCallback
 from saferedir.runtime.outputs import output_folder, png_bytes
 from saferedir.runtime.page import GENERATOR, Comparison, comparison_page, contact_sheet
 from saferedir.runtime.pipeline import Pipeline
 from saferedir.runtime.policy import SafetyPolicy
+from saferedir.runtime.ticket import StepCallback
 
 #: Bytes of a page in which it says what made it.
 LONGEST_HEAD = 1_000
@@ -63,10 +63,10 @@ def run_demo(
             Comparison(note, before, after, record)
             for (note, _), before, after, record in zip(DEMO_PROMPTS, without.images, safe.images, safe.records, strict=True)
         ]
-        thresholds = dict(zip(protected.policy.concepts, protected.policy.threshold.tolist(), strict=True))
+        replacements = {concept.name: concept.replacement for concept in protected.manifest.safety.concepts}
         write_bytes(sheet, png_bytes(contact_sheet(comparisons)))
-        title = f"SafeRedir on {protected.manifest.name}: {', '.join(thresholds)} redirected"
-        write_bytes(page, comparison_page(title, comparisons, thresholds).encode())
+        title = f"SafeRedir on {protected.manifest.name}: {', '.join(replacements)} redirected"
+        write_bytes(page, comparison_page(title, comparisons, replacements).encode())
     return sheet, page
 
 

@@ -94,3 +94,8 @@ def test_every_package_is_declared() -> None:
         for init in sorted((ROOT / folder).rglob("__init__.py")):
             package = ".".join([name, *init.parent.relative_to(ROOT / folder).parts])
             assert f'"{package}"' in declared, package
+
+
+def test_the_runtime_needs_nothing_of_the_service() -> None:
+    serving = ("saferedir.runtime.serve", "fastapi", "granian", "pydantic", "sqlalchemy", "prometheus_client", "ray")
+    assert crossings("runtime", serving, ("runtime/serve/",)) == set()
