@@ -176,7 +176,8 @@ It breaks at the detector, beside animals that it was not taught; where it fires
 
 
 def what_gets_through() -> str:
-    said = limits({path.stem: read_result(path.stem) for path in sorted(RESULTS.glob("*attacks_*.json"))})
+    told = [path.stem for pattern in ("*attacks_*.json", "amplified.json") for path in sorted(RESULTS.glob(pattern))]
+    said = limits({name: read_result(name) for name in told})
     listed = "\n".join(f"- {sentence}" for sentence in said)
     return f"""**What this does not protect against:**
 

@@ -86,7 +86,8 @@ def measure(batch: int, steps: int, repeats: int, backend: str) -> list[dict[str
 
 def safety_share(batch: int, steps: int, backend: str) -> dict[str, float]:
     """(protected - unprotected) / protected of the runtime: the median over pairs of drawings that follow each other at once,
-    so that whatever else a machine does touches both; with the 95 % interval of the median."""
+    so that whatever else a machine does touches both; with the 95 % interval of the median. Whole drawings are timed, of which
+    text encoder and decoder are a small part."""
     prompts, pairs = PROMPTS[:batch], PAIRS[batch]
     runtime = Pipeline.from_bundle(backend=backend)
     plain = Pipeline(runtime.bundle, runtime.backend, SafetyPolicy(unprotected=True))
