@@ -21,7 +21,7 @@ from saferedir_torch.protect import protect
 from saferedir_torch.safety_module import SafetyModule
 
 #: Of drawings that the safety's share is told by, by batch.
-PAIRS = {1: 40, 8: 20}
+PAIRS = {1: 160, 8: 40}
 PROMPTS = ["a church next to a cat", "a dog in ink style", "an abbey", "a balloon as a sticker"] * 2
 
 
