@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.markdown import hits_of, percent, read_result
+from benchmarks.markdown import hits_of, percent, read_result, share_of
 from benchmarks.report import RESULTS
 
 #: The runtime's on the CPU, and on a card where one was there.
@@ -19,7 +19,7 @@ def cost() -> str:
         backend = "ort-cpu" if name == "speed" else "ort-cuda"
         said.append(
             f"`{backend}`: {result['environment']['machine']}; safety's share of a step on this very small UNet is "
-            f"{percent(shares['1'])} at batch 1, {percent(shares['8'])} at batch 8."
+            f"{share_of(shares['1'])} at batch 1, {share_of(shares['8'])} at batch 8, by pairs of drawings that follow each other."
         )
         rows += [
             f"| {backend} | {row['batch']} | {row['what']} | {1000 * row['seconds_per_image']:.0f} ms | {row['ratio']:.2f}x |"

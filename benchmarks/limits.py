@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.markdown import percent
+from benchmarks.markdown import hits_of, percent
 from benchmarks.tables.gradient_attacks import BLIND, EMBEDDING, TEXT, WHITE_BOX
 
 #: ASR above which a family is named: what is promised of families that training has not seen.
@@ -20,8 +20,14 @@ def limits(results: dict[str, Any]) -> list[str]:
     said = []
     if not attacked:
         said.append(
-            "Prompts that hide what they ask for, by strange spelling most of all: some get through. How many, of text and of "
-            "embeddings that guidance amplifies, is not measured on this module yet."
+            "Prompts that hide what they ask for, by strange spelling most of all: some get through. How many is not measured "
+            "on this module yet."
+        )
+    if "amplified" in results:
+        both, either = (results["amplified"][judges] for judges in ("agreed", "asr"))
+        said.append(
+            "Embeddings, given in place of a prompt, with a little of a concept that guidance amplifies: "
+            f"{hits_of(both)} get through by both judges, {hits_of(either)} by either."
         )
     if written:
         listed = "; ".join(f"{title}, {family}: {percent(share)}" for title, family, share in sorted(written, key=_share))

@@ -103,7 +103,8 @@ def amplified() -> str:
     )  # fmt: skip
     return f"""**And embeddings with a little of a concept in them, which guidance amplifies?** `prompt_embeds` a share of the way
 from the safe prompt to the unsafe one, `negative_prompt_embeds` the safe one, {result["steps"]} steps. Of the pictures that show the
-concept to both judges without safety, those in which either still finds it: {hits_of(result["asr"])}, {share_of(result["asr"])}.
+concept to both judges without safety, those in which either still finds it: {hits_of(result["asr"])}, {share_of(result["asr"])};
+both: {hits_of(result["agreed"])}, {share_of(result["agreed"])}.
 (`python -m benchmarks.evaluate amplified`)
 
 | by | | get through | ASR |
@@ -175,7 +176,8 @@ It breaks at the detector, beside animals that it was not taught; where it fires
 
 
 def what_gets_through() -> str:
-    said = limits({path.stem: read_result(path.stem) for path in sorted(RESULTS.glob("*attacks_*.json"))})
+    told = [path.stem for pattern in ("*attacks_*.json", "amplified.json") for path in sorted(RESULTS.glob(pattern))]
+    said = limits({name: read_result(name) for name in told})
     listed = "\n".join(f"- {sentence}" for sentence in said)
     return f"""**What this does not protect against:**
 

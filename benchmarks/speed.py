@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import bootstrap
 
 from benchmarks.report import environment, save
 from saferedir.runtime import Pipeline, SafetyPolicy
@@ -18,6 +20,8 @@ from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline
 from saferedir_torch.protect import protect
 from saferedir_torch.safety_module import SafetyModule
 
+#: Of drawings that the safety's share is told by, by batch.
+PAIRS = {1: 160, 8: 40}
 PROMPTS = ["a church next to a cat", "a dog in ink style", "an abbey", "a balloon as a sticker"] * 2
 
 
@@ -28,14 +32,16 @@ def main() -> None:
     parser.add_argument("--backend", default="ort-cpu", help="of the runtime; eager diffusers runs on the same device")
     options = parser.parse_args()
     rows = [row for batch in (1, 8) for row in measure(batch, options.steps, options.repeats, options.backend)]
+    shares = {str(batch): safety_share(batch, options.steps, options.backend) for batch in (1, 8)}
     table = Table("batch", "what", "seconds per image", "against eager, protected")
     for row in rows:
         table.add_row(str(row["batch"]), row["what"], f"{row['seconds_per_image']:.3f}", f"{row['ratio']:.2f}x")
     console = Console()
     console.print(environment()["machine"])
     console.print(table)
-    shares = {str(b): _share(rows, b) for b in (1, 8)}
-    console.print({f"batch {b}: safety's share of a step": f"{100 * value:.1f} %" for b, value in shares.items()})
+    for batch, own in shares.items():
+        said = f"{100 * own['share']:.1f} % ({100 * own['low']:.1f} to {100 * own['high']:.1f})"
+        console.print(f"batch {batch}: safety's share of a step {said}, of {own['pairs']} pairs of drawings")
     name = "speed" if options.backend == "ort-cpu" else f"speed_{options.backend}"
     console.print(str(save(name, {"steps": options.steps, "rows": rows, "safety_share_of_step": shares})))
 
@@ -78,10 +84,27 @@ def measure(batch: int, steps: int, repeats: int, backend: str) -> list[dict[str
     ]
 
 
-def _share(rows: list[dict[str, Any]], batch: int) -> float:
-    """(protected - unprotected) / protected of the runtime."""
-    seconds: dict[str, float] = {row["what"]: row["seconds_per_image"] for row in rows if row["batch"] == batch}
-    return (seconds["runtime, protected"] - seconds["runtime, unprotected"]) / seconds["runtime, protected"]
+def safety_share(batch: int, steps: int, backend: str) -> dict[str, float]:
+    """(protected - unprotected) / protected of the runtime: the median over pairs of drawings that follow each other at once,
+    so that whatever else a machine does touches both; with the 95 % interval of the median. Whole drawings are timed, of which
+    text encoder and decoder are a small part."""
+    prompts, pairs = PROMPTS[:batch], PAIRS[batch]
+    runtime = Pipeline.from_bundle(backend=backend)
+    plain = Pipeline(runtime.bundle, runtime.backend, SafetyPolicy(unprotected=True))
+
+    def seconds(pipeline: Pipeline) -> float:
+        start = time.perf_counter()
+        pipeline(prompts, num_inference_steps=steps)
+        return time.perf_counter() - start
+
+    shares = []
+    for pair in range(pairs + 1):
+        first, second = (runtime, plain) if pair % 2 else (plain, runtime)
+        taken = {first: seconds(first), second: seconds(second)}
+        shares.append(1 - taken[plain] / taken[runtime])
+    found = bootstrap((np.array(shares[1:]),), np.median, confidence_level=0.95, rng=np.random.default_rng(0))
+    low, high = found.confidence_interval
+    return {"share": float(np.median(shares[1:])), "low": float(low), "high": float(high), "pairs": pairs}
 
 
 if __name__ == "__main__":

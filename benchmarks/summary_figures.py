@@ -94,7 +94,8 @@ def _unfamiliar() -> str:
 def _amplified() -> str:
     if not _measured("amplified"):
         return ""
-    return f"Embeddings that guidance amplifies: {hits_of(read_result('amplified')['asr'])} get through."
+    found = read_result("amplified")
+    return f"Embeddings that guidance amplifies: {hits_of(found['agreed'])} get through by both judges, {hits_of(found['asr'])} by either."
 
 
 def _cost() -> str:
@@ -102,7 +103,9 @@ def _cost() -> str:
     if "speed" not in measured:
         return ""
     where = {"speed": "a CPU", "speed_ort-cuda": "an H200"}
-    shares = ", ".join(f"{percent(own['safety_share_of_step']['1'])} on {where[name]}" for name, own in measured.items())
+    shares = ", ".join(
+        f"{percent(own['safety_share_of_step']['1']['share'])} on {where[name]}" for name, own in measured.items()
+    )
     times = ", ".join(f"{_speed(own):.1f} times as fast on {where[name]}" for name, own in measured.items())
     return f"""Cost: safety is {shares} of a step of this very small UNet. Against protected eager diffusers a picture is drawn
   {times}."""

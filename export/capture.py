@@ -71,6 +71,7 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     "Conv": (Kernel(11, 21, FLOATS), Kernel(22, None, ALL_FLOATS)),
     "Equal": (Kernel(13, None, ORDERED | BOOLS),),
     "Gelu": (Kernel(20, None, ALL_FLOATS),),
+    "GlobalAveragePool": (Kernel(1, None, FLOATS),),
     "Identity": (Kernel(14, 18, ANY), Kernel(19, None, ANY)),
     "InstanceNormalization": (Kernel(6, None, FLOATS),),
     "IsInf": (Kernel(10, 19, frozenset((FLOAT,))), Kernel(20, None, ALL_FLOATS)),

@@ -57,7 +57,8 @@ class Seen(NamedTuple):
     latent: Tensor
     #: Noise share of the step's level, 0 of a clean picture and 1 of noise, [B].
     share: Tensor
-    #: The estimate of the finished picture, a clean latent, that the step before made of its guided output, [B, C, h, w].
+    #: The estimate of the finished picture, a clean latent, that the step before made of its guided output; zero where there is
+    #: none. [B, C, h, w].
     denoised: Tensor
     #: False where there is none, as in the first step, [B] bool.
     known: Tensor
@@ -98,10 +99,8 @@ class Controller(nn.Module):
 
     def forward(self, seen: Seen, original: Tensor, guided: Guided, state: State, policy: Policy) -> tuple[State, Verdict]:
         """What is seen, the original conditioning c0 [B, T, D], what it is guided away from, the request's state and policy."""
-        known = seen.known[:, None, None, None]
-        estimate = torch.where(known, shown_estimate(seen.denoised), torch.zeros_like(seen.denoised))
         drawn = state.prompt + guided.amplification[:, None, None] * (state.prompt - guided.negative)
-        features = self.module.features(Step(seen.latent, estimate, seen.share))
+        features = self.module.features(Step(seen.latent, shown_estimate(seen.denoised), seen.share))
         scored = self.module.score(features, seen.known, [drawn], [state.prompt], [original])
         score = torch.sigmoid(scored.statistic)
         watching = state.cooldown <= 0

@@ -51,24 +51,33 @@ def bends(share: Tensor) -> Tensor:
 
 
 def halves(both: Tensor) -> tuple[Tensor, Tensor]:
-    """[2 B, ...] -> the first B and the others."""
-    first, second = equal_parts(both, 2)
-    return first, second
-
-
-def equal_parts(every: Tensor, count: int) -> tuple[Tensor, ...]:
-    """[count B, ...] -> the first B, the next and so on.
+    """[2 B, ...] -> the first B and the others.
 
     In an exported graph by ONNX's Split, which is told no bounds: those of a slice would be computed on the host, and end the
     capture of a step in a CUDA graph.
     """
-    if not torch.compiler.is_exporting():
-        return every.chunk(count)
-    shape = (every.shape[0] // count, *every.shape[1:])
-    parts = torch.onnx.ops.symbolic_multi_out(
-        "Split", [every], {"axis": 0, "num_outputs": count}, dtypes=(every.dtype,) * count, shapes=(shape,) * count, version=18
-    )  # fmt: skip
-    return tuple(parts)
+    if torch.compiler.is_exporting():
+        shape = (both.shape[0] // 2, *both.shape[1:])
+        first, second = torch.onnx.ops.symbolic_multi_out(
+            "Split", [both], {"axis": 0, "num_outputs": 2}, dtypes=(both.dtype,) * 2, shapes=(shape,) * 2, version=18
+        )
+    else:
+        first, second = both.chunk(2)
+    return first, second
+
+
+def means(features: Tensor) -> Tensor:
+    """Of channels [B, C, h, w] -> [B, C, 1, 1].
+
+    In an exported graph by ONNX's GlobalAveragePool, which ONNX Runtime computes in the layout of its convolutions, and not by
+    ReduceMean, before and after which it copies all channels to another.
+    """
+    if torch.compiler.is_exporting():
+        pooled: Tensor = torch.onnx.ops.symbolic(
+            "GlobalAveragePool", [features], dtype=features.dtype, shape=(*features.shape[:2], 1, 1), version=1
+        )
+        return pooled
+    return features.mean(dim=(2, 3), keepdim=True)
 
 
 class Convolution(nn.Module):
@@ -111,7 +120,7 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, C, h, w] -> the same shape."""
-        gates = torch.sigmoid(self.excite(torch.relu(self.squeeze(features.mean(dim=(2, 3), keepdim=True)))))
+        gates = torch.sigmoid(self.excite(torch.relu(self.squeeze(means(features)))))
         return features * gates
 
 
@@ -146,10 +155,10 @@ class StepEncoder(nn.Module):
         self.project = nn.Linear(2 * third + KNOTS, config.features)
 
     def forward(self, step: Step, above: Tensor) -> Tensor:
-        """-> j [2 B, features], every request twice, once for each answer of the head; `above` [2 B, KNOTS] as from `bends`."""
+        """-> j [2 B, features], every request twice, once for each answer of the head; `above` [B, KNOTS] as from `bends`."""
         features = self.stages(torch.relu(self.stem(torch.cat([step.latent, step.estimate], dim=1))))
-        pooled = torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1)
-        joint: Tensor = torch.relu(self.project(torch.cat([torch.cat([pooled, pooled]), above], dim=1)))
+        shown = torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3)), above], dim=1)
+        joint: Tensor = torch.relu(self.project(torch.cat([shown, shown])))
         return joint
 
 
@@ -163,10 +172,13 @@ class Conditioning(nn.Module):
 
     def forward(self, streams: Sequence[Tensor]) -> Tensor:
         """Streams [R, T_k, D_k] -> tokens [R, T, features]."""
-        parts = [project(stream) for project, stream in zip(self.project, streams, strict=True)]
-        tokens = torch.relu(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
-        mixed: Tensor = tokens + torch.relu(self.mix(tokens))
-        return mixed
+        parts = [self._read(project, stream) for project, stream in zip(self.project, streams, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _read(self, project: nn.Module, stream: Tensor) -> Tensor:
+        tokens = torch.relu(project(stream.flatten(0, 1)))  # as rows: a graph then adds biases within the products
+        mixed = tokens + torch.relu(self.mix(tokens))
+        return mixed.reshape(-1, stream.shape[1], mixed.shape[1])
 
 
 class Context(nn.Module):

@@ -290,9 +290,8 @@ class Learner:
 
 def _rows(features: StepFeatures, start: int, count: int) -> StepFeatures:
     """Of features of B requests, every one twice, those of `count` from `start` on."""
-    return StepFeatures(*(
-        torch.cat([half[start : start + count] for half in part.chunk(2)]) for part in features
-    ))  # fmt: skip
+    rows = slice(start, start + count)
+    return StepFeatures(torch.cat([half[rows] for half in features.joint.chunk(2)]), features.bends[rows])
 
 
 def _level(share: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,21 +57,32 @@ class Redirector(nn.Module):
 
     def of_tokens(self, step: Tensor, tokens: Tensor) -> Redirection:
         """What becomes of tokens [B, T, features], by what is the same for all, [B, features]."""
-        hidden = torch.relu(self.trunk(torch.relu(self.from_token(tokens) + step[:, None])))
-        logits = self.length_and_mask(hidden)
+        joined = torch.relu(self.from_token(tokens) + step[:, None])
+        parts = torch.split(joined, self.sizes, dim=1) if len(self.sizes) > 1 else [joined]
+        heads = [self._heads(back, part) for back, part in zip(self.back, parts, strict=True)]
+        logits = torch.cat([own for own, _ in heads], dim=1) if len(heads) > 1 else heads[0][0]
         shares = torch.sigmoid(logits)
-        parts = torch.split(hidden, self.sizes, dim=1) if len(self.sizes) > 1 else [hidden]
-        directions = [back(part) for back, part in zip(self.back, parts, strict=True)]
-        return Redirection(directions, shares[..., 0], shares[..., 1], logits[..., 1])
+        return Redirection([direction for _, direction in heads], shares[..., 0], shares[..., 1], logits[..., 1])
+
+    def _heads(self, back: nn.Module, joined: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens of a stream [B, T_k, features] -> logits of length and mask [B, T_k, 2], and directions [B, T_k, D_k]."""
+        hidden = torch.relu(self.trunk(joined.flatten(0, 1)))  # as rows: a graph then adds biases within the products
+        logits, directions = self.length_and_mask(hidden), back(hidden)
+        return tuple(rows.reshape(-1, joined.shape[1], rows.shape[1]) for rows in (logits, directions))
 
 
-def redirect(original: Sequence[Tensor], redirection: Redirection) -> list[Tensor]:
-    """c_i = c0_i + r m_i a_i |c0_i| d_i / |d_i| of every stream [B, T_k, D_k]."""
+def redirect(original: Sequence[Tensor], redirection: Redirection, entirely: Tensor | None = None) -> list[Tensor]:
+    """c_i = c0_i + s_i d_i of every stream [B, T_k, D_k], by s_i = r m_i a_i |c0_i| / |d_i|; where `entirely` [B, 1] bool, s_i
+    is 1: a token becomes the one it is aimed at. A token of no length is padding, and stays so.
+    """
     moved, start = [], 0
     step = REACH * redirection.mask * redirection.length
     for stream, direction in zip(original, redirection.directions, strict=True):
         own = step[:, start : start + stream.shape[1]] if len(original) > 1 else step
-        length = direction.norm(dim=-1).clamp(min=SMALLEST_NORM)
-        moved.append(stream + (own * stream.norm(dim=-1) / length)[..., None] * direction)
+        length = stream.norm(dim=-1)
+        share = own * length / direction.norm(dim=-1).clamp(min=SMALLEST_NORM)
+        if entirely is not None:
+            share = torch.where(entirely, (length > 0).to(share.dtype), share)
+        moved.append(stream + share[..., None] * direction)
         start += stream.shape[1]
     return moved

@@ -25,7 +25,6 @@ from saferedir_torch.detector import (
     Step,
     StepEncoder,
     bends,
-    equal_parts,
     halves,
 )
 from saferedir_torch.redirector import Redirection, Redirector, redirect
@@ -41,7 +40,7 @@ class StepFeatures(NamedTuple):
 
     #: j, [2 B, features].
     joint: Tensor
-    #: Noise shares above each knot, [2 B, KNOTS].
+    #: Of the noise share, how far it is above each knot, [B, KNOTS].
     bends: Tensor
 
 
@@ -93,8 +92,10 @@ class Branch(nn.Module):
         """Centred log-odds, [B, concepts] each: context [B, features] of what is drawn, tokens [B, T, features] in force."""
         count = len(self.keeps_subject)
         told, shown, whole, words = self.detector(step.joint, context, tokens)
-        of_told, of_shown = halves(self.levels(step.bends))
-        return Answers(told - of_told[:, :count], shown - of_shown[:, count:], whole, words)
+        # Twice: a product of a single row would not be, to the bit, that of the same row among others.
+        levels, _ = halves(self.levels(torch.cat([step.bends, step.bends])))
+        of_told, of_shown = torch.split(levels, count, dim=1)
+        return Answers(told - of_told, shown - of_shown, whole, words)
 
     def levels(self, above: Tensor) -> Tensor:
         """What clean pictures come up to, of noise shares above each knot [R, KNOTS]: [R, 2 concepts]."""
@@ -105,24 +106,19 @@ class Branch(nn.Module):
         of_step = self.redirector.of_step(step.joint, read.context, torch.cat([active, active]))
         return self.redirector.of_tokens(halves(of_step)[1], halves(read.tokens)[1])
 
-    def fallen_back(self, original: Sequence[Tensor], redirection: Redirection, again: Tensor) -> list[Tensor]:
-        """The conditioning where concepts `again` [B, concepts] bool fired though their tokens were moved: that of the first of
-        them which does not keep its subject; where there is none, every token becomes the one it is aimed at.
+    def moved(self, original: Sequence[Tensor], redirection: Redirection, again: Tensor) -> list[Tensor]:
+        """The conditioning with its tokens moved. Where concepts `again` [B, concepts] bool fired though theirs were, it is
+        that of the first of them which does not keep its subject; where all do, every token becomes the one it is aimed at.
 
         Not by argmax: ONNX Runtime has no such kernel for CUDA, and would leave the GPU for it.
         """
         count = again.shape[1]
-        earlier_counts_more = torch.arange(count, 0, -1, device=again.device, dtype=self.centre.dtype)
-        rank = (torch.where(again, earlier_counts_more, torch.zeros_like(earlier_counts_more)) * (1 - self.keeps_subject)).amax(
-            1
-        )
-        first, replaced = (count - rank).clamp(0, count - 1).long(), (rank > 0)[:, None, None]
-        aimed_at = [  # a token of no length is padding, and stays so
-            torch.where(stream.norm(dim=-1, keepdim=True) > 0, stream + direction, stream)
-            for stream, direction in zip(original, redirection.directions, strict=True)
-        ]
+        order = torch.where(self.keeps_subject > 0, count, torch.arange(count, device=again.device, dtype=self.centre.dtype))
+        first = torch.where(again, order, count + 1).amin(dim=1, keepdim=True)
+        streams, safe = redirect(original, redirection, first <= count), first.clamp(0, count - 1).long().flatten()
         return [
-            torch.where(replaced, safe.index_select(0, first), aim) for safe, aim in zip(self.fallback, aimed_at, strict=True)
+            torch.where((first < count)[..., None], fallback.index_select(0, safe), stream)
+            for fallback, stream in zip(self.fallback, streams, strict=True)
         ]
 
 
@@ -160,7 +156,7 @@ class SafetyModule(nn.Module):
 
     def features(self, step: Step) -> StepFeatures:
         """What the step shows."""
-        above = bends(torch.cat([step.share, step.share]))
+        above = bends(step.share)
         return StepFeatures(self.encoder(step, above), above)
 
     def score(
@@ -169,13 +165,11 @@ class SafetyModule(nn.Module):
     ) -> Scored:  # fmt: skip
         """What a step shows, whether there is an estimate [B] bool, and conditionings, streams [B, T_k, D_k] each: that which
         guidance draws, that in force, and the original."""
-        every = [torch.cat(three) for three in zip(drawn, in_force, original, strict=True)]
+        both = [torch.cat(two) for two in zip(drawn, original, strict=True)]
         read, answers = [], []
         for branch in self.each_branch():
-            of_drawn, of_force, of_original = equal_parts(branch.conditioning(every), 3)
-            both = torch.cat([of_drawn, of_original])
-            read.append(Read(both, branch.context(features.joint, both)))
-            answers.append(branch.answers(features, halves(read[-1].context)[0], of_force))
+            read.append(branch.read(features.joint, both))
+            answers.append(branch.answers(features, halves(read[-1].context)[0], branch.conditioning(in_force)))
         told, shown = (
             torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] for parts in list(zip(*answers, strict=True))[:2]
         )
@@ -193,13 +187,12 @@ class SafetyModule(nn.Module):
         for index, (branch, flags, repeated) in enumerate(zip(self.each_branch(), *split, strict=True)):
             read = scored.read[0] if index == 0 else branch.read(scored.step.joint, [torch.cat([own, own]) for own in streams])
             found = branch.redirection(scored.step, read, flags.to(streams[0].dtype))
-            fallen, fell = branch.fallen_back(streams, found, repeated), repeated.any(dim=1)[:, None, None]
-            moved = [torch.where(fell, one, other) for one, other in zip(fallen, redirect(streams, found), strict=True)]
+            moved = branch.moved(streams, found, repeated)
             if index == 0 and len(sizes) == 1:
                 streams = moved
             else:
                 streams = [torch.where(flags.any(dim=1)[:, None, None], a, b) for a, b in zip(moved, streams, strict=True)]
-            masks.append(torch.where(flags[:, :, None], found.mask[:, None], torch.zeros_like(found.mask[:, None])))
+            masks.append(torch.where(flags[:, :, None], found.mask[:, None], 0.0))
         return Redirected(streams, torch.cat(masks, dim=1) if len(masks) > 1 else masks[0])
 
     @property

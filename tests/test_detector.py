@@ -37,7 +37,7 @@ def step(batch: int = BATCH, seed: int = 0) -> Step:
 
 
 def encoded(encoder: StepEncoder, of: Step) -> Tensor:
-    joint: Tensor = encoder(of, bends(torch.cat([of.share, of.share])))
+    joint: Tensor = encoder(of, bends(of.share))
     return joint
 
 
@@ -155,8 +155,12 @@ def test_a_token_is_moved_by_so_many_of_its_own_lengths() -> None:
     original, direction = prompts(5), prompts(6)
     length, mask = torch.rand(BATCH, TOKENS), torch.rand(BATCH, TOKENS)
     mask[:, 3], length[:, 4], direction[:, 5] = 0, 0, 0
-    (moved,) = redirect([original], Redirection([direction], length, mask, mask))
-    assert torch.equal(moved[:, 3:6], original[:, 3:6])
+    original[3, 6], entirely = 0, torch.zeros(BATCH, 1, dtype=torch.bool)
+    entirely[3] = True
+    (moved,) = redirect([original], Redirection([direction], length, mask, mask), entirely)
+    rest = torch.arange(BATCH) != 3
+    assert torch.equal(moved[rest, 3:6], original[rest, 3:6])
+    assert torch.equal(moved[3], torch.where(original[3] != 0, original[3] + direction[3], 0.0))  # padding stays
     for row, token in ((0, 0), (2, 7), (4, 8)):
         own, way = original[row, token], direction[row, token]
         by_hand = own + REACH * mask[row, token] * length[row, token] * own.norm() * way / way.norm()
@@ -183,7 +187,7 @@ def test_streams_of_any_widths_are_scored_and_moved_by_one_verdict() -> None:
     assert [stream.shape for stream in moved.streams] == [stream.shape for stream in original]
     assert moved.token_mask.shape == (3, CONCEPTS, 8)
     found = module.last_branch.redirection(scored.step, scored.read[0], active.float())
-    expected = redirect(original, found)
+    expected = redirect(original, found, again.any(dim=1, keepdim=True))
     start = 0
     for stream, by_formula, own, safe in zip(moved.streams, expected, original, module.last_branch.fallback, strict=True):
         assert torch.equal(stream[0], by_formula[0])

@@ -177,8 +177,9 @@ def test_latents_are_carried_back_by_the_forward_process(learner: Learner) -> No
 
 
 def test_of_features_that_come_twice_both_halves_are_taken() -> None:
-    every = StepFeatures(torch.arange(10.0)[:, None], torch.arange(10.0)[:, None])
+    every = StepFeatures(torch.arange(10.0)[:, None], torch.arange(5.0)[:, None])
     assert _rows(every, 1, 3).joint[:, 0].tolist() == [1, 2, 3, 6, 7, 8]
+    assert _rows(every, 1, 3).bends[:, 0].tolist() == [1, 2, 3]
 
 
 def test_an_open_label_teaches_nothing(learner: Learner) -> None:

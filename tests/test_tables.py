@@ -135,7 +135,7 @@ def test_embeddings_lie_between_the_safe_prompt_and_the_unsafe_one(pipeline: Pip
 def test_amplified_embeddings_are_attacks_where_both_judges_see_the_concept(studio: Studio, pipeline: Pipeline) -> None:
     figures = amplified.amplified(studio, plain_of(pipeline), "plain", SPLIT, amplified.QUICK)
     # Without safety every attack gets through.
-    assert figures["asr"]["share"] == 1
+    assert figures["asr"]["share"] == figures["agreed"]["share"] == 1
     assert 0 < figures["asr"]["of"] <= len(CONCEPTS) * 2 == 6
     assert sum(row["of"] for row in figures["by"]["concept"].values()) == figures["asr"]["of"]
 

@@ -102,11 +102,11 @@ class ProtectedUnlikeness:
         """Features of the steps for so many variants of every prompt, P * M * K of them, every one twice."""
 
         def repeated(part: Tensor) -> Tensor:
-            every = part[: len(part) // 2].view(*self._latents.shape[:2], -1)
-            once = every[:, None].expand(-1, variants, -1, -1).flatten(0, 2)
-            return torch.cat([once, once])
+            every = part.view(*self._latents.shape[:2], -1)
+            return every[:, None].expand(-1, variants, -1, -1).flatten(0, 2)
 
-        return StepFeatures(*(repeated(part) for part in self._features))
+        joint = repeated(self._features.joint[: len(self._features.bends)])
+        return StepFeatures(torch.cat([joint, joint]), repeated(self._features.bends))
 
     def _unlikeness(self, seen: Tensor) -> Tensor:
         prompts, *rest = self._latents.shape
