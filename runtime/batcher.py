@@ -1,8 +1,8 @@
 """The batcher: pictures enter and leave at any step, and whatever is under way is drawn together.
 
 One thread owns the engines' steps. Pictures of one step graph, which is of one size, guided or not, form a group, and the group
-whose most urgent picture is due first takes the next step. So none waits for another group to end, and none starves: a deadline
-only comes nearer.
+whose first picture is due takes the next step. So none waits for another group to end, and none starves: what is due only comes
+nearer. Free rows go to whoever came first: so what was predicted of a picture those that come later do not change much.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class Batcher:
         """
         now = time.monotonic()
         due = now + USUAL_SLACK * steps * self.times.of(engine, 1)
-        due = (due if deadline is None else min(due, deadline)) - PRIORITY_SECONDS * priority
-        tickets = [Ticket((due, next(self._counter)), engine, steps, deadline) for _ in range(pictures)]
+        due, came = (own - PRIORITY_SECONDS * priority for own in (due if deadline is None else min(due, deadline), now))
+        tickets = [Ticket((came, next(self._counter)), due, engine, steps, deadline) for _ in range(pictures)]
         if self._process != os.getpid():
             self._reset()
         with self._lock:
@@ -121,7 +121,7 @@ class Batcher:
     def _seconds_until_drawn(self, waiting: Sequence[Ticket], last: Ticket) -> float:
         ahead = {id(ticket): ticket.ahead for ticket in waiting}
         under_way = [ticket.ahead for group in self._groups.values() for ticket in list(group.tickets)]
-        return seconds_until_drawn(ahead[id(last)], under_way, [*ahead.values()], self.capacity, self.times.of)
+        return seconds_until_drawn(ahead[id(last)], under_way, [*ahead.values()], self.capacity, self.times.expected)
 
     def _seconds_until_one_is_drawn(self) -> float:
         """Until the first of those under way is drawn, or of those that wait where none is."""
@@ -144,18 +144,19 @@ class Batcher:
         self._waiting, self._reserved, self._groups, self._thread = [], [], {}, None
 
     def turn(self) -> None:
-        """Let in what there is room for, let out what was cancelled or is late, and step the most urgent group once."""
+        """Let in what there is room for, let out what was cancelled or is late, and step the group that is due once."""
         with self._lock:
             self._admit()
         self._leave_early()
         if due := [group for group in self._groups.values() if group.tickets]:
-            self._step(min(due, key=lambda group: min(ticket.urgency for ticket in group.tickets)))
+            self._step(min(due, key=lambda group: min(ticket.due for ticket in group.tickets)))
 
     def _run(self) -> None:
         while True:
             with self._lock:
                 if not self._waiting and not any(group.tickets for group in self._groups.values()):
                     self._thread = None
+                    self.times.forget_company()
                     return
             try:
                 self.turn()
@@ -173,7 +174,7 @@ class Batcher:
                 _fail(ticket, error, ticket.done, ticket.engine)
 
     def _admit(self) -> None:
-        """Let those that wait into free rows, the most urgent first. Of a group that is full the others wait on."""
+        """Let those that wait into free rows, whoever came first. Of a group that is full the others wait on."""
         kept: list[Ticket] = []
         while self._waiting:
             ticket = heapq.heappop(self._waiting)
@@ -228,7 +229,7 @@ class Batcher:
                 group.leave(ticket)
                 ticket.future.set_result(done)
         seconds = time.perf_counter() - started
-        self.times.measured(rows.engine, count, seconds)
+        self.times.taken(rows.engine, count, seconds)
         if self.on_turn is not None:
             self.on_turn(count, seconds)
 

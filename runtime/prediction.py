@@ -9,22 +9,37 @@ import numpy as np
 
 #: Seconds of a step of one row until one was measured.
 FIRST_GUESS = 0.05
-#: Weight of the latest step in the average.
-LATEST = 0.2
+#: Weight of the latest step in the average of times, and of rows.
+LATEST, LATEST_ROWS = 0.2, 0.05
 
 
 class StepTimes:
-    """What a step of so many rows took lately, by step graph, in seconds."""
+    """What a step of so many rows took lately, by step graph, in seconds; and how many rows steps had of late."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, dict[int, float]] = {}
+        self._rows: dict[str, float] = {}
 
     def measured(self, engine: str, rows: int, seconds: float) -> None:
         known = self._seconds.setdefault(engine, {})
         before = known.get(rows, seconds)
         known[rows] = before + LATEST * (seconds - before)
 
-    def of(self, engine: str, rows: int) -> float:
+    def taken(self, engine: str, rows: int, seconds: float) -> None:
+        """The same of a step that was asked for, which says how many come as well."""
+        self.measured(engine, rows, seconds)
+        before = self._rows.get(engine, 0.0)
+        self._rows[engine] = before + LATEST_ROWS * (rows - before)
+
+    def forget_company(self) -> None:
+        """Nobody is there any more, and nobody is expected."""
+        self._rows.clear()
+
+    def expected(self, engine: str, rows: int) -> float:
+        """Of `rows` that are known of, if others come as they did of late and take the rows that become free."""
+        return self.of(engine, max(rows, self._rows.get(engine, 0.0)))
+
+    def of(self, engine: str, rows: float) -> float:
         """Between two numbers of rows that were measured on the line between them; beyond them, in proportion to the rows."""
         known = self._seconds.get(engine)
         if not known:
@@ -38,8 +53,10 @@ class StepTimes:
 class Ahead:
     """A picture that is under way or waits, with the steps that it still needs."""
 
-    #: Lower is served first.
+    #: Free rows go to the lowest.
     urgency: tuple[float, int]
+    #: Turns go to the step graph of the lowest.
+    due: float
     engine: str
     steps: int
 
@@ -47,7 +64,7 @@ class Ahead:
 def seconds_until_drawn(
     last: Ahead, under_way: Sequence[Ahead], waiting: Sequence[Ahead], capacity: int, seconds: Callable[[str, int], float]
 ) -> float:
-    """Until `last`, one of those that wait, is drawn, if nobody else comes. `capacity` is of the rows of each step graph."""
+    """Until `last`, one of those that wait, is drawn. `capacity` is of the rows of each step graph."""
     queue = sorted(waiting, key=lambda own: own.urgency)
     left = {id(own): own.steps for own in (*under_way, *queue)}
     rows: dict[str, list[Ahead]] = {}
@@ -64,7 +81,7 @@ def seconds_until_drawn(
                 kept.append(own)
         queue = kept
         engine, group = min(
-            ((name, group) for name, group in rows.items() if group), key=lambda item: min(own.urgency for own in item[1])
+            ((name, group) for name, group in rows.items() if group), key=lambda item: min(own.due for own in item[1])
         )
         turns = min(left[id(own)] for own in group)  # until the first of them leaves, nothing changes
         now += turns * seconds(engine, len(group))

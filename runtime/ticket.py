@@ -19,8 +19,10 @@ PreviewCallback = Callable[[Array], None]
 class Ticket:
     """A picture's place in the batcher, in the order in which pictures are served. Callbacks are set before it is submitted."""
 
-    #: Lower is served first: by when it should be drawn, and its number.
+    #: Free rows go to the lowest: when it came, brought forward by its priority, and its number.
     urgency: tuple[float, int]
+    #: Turns go to the step graph of the lowest: by when it should be drawn.
+    due: float = field(compare=False)
     #: The step graph that is to draw it, and in how many steps.
     engine: str = field(compare=False)
     steps: int = field(compare=False)
@@ -54,4 +56,4 @@ class Ticket:
 
     @property
     def ahead(self) -> Ahead:
-        return Ahead(self.urgency, self.engine, self.steps - self.done)
+        return Ahead(self.urgency, self.due, self.engine, self.steps - self.done)

@@ -20,6 +20,7 @@ from saferedir.runtime.backend import BackendAround, Call, Tensors
 from saferedir.runtime.batcher import Batcher
 from saferedir.runtime.job import Denoised, Drawing
 from saferedir.runtime.policy import SafetyPolicy, resolve
+from saferedir.runtime.prediction import FIRST_GUESS
 from saferedir.runtime.rows import ladder
 from saferedir.runtime.schedulers import SCHEDULERS, make_schedule
 from saferedir.runtime.ticket import Ticket
@@ -275,7 +276,7 @@ def test_when_a_picture_is_drawn_is_predicted_to_the_turn(tiny: Bench, wanted: l
     for engine in ("step", "step_unguided"):
         for rows in (1, tiny.manifest.max_batch):
             batcher.times.measured(engine, rows, 100.0)  # a step takes as long whatever it holds
-    batcher.times.measured = lambda *measured: None  # type: ignore[method-assign]
+    batcher.times.taken = lambda *measured: None  # type: ignore[method-assign]
     now = time.monotonic()
     tickets = []
     for steps, engine in wanted:
@@ -287,6 +288,17 @@ def test_when_a_picture_is_drawn_is_predicted_to_the_turn(tiny: Bench, wanted: l
         batcher.turn()
         turns += 1
     assert round(predicted / 100) == turns
+
+
+def test_as_much_company_is_expected_as_there_was_of_late(tiny: Bench) -> None:
+    times, most = tiny.batcher().times, tiny.manifest.max_batch
+    times.measured("step", 1, 1.0)
+    for _ in range(200):
+        times.taken("step", most, 5.0)
+    assert times.expected("step", 1) == pytest.approx(5.0, rel=0.01)
+    assert times.expected("step_unguided", most) == FIRST_GUESS * most  # of another graph nothing is known
+    times.forget_company()
+    assert times.expected("step", 1) == 1.0
 
 
 def test_whoever_waits_long_comes_before_a_higher_priority(tiny: Bench) -> None:
