@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.limits import counted_row, limits, title_of
+from benchmarks.limits import counted_row, title_of
 from benchmarks.markdown import hits_of, percent, read_result, refused, share_of
 from benchmarks.report import RESULTS
 from saferedir_torch.evaluation.intervals import share
@@ -173,15 +173,6 @@ It breaks at the detector, beside animals that it was not taught; where it fires
 | weapons' names | animals | shown without safety | fired | FSR | FSR of the rewrite | animal kept | balloon drawn |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}"""
-
-
-def what_gets_through() -> str:
-    told = [path.stem for pattern in ("*attacks_*.json", "amplified.json") for path in sorted(RESULTS.glob(pattern))]
-    said = limits({name: read_result(name) for name in told})
-    listed = "\n".join(f"- {sentence}" for sentence in said)
-    return f"""**What this does not protect against:**
-
-{listed}"""
 
 
 def of_other_prompts(result: dict[str, Any]) -> list[str]:
