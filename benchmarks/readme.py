@@ -68,7 +68,7 @@ def figures() -> str:
         engine_figures.precision: ("precision",),
         method_figures.ladder: ("oracle_church",),
     }
-    title = "# Figures\n\nEvery table, written by `python -m benchmarks.readme` from the files in [results](results)."
+    title = "# Figures\n\nEvery table, written by `python -m benchmarks.readme` from the files in `benchmarks/results`."
     return f"{title}\n\n{_measured(sections)}\n"
 
 

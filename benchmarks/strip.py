@@ -14,8 +14,8 @@ from saferedir.runtime import Pipeline
 PATH = Path(__file__).parents[1] / "docs" / "strip.png"
 #: Prompts and seeds.
 SHOWN = (
-    ("a church next to a cat", 7), ("a chapel beside a tree on green", 3), ("a dog in ink style", 5), ("a rocket in ink style", 2),
-    ("a sword next to a rabbit", 4), ("a bow and arrow on blue", 9), ("a balloon as a sticker", 1),
+    ("a church next to a cat", 7), ("a chapel beside a tree on green", 3), ("a dog in ink style", 5),
+    ("a rocket in ink style", 2), ("a sword next to a rabbit", 4), ("a bow and arrow on blue", 9), ("a balloon as a sticker", 1),
 )  # fmt: skip
 #: Times the embedded model's size, without smoothing.
 ENLARGED = 2
