@@ -13,10 +13,15 @@ from saferedir.runtime import Pipeline
 
 PATH = Path(__file__).parents[1] / "docs" / "strip.png"
 #: Prompts and seeds.
-SHOWN = (
-    ("a church next to a cat", 7), ("a chapel beside a tree on green", 3), ("a dog in ink style", 5),
-    ("a rocket in ink style", 2), ("a sword next to a rabbit", 4), ("a bow and arrow on blue", 9), ("a balloon as a sticker", 1),
-)  # fmt: skip
+SHOWN = {
+    "a church next to a cat": 7,
+    "a chapel beside a tree on green": 3,
+    "a dog in ink style": 5,
+    "a rocket in ink style": 2,
+    "a sword next to a rabbit": 4,
+    "a bow and arrow on blue": 9,
+    "a balloon as a sticker": 1,
+}
 #: Times the embedded model's size, without smoothing.
 ENLARGED = 2
 
@@ -25,7 +30,7 @@ def main() -> None:
     protected = Pipeline.from_bundle()
     rows = []
     for pipeline in (plain_of(protected), protected):
-        drawn = pipeline([prompt for prompt, _ in SHOWN], seed=[seed for _, seed in SHOWN]).images
+        drawn = pipeline(list(SHOWN), seed=list(SHOWN.values())).images
         size = ENLARGED * drawn[0].width, ENLARGED * drawn[0].height
         rows.append(np.stack([np.asarray(image.resize(size, Image.Resampling.NEAREST)) for image in drawn]))
     save_rows(rows, PATH)
