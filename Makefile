@@ -43,7 +43,7 @@ types: $(DEV)/.installed
 # model: record, train, calibrate, export. Hours; each part goes on where it was.
 MODEL := saferedir_torch/shipped/emoji-diffusion
 CONCEPTS := church ink weapons
-METHOD = $(DEV)/bin/python -m saferedir_torch
+METHOD = $(DEV)/bin/saferedir
 
 shipped: runs/shipped/made $(CONCEPTS:%=runs/%/made) runs/teddy/made
 	cp runs/shipped/safety/* saferedir_torch/shipped/safety/

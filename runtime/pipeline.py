@@ -269,6 +269,9 @@ class Pipeline:
         finally:
             for ticket in tickets:
                 ticket.cancel()
+            for ticket in tickets:
+                if ticket.job is not None:
+                    ticket.future.exception()  # waits: nothing of a call goes on when it has ended
         return [ticket.future.result() for ticket in tickets]
 
     def decode(self, latent: npt.NDArray[np.float32]) -> list[Image.Image]:

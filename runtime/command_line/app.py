@@ -16,7 +16,7 @@ from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import RequestError, VerificationError
 from saferedir.engines.manifest import PUBLISHED
 from saferedir.engines.printable import printable
-from saferedir.runtime.command_line import making, serving
+from saferedir.runtime.command_line import learning, making, serving
 from saferedir.runtime.command_line.console import (
     BundleOption,
     DigestOption,
@@ -330,6 +330,7 @@ def _show(report: VerificationReport) -> None:
         console.print(f"{engine.engine}: {said}", soft_wrap=True)
 
 
+learning.add_to(app)
 app.command()(making.export)
 app.command(name="import-published")(making.import_published)
 app.command(name="build-plans")(making.build_plans)
