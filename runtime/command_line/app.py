@@ -16,7 +16,7 @@ from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import RequestError, VerificationError
 from saferedir.engines.manifest import PUBLISHED
 from saferedir.engines.printable import printable
-from saferedir.runtime.command_line import learning, making, serving
+from saferedir.runtime.command_line import evaluating, learning, making, serving
 from saferedir.runtime.command_line.console import (
     BundleOption,
     DigestOption,
@@ -331,6 +331,7 @@ def _show(report: VerificationReport) -> None:
 
 
 learning.add_to(app)
+app.command()(evaluating.evaluate)
 app.command()(making.export)
 app.command(name="import-published")(making.import_published)
 app.command(name="build-plans")(making.build_plans)
