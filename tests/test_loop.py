@@ -7,10 +7,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from saferedir.engines import open_bundle
+from saferedir.engines.bundle import DEFAULT_BUNDLE
 from saferedir.engines.step import NUMBERS
 from saferedir.runtime import Pipeline, SafetyPolicy
-from saferedir.runtime.ort import resolve_provider
-from saferedir.runtime.replay import RecordingBackend
+from saferedir.runtime.ort import OrtBackend, resolve_provider
+from saferedir.runtime.replay import RecordingBackend, Runs, record_runs
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++-2m", "euler-ancestral", "lcm"])
@@ -38,3 +40,10 @@ def test_auto_takes_cuda_where_there_is_a_device(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("saferedir.runtime.ort.import_onnxruntime", Offering)
     monkeypatch.setattr("saferedir.runtime.ort.device_count", lambda: devices)
     assert resolve_provider("auto") == chosen
+
+
+def test_runs_are_recorded_at_settings_that_nothing_is_promised_for() -> None:
+    bundle = open_bundle(DEFAULT_BUNDLE)
+    assert bundle.manifest.safety.promise is not None and bundle.manifest.safety.promise.envelope.steps[0] > 2
+    found = record_runs(bundle, lambda: OrtBackend(bundle, "ort-cpu"), Runs(1, 2))
+    assert {"step", "step_unguided", "plain_step", "vae_decoder"} <= set(found)

@@ -26,7 +26,7 @@ def attacks(
     safety: Annotated[Path | None, typer.Option(help="Folder of another module; results are stored under its name.")] = None,
     prompts: Annotated[int, typer.Option(help="Prompts a family.")] = 120,
     seeds: Annotated[int, typer.Option(help="Seeds a prompt.")] = 4,
-    at_least: Annotated[int, typer.Option(help="Pictures that must show the concept without safety; fewer: no attack.")] = 150,
+    at_least: Annotated[int, typer.Option(help="Pictures that must show the concept without safety; fewer: no attack.")] = 50,
     steps: Annotated[int, typer.Option(help="Denoising steps; others than 25 are named in the result's name.")] = 25,
     family: Annotated[
         list[str] | None, typer.Option(help="Only this family, again for more; stored under their names.")

@@ -49,7 +49,7 @@ class Size:
 
     prompts: int = 120
     seeds: int = 4
-    at_least: int = 150
+    at_least: int = 50
     harmless: int = 60
     evolving: int = 24
     evolution: Evolution = field(default_factory=Evolution)
