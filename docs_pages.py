@@ -1,10 +1,11 @@
-"""Pages of the docs site that are not in `docs`: what people read at the root of the repository, and the command line.
+"""Pages of the docs site that are not in `docs`: what people read at the root of the repository, command line and licences.
 
 A hook of MkDocs.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -36,6 +37,24 @@ def on_files(files: Any, config: Any) -> Any:
     for picture in (ROOT / "benchmarks" / "results").glob("*.png"):
         files.append(File.generated(config, f"results/{picture.name}", abs_src_path=str(picture)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Put the licences where a page asks for them."""
+    return markdown.replace("<!-- licences -->", _licences()) if "<!-- licences -->" in markdown else markdown
+
+
+def _licences() -> str:
+    """A table of every package in the bill of materials."""
+    rows = ["| package | version | licence |", "| --- | --- | --- |"]
+    for component in json.loads((ROOT / "sbom.cdx.json").read_text())["components"]:
+        stated = [
+            said.get("expression") or said["license"].get("id") or said["license"]["name"]
+            for said in component.get("licenses", [])
+        ]
+        names = [name for name in stated if not name.startswith("License ::")] or [name.split(" :: ")[-1] for name in stated]
+        rows.append(f"| {component['name']} | {component['version']} | {', '.join(names) or 'stated in its files only'} |")
+    return "\n".join(rows)
 
 
 def _command_line() -> str:
