@@ -1,4 +1,4 @@
-"""Drawing where nothing but the lean runtime's own packages can be imported and no host reached, as on a box that serves pictures."""
+"""Drawing where only the lean runtime's own packages can be imported and no host reached, as on a box that serves."""
 
 from __future__ import annotations
 

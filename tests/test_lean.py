@@ -24,7 +24,7 @@ def test_a_process_that_needs_the_training_stack_fails() -> None:
 
 
 def test_a_process_that_asks_for_a_host_fails() -> None:
-    with pytest.raises(LeanDrawingError, match="socket.getaddrinfo is refused"):
+    with pytest.raises(LeanDrawingError, match=r"socket\.getaddrinfo is refused"):
         draw_lean(DEFAULT_BUNDLE, "a cat", 2, AsksForAHost())
 
 
