@@ -7,20 +7,30 @@ nearer. Free rows go to whoever came first: so what was predicted of a picture t
 
 from __future__ import annotations
 
+import atexit
 import heapq
 import itertools
 import logging
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from weakref import WeakSet
 
 import numpy as np
 
 from saferedir.engines import Manifest
-from saferedir.engines.errors import CancelledError, DeadlineError, QueueFullError, SafeRedirError, SafetyEngineError
+from saferedir.engines.errors import (
+    BackendError,
+    CancelledError,
+    DeadlineError,
+    QueueFullError,
+    SafeRedirError,
+    SafetyEngineError,
+)
 from saferedir.runtime.backend import Backend
-from saferedir.runtime.job import Array, Denoised, Drawing, Job
+from saferedir.runtime.job import Array, Drawing, Job
 from saferedir.runtime.prediction import FIRST_GUESS, StepTimes, seconds_until_drawn
 from saferedir.runtime.rows import Rows
 from saferedir.runtime.ticket import Ticket
@@ -31,6 +41,8 @@ log = logging.getLogger("saferedir")
 USUAL_SLACK = 3.0
 #: Seconds by which a step of priority brings a picture forward: who has waited longer than that goes first all the same.
 PRIORITY_SECONDS = 5.0
+#: How long closing waits for the step that is under way.
+CLOSE_SECONDS = 60.0
 
 
 class Batcher:
@@ -51,6 +63,7 @@ class Batcher:
         self.on_turn: Callable[[int, float], None] | None = None
         self._counter = itertools.count()
         self._reset()
+        _OPEN.add(self)
 
     def prepare(self, engines: Sequence[str]) -> None:
         """Make the rows of these step graphs, and measure their steps, before anything is drawn.
@@ -85,6 +98,7 @@ class Batcher:
 
         Raises:
             QueueFullError: as many wait as may, or they could not be drawn by their deadline. None is drawn.
+            CancelledError: the batcher is closed.
         """
         now = time.monotonic()
         due = now + USUAL_SLACK * steps * self.times.of(engine, 1)
@@ -93,14 +107,16 @@ class Batcher:
         if self._process != os.getpid():
             self._reset()
         with self._lock:
+            if self._closed:
+                raise CancelledError("nothing more is drawn; this batcher is closed")
             self._reserved = [ticket for ticket in self._reserved if not ticket.cancelled]
             waiting = [*self._waiting, *self._reserved]
-            if self.queue is not None and len(waiting) + pictures > self.queue:
-                message = f"{len(waiting)} pictures wait already, of {self.queue} that may"
+            if self.queue is not None and self._without_a_row([*waiting, *tickets]) > self.queue:
+                message = f"{self._without_a_row(waiting)} pictures wait already, of {self.queue} that may"
                 raise QueueFullError(message, self._seconds_until_one_is_drawn())
             if self.queue is not None or deadline is not None:
                 predicted = now + self._seconds_until_drawn([*waiting, *tickets], tickets[-1])
-                if deadline is not None and predicted > deadline:
+                if deadline is not None and predicted > deadline and not self._may_try(tickets, now, deadline):
                     message = f"it would be drawn in {predicted - now:.1f} s, {predicted - deadline:.1f} s past its deadline"
                     raise QueueFullError(message, predicted - deadline)
                 for ticket in tickets:
@@ -109,24 +125,59 @@ class Batcher:
         return tickets
 
     def submit(self, tickets: Sequence[Ticket], drawings: Sequence[Drawing]) -> None:
-        """Draw these in the places that were reserved for them. They begin together where there is room."""
+        """Draw these in the places that were reserved for them. They begin together where there is room.
+
+        Raises:
+            BackendError: the system gives no thread to draw with. CancelledError: the batcher is closed. None is drawn.
+        """
         for ticket, drawing in zip(tickets, drawings, strict=True):
             ticket.job = Job(drawing)
         with self._lock:
             self._reserved = [ticket for ticket in self._reserved if ticket not in tickets]
+            if self._closed:
+                raise CancelledError("nothing more is drawn; this batcher is closed")
+            try:
+                self._start()
+            except RuntimeError as error:
+                raise BackendError(f"no thread can be started to draw with: {error}") from error
             for ticket in tickets:
                 heapq.heappush(self._waiting, ticket)
-            self._start()
+                ticket.submitted = True
+
+    def close(self) -> None:
+        """Let all pictures leave at the next step, and wait for it. Nothing more is drawn."""
+        if self._process != os.getpid():  # of the process that this one was forked from
+            return
+        with self._lock:
+            self._closed = True
+            thread = self._thread
+            for ticket in (*self._waiting, *self._reserved, *self._under_way()):
+                ticket.cancel()
+        if thread is not None:
+            thread.join(CLOSE_SECONDS)
+
+    def _under_way(self) -> list[Ticket]:
+        return [ticket for group in self._groups.values() for ticket in list(group.tickets.values())]
+
+    def _may_try(self, tickets: Sequence[Ticket], now: float, deadline: float) -> bool:
+        """Whether to draw all the same, since nothing else is: times that a pause made too long would never be corrected."""
+        seconds = tickets[0].steps * self.times.at_best(tickets[0].engine, len(tickets))
+        return not (self._waiting or self._reserved or self.running) and now + seconds <= deadline
+
+    def _without_a_row(self, tickets: Sequence[Ticket]) -> int:
+        """How many of these find no free row when they come."""
+        taken = {engine: len(group.tickets) for engine, group in self._groups.items()}
+        wanted = Counter(ticket.engine for ticket in tickets)
+        return sum(max(0, count - self.capacity + taken.get(engine, 0)) for engine, count in wanted.items())
 
     def _seconds_until_drawn(self, waiting: Sequence[Ticket], last: Ticket) -> float:
         ahead = {id(ticket): ticket.ahead for ticket in waiting}
-        under_way = [ticket.ahead for group in self._groups.values() for ticket in list(group.tickets)]
+        under_way = [ticket.ahead for ticket in self._under_way()]
         return seconds_until_drawn(ahead[id(last)], under_way, [*ahead.values()], self.capacity, self.times.expected)
 
     def _seconds_until_one_is_drawn(self) -> float:
         """Until the first of those under way is drawn, or of those that wait where none is."""
-        everyone = [ticket.ahead for group in self._groups.values() for ticket in list(group.tickets)]
-        everyone = everyone or [ticket.ahead for ticket in (*self._waiting, *self._reserved)]
+        everyone = [ticket.ahead for ticket in self._under_way() or (*self._waiting, *self._reserved)]
         if not everyone:
             return FIRST_GUESS
         groups = {own.engine: sum(other.engine == own.engine for other in everyone) for own in everyone}
@@ -135,21 +186,24 @@ class Batcher:
 
     def _start(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="saferedir-batcher", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="saferedir-batcher", daemon=True)
+            thread.start()
+            self._thread = thread
 
     def _reset(self) -> None:
         self._process = os.getpid()
         self._lock = threading.Lock()
-        self._waiting, self._reserved, self._groups, self._thread = [], [], {}, None
+        self._waiting, self._reserved, self._groups, self._thread, self._closed = [], [], {}, None, False
 
     def turn(self) -> None:
         """Let in what there is room for, let out what was cancelled or is late, and step the group that is due once."""
         with self._lock:
-            self._admit()
+            refused = self._admit()
+        for ticket, error in refused:  # out of the lock: whoever waits for them may come back at once
+            ticket.future.set_exception(error)
         self._leave_early()
         if due := [group for group in self._groups.values() if group.tickets]:
-            self._step(min(due, key=lambda group: min(ticket.due for ticket in group.tickets)))
+            self._step(min(due, key=lambda group: min(ticket.due for ticket in group.tickets.values())))
 
     def _run(self) -> None:
         while True:
@@ -167,19 +221,22 @@ class Batcher:
     def _give_up(self, error: Exception) -> None:
         """Fail all pictures there are, and begin anew."""
         with self._lock:
-            tickets = [*self._waiting, *(ticket for group in self._groups.values() for ticket in group.tickets)]
+            tickets = [*self._waiting, *self._under_way()]
             self._waiting, self._groups = [], {}
         for ticket in tickets:
             if not ticket.future.done():
-                _fail(ticket, error, ticket.done, ticket.engine)
+                ticket.future.set_exception(_raised(error, ticket.done, ticket.engine))
 
-    def _admit(self) -> None:
-        """Let those that wait into free rows, whoever came first. Of a group that is full the others wait on."""
-        kept: list[Ticket] = []
+    def _admit(self) -> list[tuple[Ticket, SafeRedirError]]:
+        """Let those that wait into free rows, whoever came first. Of a group that is full the others wait on.
+
+        Those that wait no longer, and why.
+        """
+        kept, refused = [], []
         while self._waiting:
             ticket = heapq.heappop(self._waiting)
             if ticket.cancelled or _late(ticket):
-                _end(ticket)
+                refused.append((ticket, _left(ticket)))
                 continue
             try:
                 group = self._group(ticket.engine)
@@ -188,9 +245,9 @@ class Batcher:
                 else:
                     kept.append(ticket)
             except Exception as error:  # whatever a backend raises as it makes room
-                _fail(ticket, error, 0)
-        self._waiting = kept
-        heapq.heapify(self._waiting)
+                refused.append((ticket, _raised(error, 0, ticket.engine)))
+        self._waiting = kept  # in order, so that it is a heap
+        return refused
 
     def _group(self, engine: str) -> _Group:
         if engine not in self._groups:
@@ -199,10 +256,10 @@ class Batcher:
 
     def _leave_early(self) -> None:
         for group in self._groups.values():
-            for ticket in list(group.tickets):
+            for ticket in list(group.tickets.values()):
                 if ticket.cancelled or _late(ticket):
                     group.leave(ticket)
-                    _end(ticket)
+                    ticket.future.set_exception(_left(ticket))
 
     def _step(self, group: _Group) -> None:
         rows, count = group.rows, len(group.tickets)
@@ -210,55 +267,60 @@ class Batcher:
         try:
             recorded = rows.step()
         except Exception as error:  # an engine's: it fails those that it was to draw
-            for ticket in list(group.tickets):
-                group.leave(ticket)
-                _fail(ticket, error, ticket.done + 1, rows.engine)
-            del self._groups[rows.engine]  # what is in its tensors nobody knows
+            with self._lock:
+                del self._groups[rows.engine]  # what is in its tensors nobody knows
+            for ticket in group.tickets.values():
+                ticket.future.set_exception(_raised(error, ticket.done + 1, rows.engine))
             return
-        for ticket, record in zip(list(group.tickets), recorded, strict=True):
+        for job, record in recorded:
+            ticket = group.tickets[job]
             try:
-                done = _taken(rows, ticket, record)
+                job.take(record)
+                done = rows.denoised(job) if job.finished else None
                 if ticket.on_step is not None:
                     ticket.on_step(ticket.done, ticket.steps)
                 _show(ticket, record, rows)
             except Exception as error:
                 group.leave(ticket)
-                _fail(ticket, error, ticket.done, rows.engine)
+                ticket.future.set_exception(_raised(error, ticket.done, rows.engine))
                 continue
             if done is not None:
                 group.leave(ticket)
                 ticket.future.set_result(done)
         seconds = time.perf_counter() - started
-        self.times.taken(rows.engine, count, seconds)
+        if not rows.first_of_its_kind:
+            self.times.taken(rows.engine, count, seconds)
         if self.on_turn is not None:
             self.on_turn(count, seconds)
 
 
+#: Batchers whose threads end before the interpreter does.
+_OPEN: WeakSet[Batcher] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that came back from an engine into an interpreter that ends would abort the process."""
+    for batcher in list(_OPEN):
+        batcher.close()
+
+
 class _Group:
-    """The tickets of one step graph, in the order of their rows."""
+    """The pictures of one step graph."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
-        self.tickets: list[Ticket] = []
+        self.tickets: dict[Job, Ticket] = {}
 
     def enter(self, ticket: Ticket) -> None:
         assert ticket.job is not None
         self.rows.enter(ticket.job)
-        self.tickets.append(ticket)
+        self.tickets[ticket.job] = ticket
 
     def leave(self, ticket: Ticket) -> None:
         assert ticket.job is not None
         self.rows.leave(ticket.job)
-        row = self.tickets.index(ticket)
-        self.tickets[row] = self.tickets[-1]
-        self.tickets.pop()
-
-
-def _taken(rows: Rows, ticket: Ticket, record: Mapping[str, Array]) -> Denoised | None:
-    """Give the picture what a step recorded of it. What is left of it, if that was its last."""
-    assert ticket.job is not None
-    ticket.job.take(record)
-    return rows.denoised(ticket.job) if ticket.job.finished else None
+        del self.tickets[ticket.job]
 
 
 def _show(ticket: Ticket, record: Mapping[str, Array], rows: Rows) -> None:
@@ -278,13 +340,14 @@ def _late(ticket: Ticket) -> bool:
     return ticket.deadline is not None and time.monotonic() > ticket.deadline
 
 
-def _end(ticket: Ticket) -> None:
-    """Tell whoever waits that it was cancelled, or late."""
+def _left(ticket: Ticket) -> SafeRedirError:
+    """It was cancelled, or late."""
     steps = f"after {ticket.done} of {ticket.steps} steps"
-    kind = CancelledError(f"cancelled {steps}") if ticket.cancelled else DeadlineError(f"its deadline passed {steps}")
-    ticket.future.set_exception(kind)
+    return CancelledError(f"cancelled {steps}") if ticket.cancelled else DeadlineError(f"its deadline passed {steps}")
 
 
-def _fail(ticket: Ticket, error: Exception, step: int, engine: str = "") -> None:
-    own = error if isinstance(error, SafeRedirError) else SafetyEngineError(f"engine {engine!r} raised in step {step}: {error}")
-    ticket.future.set_exception(own)
+def _raised(error: Exception, step: int, engine: str) -> SafeRedirError:
+    """An error with a type of ours."""
+    return (
+        error if isinstance(error, SafeRedirError) else SafetyEngineError(f"engine {engine!r} raised in step {step}: {error}")
+    )

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from saferedir.engines.errors import CancelledError
+
 Array = npt.NDArray[Any]
 
 
@@ -50,9 +52,13 @@ class Gathering:
             self._waiting = deque(item for item in self._waiting if id(item[1]) not in taken)
         try:
             made = self._function(np.stack([row for row, _ in chosen]))
-        except BaseException as error:
+        except Exception as error:
             for _, future in chosen:
                 future.set_exception(error)
             return
+        except BaseException:  # of this thread alone: an interruption
+            for _, future in chosen:
+                future.set_exception(CancelledError("whoever computed for several calls was interrupted"))
+            raise
         for (_, future), row in zip(chosen, made, strict=True):
             future.set_result(row)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +32,11 @@ from saferedir.runtime.ticket import StepCallback, Ticket
 from saferedir.runtime.tokenizer import PromptTokenizer, check_prompt
 
 log = logging.getLogger("saferedir")
+
+#: How long a call that waits takes to notice that it is cancelled.
+CANCEL_SECONDS = 0.05
+#: A picture that has ended, or None for each step that was done.
+Events = SimpleQueue[Ticket | None]
 
 
 @dataclass(frozen=True)
@@ -245,32 +250,31 @@ class Pipeline:
 
     def draw(self, plan: Plan, on_step: StepCallback | None = None, cancel: threading.Event | None = None) -> list[Denoised]:
         """All of them, or none. So many are handed to the batcher that none of its rows stands empty."""
-        most, happened, tickets = self.batcher.capacity, SimpleQueue[int](), list[Ticket]()
-        steps, told = len(plan.schedule.timesteps) * len(plan.requests), 0
+        most, happened, tickets = self.batcher.capacity, Events(), list[Ticket]()
+        steps, done, ended = len(plan.schedule.timesteps) * len(plan.requests), 0, 0
         try:
-            while len(tickets) < len(plan.requests) or not all(ticket.future.done() for ticket in tickets):
-                if len(tickets) < len(plan.requests) and sum(not ticket.future.done() for ticket in tickets) <= most:
+            while ended < len(plan.requests):
+                if len(tickets) < len(plan.requests) and len(tickets) - ended <= most:
                     chunk = plan.requests[len(tickets) : len(tickets) + most]
                     added = self.batcher.reserve(plan.engine, len(plan.schedule.timesteps), len(chunk))
                     tickets += added
                     for ticket in added:
-                        ticket.on_step = lambda done, total: happened.put(1)
-                        ticket.future.add_done_callback(lambda future: happened.put(0))
+                        ticket.on_step = lambda done, total: happened.put(None)
+                        ticket.future.add_done_callback(lambda future, ticket=ticket: happened.put(ticket))  # type: ignore[misc]
                     self.batcher.submit(added, self.drawings(plan, chunk))
-                stepped = happened.get()
-                if cancel is not None and cancel.is_set():
-                    raise CancelledError(f"cancelled after {told} of {steps} steps")
-                for ticket in tickets:
-                    if ticket.future.done():
-                        ticket.future.result()  # raises where it failed
-                told += stepped
-                if on_step is not None and stepped:
-                    on_step(told, steps)
+                event = _next(happened, cancel, f"cancelled after {done} of {steps} steps")
+                if event is not None:
+                    event.future.result()  # raises where it failed
+                    event.job, ended = None, ended + 1
+                    continue
+                done += 1
+                if on_step is not None:
+                    on_step(done, steps)
         finally:
             for ticket in tickets:
                 ticket.cancel()
             for ticket in tickets:
-                if ticket.job is not None:
+                if ticket.submitted:
                     ticket.future.exception()  # waits: nothing of a call goes on when it has ended
         return [ticket.future.result() for ticket in tickets]
 
@@ -354,6 +358,20 @@ class Pipeline:
             **self.backend.versions(),
             **hashes,
         }
+
+
+def _next(happened: Events, cancel: threading.Event | None, message: str) -> Ticket | None:
+    """What happened next.
+
+    Raises:
+        CancelledError: `cancel` is set.
+    """
+    while cancel is None or not cancel.is_set():
+        try:
+            return happened.get(timeout=None if cancel is None else CANCEL_SECONDS)
+        except Empty:
+            continue
+    raise CancelledError(message)
 
 
 def _negative(request: ImageRequest, guidance_scale: float) -> Literal["none", "given", "ignored"]:

@@ -11,6 +11,8 @@ import numpy as np
 FIRST_GUESS = 0.05
 #: Weight of the latest step in the average of times, and of rows.
 LATEST, LATEST_ROWS = 0.2, 0.05
+#: A step that took more than so many times what is known, since the machine paused, counts as that.
+MOST_AT_ONCE = 2.0
 
 
 class StepTimes:
@@ -18,12 +20,15 @@ class StepTimes:
 
     def __init__(self) -> None:
         self._seconds: dict[str, dict[int, float]] = {}
+        self._least: dict[str, dict[int, float]] = {}
         self._rows: dict[str, float] = {}
 
     def measured(self, engine: str, rows: int, seconds: float) -> None:
         known = self._seconds.setdefault(engine, {})
         before = known.get(rows, seconds)
-        known[rows] = before + LATEST * (seconds - before)
+        known[rows] = before + LATEST * (min(seconds, MOST_AT_ONCE * before) - before)
+        least = self._least.setdefault(engine, {})
+        least[rows] = min(seconds, least.get(rows, seconds))
 
     def taken(self, engine: str, rows: int, seconds: float) -> None:
         """The same of a step that was asked for, which says how many come as well."""
@@ -41,7 +46,14 @@ class StepTimes:
 
     def of(self, engine: str, rows: float) -> float:
         """Between two numbers of rows that were measured on the line between them; beyond them, in proportion to the rows."""
-        known = self._seconds.get(engine)
+        return self._between(self._seconds.get(engine), rows)
+
+    def at_best(self, engine: str, rows: float) -> float:
+        """The same by the fastest steps there were."""
+        return self._between(self._least.get(engine), rows)
+
+    @staticmethod
+    def _between(known: dict[int, float] | None, rows: float) -> float:
         if not known:
             return FIRST_GUESS * rows
         sizes = sorted(known)

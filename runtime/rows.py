@@ -42,7 +42,7 @@ class Rows:
         #: A step reads the state on one side and gives it on the other.
         self._state: dict[str, tuple[DeviceTensor, DeviceTensor]] = {}
         self._per_step: dict[str, Array] = {}
-        self._recorded, self._last = [], []
+        self._every_step, self._last_step = [], []
         self._side = 0
         for tensor in tensors:
             shape = (capacity, *shapes[tensor.name])
@@ -54,14 +54,16 @@ class Rows:
             if tensor.role is Role.PER_STEP:
                 self._per_step[tensor.name] = np.zeros(shape, tensor.dtype)
             elif tensor.every_step:
-                self._recorded.append(tensor)
+                self._every_step.append(tensor)
                 self._blanks[tensor.output] = blank
             elif tensor.role is Role.RECORD:
-                self._last.append(tensor.name)
+                self._last_step.append(tensor.name)
         self._constants = [tensor.name for tensor in tensors if tensor.role is Role.CONSTANT]
         self._noisy = True  # what the rows of noise hold is not known to be zero
         self._sizes = ladder(capacity) if backend.captures else tuple(range(1, capacity + 1))
         self._calls: dict[tuple[int, int], Call] = {}
+        #: Whether the last step was the first of its kind, which loads, binds or captures: its time says nothing.
+        self.first_of_its_kind = False
 
     @property
     def free(self) -> int:
@@ -95,15 +97,15 @@ class Rows:
         """Free the job's row; the last one moves there."""
         row, last = self.jobs.index(job), len(self.jobs) - 1
         if row != last:
-            kept = [self._placed[name] for name in (*self._constants, *self._last)]
+            kept = [self._placed[name] for name in (*self._constants, *self._last_step)]
             resident = kept + [sides[self._side] for sides in self._state.values()]
             for tensor in resident:
                 self.backend.move(tensor, row, last)
             self.jobs[row] = self.jobs[last]
         self.jobs.pop()
 
-    def step(self) -> list[dict[str, Array]]:
-        """One step of every job that is here: what it records of each, by output.
+    def step(self) -> list[tuple[Job, dict[str, Array]]]:
+        """One step of every job that is here: each, and what the step records of it, by output.
 
         Raises:
             whatever the engine raises; no job has taken anything then.
@@ -111,7 +113,7 @@ class Rows:
         count = len(self.jobs)
         self._write_what_differs(count)
         after = 1 - self._side
-        for tensor in self._recorded:
+        for tensor in self._every_step:
             target = self._state[tensor.name][after] if tensor.role is Role.STATE else self._placed[tensor.name]
             self.backend.write(target, 0, self._blanks[tensor.output][:count])
         self._call(count)()
@@ -120,15 +122,15 @@ class Rows:
             tensor.output: self.backend.read(
                 self._state[tensor.name][after] if tensor.role is Role.STATE else self._placed[tensor.name], 0, count
             )
-            for tensor in self._recorded
+            for tensor in self._every_step
         }
-        return [{name: values[row] for name, values in read.items()} for row in range(count)]
+        return [(job, {name: values[row] for name, values in read.items()}) for row, job in enumerate(self.jobs)]
 
     def denoised(self, job: Job) -> Denoised:
         """What is left of a job that is here after its last step."""
         row = self.jobs.index(job)
         (latent,) = self.backend.read(self._state["latent"][self._side], row, 1)
-        mask = self.backend.read(self._placed["token_mask"], row, 1)[0] if self._last else None
+        mask = self.backend.read(self._placed["token_mask"], row, 1)[0] if self._last_step else None
         return job.denoised(latent, mask)
 
     def estimate(self, job: Job) -> Array:
@@ -148,13 +150,15 @@ class Rows:
                 self._noisy = adds
             for row, value in enumerate(given):
                 host[row] = 0 if value is None else value
+            host[count:] = 0
             self.backend.write(self._placed[name], 0, host if name == "noise" else host[:count])
 
     def _call(self, count: int) -> Call:
         """A step of the first `count` rows, or of a few more that hold nobody."""
         count = next(size for size in self._sizes if size >= count)
         key = count, self._side
-        if key not in self._calls:
+        self.first_of_its_kind = key not in self._calls
+        if self.first_of_its_kind:
             before = {name: sides[self._side] for name, sides in self._state.items()}
             after = {f"next_{name}": sides[1 - self._side] for name, sides in self._state.items()}
             self._calls[key] = self.backend.bind(self.engine, self._placed | before, self._placed | after, count)

@@ -37,8 +37,9 @@ class Ticket:
     on_preview: PreviewCallback | None = field(compare=False, default=None)
     #: A preview that no decision has seen yet.
     held: Array | None = field(compare=False, default=None)
-    #: None until it was submitted.
     job: Job | None = field(compare=False, default=None)
+    #: Whether it was handed over to be drawn: then `future` ends.
+    submitted: bool = field(compare=False, default=False)
     future: Future[Denoised] = field(compare=False, default_factory=Future)
     cancelled: bool = field(compare=False, default=False)
 

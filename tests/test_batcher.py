@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +18,22 @@ from hypothesis import strategies as st
 from tiny_bundle import write_tiny_bundle
 
 from saferedir.engines import open_bundle
-from saferedir.engines.errors import CancelledError, DeadlineError, NonFiniteError, QueueFullError, SafetyEngineError
+from saferedir.engines.errors import (
+    BackendError,
+    CancelledError,
+    DeadlineError,
+    NonFiniteError,
+    QueueFullError,
+    SafetyEngineError,
+)
 from saferedir.runtime import Pipeline
 from saferedir.runtime.backend import BackendAround, Call, Tensors
 from saferedir.runtime.batcher import Batcher
-from saferedir.runtime.job import Denoised, Drawing
+from saferedir.runtime.job import Denoised, Drawing, Job
+from saferedir.runtime.pipeline import Events, _next
 from saferedir.runtime.policy import SafetyPolicy, resolve
 from saferedir.runtime.prediction import FIRST_GUESS
-from saferedir.runtime.rows import ladder
+from saferedir.runtime.rows import Rows, ladder
 from saferedir.runtime.schedulers import SCHEDULERS, make_schedule
 from saferedir.runtime.ticket import Ticket
 
@@ -155,6 +167,35 @@ def test_where_steps_are_captured_few_numbers_of_rows_are_and_others_are_padded(
         assert_same(ticket.future.result(), tiny.lone(*picture))
 
 
+def forgets_rows(names: tuple[str, ...]) -> Any:
+    """What `Rows.leave` does, without moving these tensors."""
+
+    def leave(rows: Rows, job: Job) -> None:
+        kept = {id(rows._placed[name]) for name in names if name in rows._placed}
+        kept |= {id(side) for name in names if name in rows._state for side in rows._state[name]}
+        backend, moved = rows.backend, rows.backend.move
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(backend, "move", lambda tensor, *rows: id(tensor) in kept or moved(tensor, *rows), raising=False)
+            LEAVE(rows, job)
+
+    return leave
+
+
+LEAVE = Rows.leave
+
+
+@pytest.mark.parametrize(
+    "names", [("active", "cooldown"), ("negative", "original"), ("threshold",), ("period",), ("denoised",)]
+)
+def test_rows_that_were_confused_would_be_seen(tiny: Bench, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> None:
+    """What the equality of pictures alone and in company is worth: with such a fault in the batcher it does not hold."""
+    arrivals = [(seed, (seed, 7 + seed, "ddim", 5.0, seed % 3), None) for seed in range(6)]
+    check_equality(tiny, arrivals)
+    monkeypatch.setattr(Rows, "leave", forgets_rows(names))
+    with pytest.raises(AssertionError):
+        check_equality(tiny, arrivals)
+
+
 def test_a_ladder_ends_with_all_rows() -> None:
     assert ladder(1) == (1,) and ladder(4) == (1, 2, 4) and ladder(6) == (1, 2, 4, 6)
 
@@ -269,6 +310,99 @@ def test_what_could_not_be_drawn_in_time_is_refused_at_once(tiny: Bench) -> None
     assert refused.value.retry_after == pytest.approx(20, abs=0.1)
 
 
+def test_times_that_a_pause_made_too_long_do_not_close_an_idle_batcher(tiny: Bench) -> None:
+    batcher = tiny.batcher()
+    batcher.times.measured("step", 1, 0.1)
+    for _ in range(50):
+        batcher.times.measured("step", 1, 10.0)
+    (ticket,) = batcher.reserve("step", 50, deadline=time.monotonic() + 30)
+    with pytest.raises(QueueFullError):  # beside another one the latest times count
+        batcher.reserve("step", 50, deadline=time.monotonic() + 30)
+    ticket.cancel()
+    with pytest.raises(QueueFullError):  # not even the fastest steps would do
+        batcher.reserve("step", 50, deadline=time.monotonic() + 4)
+
+
+def test_a_pause_of_the_machine_counts_little(tiny: Bench) -> None:
+    times = tiny.batcher().times
+    times.measured("step", 1, 0.1)
+    times.measured("step", 1, 100.0)
+    assert times.of("step", 1) == pytest.approx(0.12)
+
+
+def test_a_step_that_binds_is_not_measured(tiny: Bench) -> None:
+    batcher = tiny.batcher()
+    batcher.draw(tiny.drawing(0, 5, "ddim", 5.0, 0))
+    batcher.turn(), batcher.turn()  # one for either side of the state
+    assert batcher.times.of("step", 1) == FIRST_GUESS
+    batcher.turn()
+    assert batcher.times.of("step", 1) != FIRST_GUESS
+
+
+def test_without_a_thread_the_call_fails_and_the_next_may_draw(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline(tiny.pipeline.bundle, tiny.pipeline.backend)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(BackendError, match="no thread can be started"):
+            pipeline("a cat", num_inference_steps=2)
+    assert pipeline("a cat", num_inference_steps=2).images
+
+
+def test_a_call_that_waits_for_a_row_is_cancelled_at_once(tiny: Bench) -> None:
+    pipeline, cancel = Pipeline(tiny.pipeline.bundle, tiny.pipeline.backend), threading.Event()
+    pipeline.batcher._start = lambda: None  # type: ignore[method-assign]  # nobody takes a step
+    threading.Timer(0.1, cancel.set).start()
+    plan = pipeline.plan("a cat", num_inference_steps=2)
+    (ticket,) = pipeline.batcher.reserve("step", 2)
+    with pytest.raises(CancelledError, match="cancelled after 0 of 2 steps"):
+        _next(Events(), cancel, "cancelled after 0 of 2 steps")
+    assert plan.requests and not ticket.submitted
+
+
+def test_whoever_waited_in_vain_may_ask_again_at_once(tiny: Bench) -> None:
+    batcher = tiny.batcher(capacity=1)
+    batcher.draw(tiny.drawing(0, 5, "ddim", 5.0, 0))
+    batcher.turn()
+    waits = batcher.draw(tiny.drawing(1, 5, "ddim", 5.0, 0))
+    again: list[Ticket] = []
+    waits.future.add_done_callback(lambda future: again.extend(batcher.reserve("step", 5)))
+    waits.cancel()
+    batcher.turn()
+    assert len(again) == 1
+
+
+def test_a_closed_batcher_draws_nothing_more(tiny: Bench) -> None:
+    pipeline = Pipeline(tiny.pipeline.bundle, tiny.pipeline.backend)
+    (ticket,) = pipeline.batcher.reserve("step", 50)
+    pipeline.batcher.submit([ticket], [tiny.drawing(0, 50, "ddim", 5.0, 0)])
+    pipeline.batcher.close()
+    assert isinstance(ticket.future.exception(timeout=5), CancelledError)
+    with pytest.raises(CancelledError, match="closed"):
+        pipeline("a cat")
+
+
+def test_a_process_that_ends_while_a_picture_is_drawn_ends_in_order(tmp_path: Path) -> None:
+    code = """
+import sys, time, threading
+from saferedir.runtime import Pipeline
+pipeline = Pipeline.from_bundle(sys.argv[1], backend="ort-cpu", threads=1)
+run = pipeline.backend.bind
+def bind(*arguments):
+    call = run(*arguments)
+    return lambda: (time.sleep(0.2), call())
+pipeline.backend.bind = bind
+threading.Thread(target=lambda: pipeline("a cat", num_inference_steps=50), daemon=True).start()
+time.sleep(0.5)
+"""
+    folder = write_tiny_bundle(tmp_path / "tiny")
+    ended = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+
+
 @given(st.lists(st.tuples(st.integers(1, 12), st.sampled_from(["step", "step_unguided"])), min_size=1, max_size=20))
 @settings(max_examples=30, deadline=None)
 def test_when_a_picture_is_drawn_is_predicted_to_the_turn(tiny: Bench, wanted: list[tuple[int, str]]) -> None:
@@ -319,7 +453,9 @@ def test_whoever_waits_long_comes_before_a_higher_priority(tiny: Bench) -> None:
 
 
 def test_a_place_that_is_given_up_is_free_again(tiny: Bench) -> None:
-    batcher = tiny.batcher(queue=1)
+    batcher = tiny.batcher(queue=1, capacity=1)
+    batcher.draw(tiny.drawing(0, 5, "ddim", 5.0, 0))
+    batcher.turn()
     (ticket,) = batcher.reserve("step", 5)
     with pytest.raises(QueueFullError):
         batcher.reserve("step", 5)
@@ -328,9 +464,8 @@ def test_a_place_that_is_given_up_is_free_again(tiny: Bench) -> None:
 
 
 def test_a_full_queue_says_when_to_come_again(tiny: Bench) -> None:
-    batcher = tiny.batcher(queue=2)
-    for seed in range(2):
-        batcher.draw(tiny.drawing(seed, 5, "ddim", 5.0, 0))
+    batcher = tiny.batcher(queue=2, capacity=2)
+    batcher.reserve("step", 5, 4)  # for two of them there are rows
     with pytest.raises(QueueFullError, match="2 pictures wait already") as refused:
         batcher.draw(tiny.drawing(3, 5, "ddim", 5.0, 0))
     assert refused.value.retry_after > 0

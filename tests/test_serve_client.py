@@ -192,7 +192,7 @@ def test_clients_that_leave_free_their_rows_in_the_next_step(tmp_path: Path) -> 
                 )
                 connection.sendall("\r\n".join((*head, "", "")).encode() + sent)
                 own.wait_until(lambda: batcher.running == 1)
-                (ticket,) = (ticket for group in batcher._groups.values() for ticket in group.tickets)
+                (ticket,) = (ticket for group in batcher._groups.values() for ticket in group.tickets.values())
                 time.sleep(rng.uniform(0, 0.04))
             done = ticket.done
             own.wait_until(lambda: batcher.running == 0)

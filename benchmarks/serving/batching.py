@@ -113,7 +113,7 @@ def _run(rows: Rows, batch: Sequence[tuple[Drawing, Future[Denoised]]]) -> None:
     for job in jobs:
         rows.enter(job)
     while rows.jobs:
-        for job, record in zip(list(rows.jobs), rows.step(), strict=True):
+        for job, record in rows.step():
             job.take(record)
         for job in [job for job in rows.jobs if job.finished]:
             jobs[job].set_result(rows.denoised(job))
