@@ -111,8 +111,8 @@ class Batcher:
                 raise CancelledError("nothing more is drawn; this batcher is closed")
             self._reserved = [ticket for ticket in self._reserved if not ticket.cancelled]
             waiting = [*self._waiting, *self._reserved]
-            if self.queue is not None and self._without_a_row([*waiting, *tickets]) > self.queue:
-                message = f"{self._without_a_row(waiting)} pictures wait already, of {self.queue} that may"
+            if self.queue is not None and (many := self._without_a_row([*waiting, *tickets])) > self.queue:
+                message = f"{many} pictures would wait, and {self.queue} may"
                 raise QueueFullError(message, self._seconds_until_one_is_drawn())
             if self.queue is not None or deadline is not None:
                 predicted = now + self._seconds_until_drawn([*waiting, *tickets], tickets[-1])

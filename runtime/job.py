@@ -76,14 +76,13 @@ class Job:
         if drawing.guidance_scale > 1:
             amplification = max(0.0, drawing.guidance_scale / USUAL_GUIDANCE - 1)
             self._numbers[:, NUMBERS.index("amplification")] = amplification
-        self._recorded: list[Mapping[str, Array]] = []
-        #: Which concepts have fired so far, [N].
-        self.fired = np.zeros(len(drawing.policy.concepts), np.bool_)
+        #: What each step recorded; nothing of an unprotected one.
+        self.recorded: list[Mapping[str, Array]] = []
 
     @property
     def last(self) -> Mapping[str, Array]:
         """What the last step recorded; nothing of an unprotected one."""
-        return self._recorded[-1] if self._recorded else {}
+        return self.recorded[-1] if self.recorded else {}
 
     @property
     def finished(self) -> bool:
@@ -130,8 +129,7 @@ class Job:
         if not recorded.get("next_ok", True):
             raise NonFiniteError(f"NaN or infinity in step {self.done}; no picture is drawn")
         if recorded:
-            self._recorded.append(recorded)
-            self.fired |= recorded["fired"]
+            self.recorded.append(recorded)
 
     def denoised(self, latent: Float32, token_mask: Float32 | None) -> Denoised:
         """What is left after its last step.
@@ -142,7 +140,7 @@ class Job:
         if not np.isfinite(latent).all():
             raise NonFiniteError("NaN or infinity in the last latent; no picture is drawn")
         concepts, tokens = len(self.drawing.policy.concepts), len(self.drawing.prompt)
-        records = self._recorded
+        records = self.recorded
         return Denoised(
             latent,
             _stacked([record["score"] for record in records], (concepts,), np.float32),

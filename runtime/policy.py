@@ -104,6 +104,10 @@ class ResolvedPolicy:
                     f"alpha_scale of {concept!r} is {stronger}; a request may only raise it above {alpha_scale[index]:g}"
                 )
             threshold[index], alpha_scale[index] = lower, stronger
+        if all(np.array_equal(getattr(self, name), new) for name, new in (
+            ("enabled", enabled), ("threshold", threshold), ("alpha_scale", alpha_scale),
+        )):  # fmt: skip
+            return self
         # No rest: what fires only as it was tightened would hide what the operator looks for while detection rests.
         return replace(self, enabled=enabled, threshold=threshold, alpha_scale=alpha_scale, cooldown=0)
 

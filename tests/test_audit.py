@@ -13,7 +13,7 @@ import pytest
 from postgresql import postgresql
 from sqlalchemy import create_engine, text
 
-from saferedir.engines.errors import AuditError
+from saferedir.engines.errors import AuditError, RequestError
 from saferedir.runtime.serve.audit import Audit, Entry
 
 RECORDS = 500
@@ -176,16 +176,40 @@ def test_by_default_no_text_is_kept(tmp_path: Path) -> None:
 def test_of_records_that_belong_together_all_are_written_or_none(audit: Audit) -> None:
     with pytest.raises(AuditError, match="could not be written"):
         audit.append([Entry("new", {}, {}), Entry("img_3", {}, {})])
-    with pytest.raises(AuditError, match="has no record 'new'"):
+    with pytest.raises(RequestError, match="has no record 'new'"):
         audit.find("new")
     assert list(audit.verify()) == []
 
 
 def test_a_request_that_comes_again_has_one_record(audit: Audit) -> None:
     for seed in (1, 2):
-        audit.append([Entry("same", {"seed": seed}, {"prompt": "a cat"}, again=True)])
+        audit.append([Entry("same", {"seed": seed, "pixels": "a"}, {"prompt": "a cat"}, again=True)])
     assert audit.find("same")[0]["seed"] == 1
+    with pytest.raises(AuditError, match="a record already, of another picture"):
+        audit.append([Entry("same", {"pixels": "b"}, {"prompt": "a cat"}, again=True)])
     assert list(audit.verify()) == []
+
+
+def test_prompts_that_were_changed_beside_the_chain_are_found(audit: Audit, url: str) -> None:
+    execute(url, "UPDATE audit_texts SET texts = :other WHERE id = 'img_3'", other='{"prompt": "another"}')
+    assert [(found.number, found.what) for found in audit.verify()] == [
+        (4, "the prompts that were kept are not those it was written of")
+    ]
+
+
+def test_an_audit_that_was_emptied_is_not_taken_for_a_new_one(audit: Audit, url: str) -> None:
+    execute(url, "DELETE FROM audit_records", "DELETE FROM audit_head")
+    opened = Audit(url, key=b"key", make=False)
+    assert [found.what for found in opened.verify()] == ["the head of the chain is missing"]
+    opened.close()
+    with pytest.raises(AuditError, match="was emptied"):
+        Audit(url, key=b"key")
+
+
+def test_where_there_is_no_audit_none_is_begun_to_look_at_it(url: str) -> None:
+    for _ in range(2):
+        with pytest.raises(AuditError, match="holds no audit"):
+            Audit(url, make=False)
 
 
 def test_a_database_that_cannot_be_opened_is_a_typed_error(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ class StillBatcher(Batcher):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    bundle = open_bundle(write_tiny_bundle(tmp_path_factory.mktemp("batcher") / "tiny"))
+    bundle = open_bundle(write_tiny_bundle(tmp_path_factory.mktemp("batcher") / "tiny", sees=True))
     return Bench(Pipeline.from_bundle(bundle.folder, backend="ort-cpu", threads=1))
 
 
@@ -466,7 +466,7 @@ def test_a_place_that_is_given_up_is_free_again(tiny: Bench) -> None:
 def test_a_full_queue_says_when_to_come_again(tiny: Bench) -> None:
     batcher = tiny.batcher(queue=2, capacity=2)
     batcher.reserve("step", 5, 4)  # for two of them there are rows
-    with pytest.raises(QueueFullError, match="2 pictures wait already") as refused:
+    with pytest.raises(QueueFullError, match="3 pictures would wait, and 2 may") as refused:
         batcher.draw(tiny.drawing(3, 5, "ddim", 5.0, 0))
     assert refused.value.retry_after > 0
 

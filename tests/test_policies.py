@@ -46,7 +46,9 @@ def test_a_tenant_has_what_all_have_but_for_its_own(tmp_path: Path) -> None:
     assert float(anyone.engine.threshold[2]) == pytest.approx(0.4)
     assert float(acme.engine.threshold[2]) == pytest.approx(float(SAFETY.concepts[2].threshold or 0), rel=1e-6)
     score = np.array([[0.0, 0.99, 0.0], [0.0, 0.1, 0.5]], np.float32)
-    assert (anyone.seen(score, "observe"), anyone.seen(score, "redirect")) == (["ink"], ["weapons"])
+    assert anyone.decisions(score) == {"ink": "observe", "weapons": "redirect"}
+    assert anyone.observed(score) == ["ink"]
+    assert anyone.fired(np.array([[True, True, False], [False, False, False]])) == ["church"]
 
 
 def test_a_new_version_is_taken_and_whoever_has_the_old_one_keeps_it(tmp_path: Path) -> None:

@@ -45,8 +45,8 @@ WEIGHTS = {"text_encoder": "text_encoder.safetensors", "vae_decoder": "vae.safet
 FACTOR = 0.9
 
 
-def write_tiny_bundle(folder: Path, promise: Promise | None = None) -> Path:
-    """The bundle in `folder`, which is made; its safety makes that `promise`."""
+def write_tiny_bundle(folder: Path, promise: Promise | None = None, *, sees: bool = False) -> Path:
+    """The bundle in `folder`, which is made; its safety makes that `promise`, and `sees` concepts as pictures grow, or none."""
     folder.mkdir(parents=True)
     for file in WEIGHTS.values():
         (folder / file).write_bytes(np.full(VALUES, FACTOR, np.float32).tobytes())
@@ -60,7 +60,7 @@ def write_tiny_bundle(folder: Path, promise: Promise | None = None) -> Path:
     for name in manifest.required_engines:
         weights = WEIGHTS.get(name, "unet.safetensors")
         inputs, outputs = manifest.tensors(name)
-        (folder / f"{name}.onnx").write_bytes(graph(name, inputs, outputs, weights))
+        (folder / f"{name}.onnx").write_bytes(graph(name, inputs, outputs, weights, sees=sees))
         engines[name] = EngineInfo(f"{name}.onnx", (weights,), inputs, outputs)
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     stated = {name: FileInfo(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()}
@@ -76,7 +76,7 @@ def _manifest(engines: dict[str, EngineInfo], files: dict[str, FileInfo], safety
     )  # fmt: skip
 
 
-def graph(name: str, inputs: Sequence[Any], outputs: Sequence[Any], location: str) -> bytes:
+def graph(name: str, inputs: Sequence[Any], outputs: Sequence[Any], location: str, *, sees: bool = False) -> bytes:
     """An engine that multiplies by what is stored in the file `location`, as bytes of ONNX."""
     nodes = [helper.make_node("ReduceMean", ["stored"], ["factor"], keepdims=0)]
     if name == "text_encoder":
@@ -128,7 +128,7 @@ def graph(name: str, inputs: Sequence[Any], outputs: Sequence[Any], location: st
     constants = {
         "zero": np.array([0]), "one": np.array([1]), "three": np.array([3]), "last": np.array([-1]), "places": np.array([2, 3]),
         "none": np.array([0], np.int32), "single": np.array([1], np.int32), "never": np.float32(0), "always": np.float32(1),
-        "small": np.float32(0.1), "offsets": np.array([[0.05, 0.15]], np.float32),
+        "small": np.float32(0.1 if sees else 0.0), "offsets": np.array([[0.05, 0.15]], np.float32),
         "wide": np.arange(WIDTH, dtype=np.float32)[None, None] / 9, "tokens": np.ones((1, 1, TOKENS), np.float32),
         "scales": np.array([1, 1, SCALE, SCALE], np.float32),
     }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,7 +45,7 @@ def serve(
 ) -> None:
     """Serve pictures behind the OpenAI images interface, the safety always on. Needs `saferedir[serve]`.
 
-    Every setting has a flag here, a variable SAFEREDIR_SERVE_..., or a line in the file; `--check` prints all.
+    Every setting has a variable SAFEREDIR_SERVE_... and a line in the file, some a flag here; `--check` prints all.
 
     Examples:
 
@@ -66,11 +65,7 @@ def serve(
     if check:
         print_json(in_force)
         return
-    for name, value in settings_module.Settings.model_fields.items():
-        own = getattr(settings, name)
-        if own != value.default:  # the worker reads them from its environment
-            text = own.get_secret_value() if hasattr(own, "get_secret_value") else str(own)
-            os.environ[f"{settings_module.PREFIX}{name.upper()}"] = text
+    settings_module.to_environment(settings)
     opening.serve(settings)
 
 
@@ -184,7 +179,7 @@ def new(
 
 
 def _open_audit(url: str, key: str) -> Audit:
-    audit: Audit = _needed("audit").Audit(url, key=key.encode())
+    audit: Audit = _needed("audit").Audit(url, key=key.encode(), make=False)
     return audit
 
 

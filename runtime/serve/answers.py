@@ -48,9 +48,14 @@ class Answers:
             raise ServiceError(409, "invalid_request_error", "idempotency_key_reused", message, None, NO_RETRY)
         try:
             return await asyncio.shield(kept.answer)
-        except Exception:
+        except BaseException as error:
+            if not kept.answer.done():
+                raise  # whoever asked has left
             if self._kept.get((tenant, key)) is kept:
                 del self._kept[tenant, key]
+            if isinstance(error, asyncio.CancelledError):
+                message = "The picture was not drawn; ask again."
+                raise ServiceError(503, "server_error", "not_drawn", message, None, {"retry-after": "1"}) from None
             raise
 
     def _forget(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -20,30 +21,38 @@ from saferedir.runtime.serve.errors import NO_RETRY, ServiceError, invalid, told
 from saferedir.runtime.serve.keys import Keys
 from saferedir.runtime.serve.service import Service
 from saferedir.runtime.serve.settings import Settings
-from saferedir.runtime.serve.state import State, caller
+from saferedir.runtime.serve.state import State, caller, state_of
+
+log = logging.getLogger("saferedir")
 
 #: Status -> code, where the framework itself answers.
 CODES = {400: "invalid_body", 404: "not_found", 405: "method_not_allowed"}
 
 
-def make_app(settings: Settings, open_service: Callable[[Settings], tuple[Service, Keys]]) -> FastAPI:
-    """The application. `open_service` is called when it starts, and may take seconds."""
+def make_app(
+    settings: Settings, open_service: Callable[[Settings], tuple[Service, Keys]], *, numbered: bool = False,
+    on_start: Callable[[State | None], None] = lambda state: None,
+) -> FastAPI:  # fmt: skip
+    """The application. `open_service` is called when it starts, and may take seconds.
+
+    `on_start` is called after it, with None where it failed. `numbered`: a front gives requests their numbers.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.own = None
-        app.state.starting = asyncio.create_task(_start(app, settings, open_service))
+        app.state.starting = asyncio.create_task(_start(app, settings, open_service, numbered))
+        app.state.starting.add_done_callback(lambda task: on_start(app.state.own))
         yield
         await app.state.starting
-        app.state.watching.cancel()
         await app.state.own.drain()
+        app.state.watching.cancel()
         await asyncio.to_thread(app.state.own.service.close)
 
     app = FastAPI(title="saferedir", lifespan=lifespan, docs_url="/docs", redoc_url=None)
     app.add_middleware(Edge, body_bytes=settings.body_bytes, answered=lambda status, seconds: _count(app, status, seconds))
     for kind, handler in (
-        (RequestValidationError, _not_valid), (HTTPException, _not_found), (ServiceError, _told), (SafeRedirError, _failed),
-        (Exception, _broken),
+        (RequestValidationError, _not_valid), (HTTPException, _http_error), (ServiceError, _told), (SafeRedirError, _failed),
     ):  # fmt: skip
         app.add_exception_handler(kind, handler)
     app.include_router(images.router)
@@ -54,13 +63,13 @@ def make_app(settings: Settings, open_service: Callable[[Settings], tuple[Servic
     @app.get("/v1/models", response_model=Models, responses=ANSWERS)
     async def models(request: Request) -> dict[str, Any]:
         """What is served."""
-        state, _ = await caller(request, 0)
+        state, _ = await caller(request)
         return {"object": "list", "data": [_model(state)]}
 
     @app.get("/v1/models/{name}", response_model=Model, responses=ANSWERS)
     async def model(name: str, request: Request) -> dict[str, Any]:
         """One model, if it is served."""
-        state, _ = await caller(request, 0)
+        state, _ = await caller(request)
         state.check_model(name, status=404)
         return _model(state)
 
@@ -77,20 +86,25 @@ def make_app(settings: Settings, open_service: Callable[[Settings], tuple[Servic
         return JSONResponse({"status": trouble or "ready"}, 503 if trouble else 200)
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, 503: ANSWERS[503]})
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
         """For Prometheus."""
-        state: State | None = app.state.own
-        if state is None:
-            raise ServiceError(503, "server_error", "starting", "The service is starting.", None, {"retry-after": "1"})
-        return Response(state.service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(
+            state_of(request, draining=True).service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
     return app
 
 
-async def _start(app: FastAPI, settings: Settings, open_service: Callable[[Settings], tuple[Service, Keys]]) -> None:
-    service, keys = await asyncio.to_thread(open_service, settings)
-    await asyncio.to_thread(service.prepare)
-    app.state.own = State(settings, service, keys)
+async def _start(
+    app: FastAPI, settings: Settings, open_service: Callable[[Settings], tuple[Service, Keys]], numbered: bool
+) -> None:
+    try:
+        service, keys = await asyncio.to_thread(open_service, settings)
+        await asyncio.to_thread(service.prepare)
+    except Exception as error:
+        log.critical("the service cannot start: %s", error, exc_info=not isinstance(error, SafeRedirError))
+        raise
+    app.state.own = State(settings, service, keys, numbered=numbered)
     app.state.watching = asyncio.create_task(app.state.own.watch())
 
 
@@ -118,10 +132,6 @@ def _failed(_: Request, error: Exception) -> Response:
     return _answer(told(error))
 
 
-def _broken(_: Request, error: Exception) -> Response:
-    return _answer(ServiceError(500, "server_error", "internal_error", "The request failed.", None, NO_RETRY))
-
-
 def _not_valid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
@@ -133,7 +143,7 @@ def _not_valid(_: Request, error: Exception) -> Response:
     return _answer(invalid(f"{field or 'body'}: {first['msg']}", field))
 
 
-def _not_found(_: Request, error: Exception) -> Response:
+def _http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = CODES.get(error.status_code, "invalid_request")
     headers = {**NO_RETRY, **(error.headers or {})}

@@ -70,6 +70,8 @@ class UnderWay:
     """One request: its tickets, and why they were stopped."""
 
     id: str
+    #: As `x-request-id` names it.
+    request_id: str
     tenant: str
     asked: Asked
     policy: TenantPolicy
@@ -80,7 +82,9 @@ class UnderWay:
     #: Whether its record may be there already.
     again: bool = False
     tickets: list[Ticket] = field(default_factory=list)
-    #: Concepts whose firing stopped it.
+    #: How many pictures in progress have left.
+    previews: int = 0
+    #: Concepts that stopped it.
     blocked: set[str] = field(default_factory=set)
 
     @property

@@ -29,18 +29,24 @@ from sqlalchemy import (
     delete,
     event,
     insert,
+    inspect,
     select,
     update,
 )
 from sqlalchemy.exc import SQLAlchemyError
 
-from saferedir.engines.errors import AuditError
+from saferedir.engines.errors import AuditError, RequestError
 
 #: What the first record follows.
 ORIGIN = "0" * 64
 SALT_BYTES = 16
-#: Seconds that a writer waits for another.
+#: Seconds that a writer waits for another, and for the database to answer.
 BUSY = 10
+#: The same in the words of each database's driver.
+_PATIENCE: dict[str, dict[str, Any]] = {
+    "sqlite": {"timeout": BUSY},
+    "postgresql": {"connect_timeout": BUSY, "options": f"-c lock_timeout={BUSY}s -c statement_timeout={BUSY}s"},
+}
 
 _METADATA = MetaData()
 RECORDS = Table(
@@ -75,7 +81,7 @@ class Entry:
     body: dict[str, Any]
     #: What was written by people: the prompt and the negative prompt, by name. None of it is in the body.
     texts: dict[str, str | None]
-    #: Whether a record of this id may be there already, and then stays.
+    #: Whether a record of this id may be there already, of the same pixels, and then stays.
     again: bool = False
 
 
@@ -91,23 +97,34 @@ class Problem:
 class Audit:
     """Records in a database: `sqlite:///FILE`, or PostgreSQL by its URL. Safe for several threads, processes and machines."""
 
-    def __init__(self, url: str, *, key: bytes = b"", keep_prompts: bool = False) -> None:
+    def __init__(self, url: str, *, key: bytes = b"", keep_prompts: bool = False, make: bool = True) -> None:
         """`key` keeps others from writing the chain anew; `keep_prompts` keeps the text of prompts beside their salt.
 
+        An audit is begun where there is none, if `make` says so; one that was emptied is not taken for a new one.
+
         Raises:
-            AuditError: the database cannot be opened, or is not one of an audit.
+            AuditError: the database cannot be opened, is not one of an audit, or was emptied.
         """
         self._key, self._keep_prompts = key, keep_prompts
         try:
             self._engine = _engine(url)
             #: Does not keep writers waiting.
             self._reader = self._engine.execution_options(reads=True)
+            if self._engine.dialect.name == "postgresql":  # head and records as of one moment
+                self._reader = self._reader.execution_options(isolation_level="REPEATABLE READ")
             with self._engine.begin() as connection:
-                _METADATA.create_all(connection)
-                if connection.execute(select(HEAD)).first() is None:
+                if not inspect(connection).has_table(HEAD.name):
+                    if not make:
+                        raise AuditError("the database holds no audit; is it the right one?")
+                    _METADATA.create_all(connection)
                     connection.execute(insert(HEAD).values(one=1, number=0, hash=ORIGIN, seal=self._seal(0, ORIGIN)))
+                elif make and connection.execute(select(HEAD)).first() is None:
+                    raise AuditError("the audit was emptied: the head of its chain is missing. Begin another in another place")
         except (SQLAlchemyError, ImportError, ValueError) as error:
             raise AuditError(f"the audit's database cannot be opened: {_first_line(error)}") from error
+        except AuditError:
+            self._engine.dispose()
+            raise
 
     def append(self, entries: Sequence[Entry]) -> None:
         """Write records, all or none; they are durable when this returns.
@@ -119,7 +136,9 @@ class Audit:
             with self._engine.begin() as connection:
                 number, last = self._locked_head(connection)
                 for entry in entries:
-                    if entry.again and self._has(connection, entry.id):
+                    if entry.again and (known := self._body(connection, entry.id)) is not None:
+                        if json.loads(known)["pixels"] != entry.body["pixels"]:
+                            raise AuditError(f"{entry.id} has a record already, of another picture")
                         continue
                     number += 1
                     last = self._write(connection, number, last, entry)
@@ -131,7 +150,8 @@ class Audit:
         """A record's body, and its prompts where they were kept.
 
         Raises:
-            AuditError: there is none of that name, or the database cannot be read.
+            RequestError: there is none of that name.
+            AuditError: the database cannot be read.
         """
         try:
             with self._reader.connect() as connection:
@@ -140,7 +160,7 @@ class Audit:
         except SQLAlchemyError as error:
             raise AuditError(f"the audit cannot be read: {_first_line(error)}") from error
         if body is None:
-            raise AuditError(f"the audit has no record {id!r}")
+            raise RequestError(f"the audit has no record {id!r}")
         return json.loads(body), None if texts is None else json.loads(texts)
 
     def are_of(self, id: str, texts: dict[str, str | None]) -> bool | None:
@@ -206,12 +226,15 @@ class Audit:
     def _problems(self, connection: Connection) -> Iterator[Problem]:
         stated = connection.execute(select(HEAD)).first()
         expected, last = 1, ORIGIN
-        rows = connection.execution_options(yield_per=1000).execute(select(RECORDS).order_by(RECORDS.c.number))
-        for number, id, body, own in rows:
+        query = select(RECORDS, TEXTS.c.salt, TEXTS.c.texts).outerjoin(TEXTS, RECORDS.c.id == TEXTS.c.id)
+        rows = connection.execution_options(yield_per=1000).execute(query.order_by(RECORDS.c.number))
+        for number, id, body, own, salt, texts in rows:
             if number != expected:
                 yield Problem(expected, f"records {expected} to {number - 1} are missing")
             if not hmac.compare_digest(self._hash(number, last, id, body), own):
                 yield Problem(number, "it is not what was written, or does not follow the record before")
+            elif texts is not None and _commitment(salt, json.loads(texts)) != json.loads(body)["prompts"]:
+                yield Problem(number, "the prompts that were kept are not those it was written of")
             expected, last = number + 1, own
         if stated is None:
             yield Problem(expected, "the head of the chain is missing")
@@ -223,8 +246,8 @@ class Audit:
     def close(self) -> None:
         self._engine.dispose()
 
-    def _has(self, connection: Connection, id: str) -> bool:
-        return connection.execute(select(RECORDS.c.number).where(RECORDS.c.id == id)).first() is not None
+    def _body(self, connection: Connection, id: str) -> str | None:
+        return connection.execute(select(RECORDS.c.body).where(RECORDS.c.id == id)).scalar()
 
     def _locked_head(self, connection: Connection) -> tuple[int, str]:
         found = connection.execute(select(HEAD.c.number, HEAD.c.hash).with_for_update()).one()
@@ -252,7 +275,7 @@ def _commitment(salt: str, texts: dict[str, str | None]) -> str:
 
 
 def _engine(url: str) -> Engine:
-    engine = create_engine(url, pool_pre_ping=True, connect_args={"timeout": BUSY} if url.startswith("sqlite") else {})
+    engine = create_engine(url, pool_pre_ping=True, connect_args=_PATIENCE.get(url.split("+")[0].split(":")[0], {}))
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)

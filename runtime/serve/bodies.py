@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from saferedir.runtime.policy import Tightening
 from saferedir.runtime.serve.asked import Asked
-from saferedir.runtime.serve.errors import invalid
 
 #: Denoising steps of a quality.
 QUALITY = {"low": 12, "medium": 25, "high": 50, "auto": 25, "standard": 25, "hd": 50}
@@ -72,7 +71,7 @@ class PicturesBody(_Body):
     width: Annotated[int, Field(ge=1, le=100_000)] | None = None
     seed: Seed | None = None
     steps: Annotated[int, Field(ge=1, le=999)] = 25
-    guidance_scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    guidance_scale: Annotated[float, Field(ge=0, le=100)] = 5.0
     guidance_rescale: Annotated[float, Field(ge=0, le=1)] = 0.0
     sampler: str | None = None
     tighten: TightenBody | None = None
@@ -98,14 +97,3 @@ class PicturesBody(_Body):
             guidance_rescale=self.guidance_rescale, scheduler=self.sampler, tighten=tighten, within=self.within,
             priority=self.priority, user=self.user,
         )  # fmt: skip
-
-
-def check_limits(asked: Asked, *, steps: int, pictures: int, characters: int) -> None:
-    """Raise a `ServiceError` where a request exceeds what this service draws."""
-    for field, value, most in (
-        ("steps", asked.steps, steps), ("n", asked.pictures, pictures), ("prompt", len(asked.prompt), characters),
-        ("negative_prompt", len(asked.negative_prompt or ""), characters),
-    ):  # fmt: skip
-        if value > most:
-            what = f"has {value} characters" if "prompt" in field else f"is {value}"
-            raise invalid(f"{field} {what}; this service takes {most} at most", field)

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from saferedir.runtime.pipeline import Pipeline
-from saferedir.runtime.serve.policies import Policies, TenantPolicy
+from saferedir.runtime.serve.policies import Policies
 from saferedir.runtime.ticket import StepCallback
 
 
@@ -24,16 +22,10 @@ def differences(
     plan = pipeline.plan(list(prompts), seed=seed, num_inference_steps=steps, policy=watched.only_observing().engine)
     rows: list[dict[str, Any]] = []
     for prompt, drawn in zip(prompts, pipeline.draw(plan, on_step), strict=True):
-        first, second = (_decisions(policy, drawn.score) for policy in policies)
+        first, second = (policy.decisions(drawn.score) for policy in policies)
         rows += [
-            {"prompt": prompt, "concept": name, "before": first[name], "after": second[name]}
-            for name in first
-            if first[name] != second[name]
+            {"prompt": prompt, "concept": name, "before": first.get(name), "after": second.get(name)}
+            for name in watched.actions
+            if first.get(name) != second.get(name)
         ]
     return rows
-
-
-def _decisions(policy: TenantPolicy, score: np.ndarray[Any, Any]) -> dict[str, str | None]:
-    """By concept: what is done of a picture with these scores [steps, N]; None where it is not seen."""
-    reached = np.any(score >= policy.engine.threshold, axis=0)
-    return {name: policy.actions[name] if reached[n] else None for n, name in enumerate(policy.engine.concepts)}

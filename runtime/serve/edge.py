@@ -12,7 +12,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from saferedir.runtime.serve.errors import NO_RETRY, ServiceError
+from saferedir.runtime.serve.errors import NO_RETRY, ServiceError, too_large
 
 log = logging.getLogger("saferedir")
 
@@ -45,13 +45,13 @@ class Edge:
         except ServiceError as error:
             await _tell(error, scope, receive, identified)
         except Exception:
-            log.exception("%s %s %s failed", number, scope["method"], scope["path"])
+            log.exception("%s %s %r failed", number, scope["method"], scope["path"])
             if not statuses:
                 failed = ServiceError(500, "server_error", "internal_error", "The request failed.", None, NO_RETRY)
                 await _tell(failed, scope, receive, identified)
         seconds, status = time.perf_counter() - began, statuses[0] if statuses else 499
         self._answered(status, seconds)
-        log.info("%s %s %s %d %.3f s", number, scope["method"], scope["path"], status, seconds)
+        log.info("%s %s %r %d %.3f s", number, scope["method"], scope["path"], status, seconds)
 
     async def _received(self, scope: Scope, receive: Receive) -> Receive:
         """What the application receives: the whole body first, then whether the client is still there.
@@ -61,7 +61,7 @@ class Edge:
         """
         stated = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if stated.isdigit() and int(stated) > self._body_bytes:
-            raise self._too_large()
+            raise too_large(self._body_bytes)
         try:
             body, gone = await asyncio.wait_for(self._body(receive), BODY_SECONDS)
         except TimeoutError:
@@ -85,13 +85,9 @@ class Edge:
                 return bytes(body), True
             body += message.get("body", b"")
             if len(body) > self._body_bytes:
-                raise self._too_large()
+                raise too_large(self._body_bytes)
             if not message.get("more_body"):
                 return bytes(body), False
-
-    def _too_large(self) -> ServiceError:
-        message = f"The body is larger than {self._body_bytes} bytes."
-        return ServiceError(413, "invalid_request_error", "body_too_large", message, None, NO_RETRY)
 
 
 async def _tell(error: ServiceError, scope: Scope, receive: Receive, send: Send) -> None:

@@ -15,6 +15,7 @@ from saferedir.engines.errors import (
     RequestError,
     SafeRedirError,
     SafetyError,
+    VerificationError,
 )
 
 #: Of what cannot be mended by trying again: clients obey it, whatever the status.
@@ -47,6 +48,12 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_value")
     return ServiceError(400, "invalid_request_error", code, message, param, NO_RETRY)
 
 
+def too_large(most: int) -> ServiceError:
+    """A body of more bytes than are taken."""
+    message = f"The body is larger than {most} bytes."
+    return ServiceError(413, "invalid_request_error", "body_too_large", message, None, NO_RETRY)
+
+
 def told(error: SafeRedirError) -> ServiceError:
     """What a client is told of an error of the product."""
     match error:
@@ -65,7 +72,9 @@ def told(error: SafeRedirError) -> ServiceError:
             return ServiceError(499, "invalid_request_error", "cancelled", str(error), None, NO_RETRY)
         case AuditError():
             message = "The record of the picture could not be written; no picture leaves without one."
-            return ServiceError(503, "server_error", "audit_unavailable", message, None, NO_RETRY)
+            return ServiceError(503, "server_error", "audit_unavailable", message, None, {"retry-after": "2"})
+        case VerificationError():
+            return ServiceError(409, "server_error", "not_equal", str(error), None, NO_RETRY)
         case SafetyError():
             message = "The safety failed, and no picture leaves without it."
             return ServiceError(500, "server_error", "safety_failed", message, None, NO_RETRY)

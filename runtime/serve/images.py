@@ -16,7 +16,7 @@ from saferedir.runtime.serve.documented import ANSWERS, STREAMS, Images
 from saferedir.runtime.serve.errors import invalid
 from saferedir.runtime.serve.replies import for_a_stream, whole
 from saferedir.runtime.serve.state import State, caller
-from saferedir.runtime.serve.streams import Event, Events, streamed
+from saferedir.runtime.serve.streams import Event, Events, encoded, streamed
 
 router = APIRouter()
 Answer = dict[str, Any]
@@ -25,9 +25,9 @@ Answer = dict[str, Any]
 @router.post("/v1/images/generations", response_model=Images, responses=STREAMS | ANSWERS)
 async def generate(body: ImagesBody, request: Request) -> Response:
     """Draw `n` pictures of a prompt. With `stream` the answer is a stream of events."""
-    state, tenant = await caller(request, body.n)
+    state, tenant = await caller(request)
     state.check_model(body.model)
-    asked = state.limited(body.asked())
+    asked = state.limited(body.asked(), pictures="n", steps="quality")
     if not body.stream:
         if body.partial_images:
             raise invalid("partial_images is for stream", "partial_images")
@@ -48,11 +48,10 @@ async def _stream(state: State, body: ImagesBody, request: UnderWay, events: Eve
 
 
 async def _partial(state: State, body: ImagesBody, index: int, latent: Any) -> Event:
-    (image,) = await asyncio.to_thread(state.service.pipeline.decode, latent[None])
-    data = await asyncio.to_thread(picture_bytes, image, body.output_format, body.output_compression)
+    image, data = await encoded(state.service.pipeline, latent, body.output_format, body.output_compression)
     name = "image_generation.partial_image"
     return name, {
-        "type": name, "b64_json": base64.b64encode(data).decode(), "partial_image_index": index,
+        "type": name, "b64_json": data, "partial_image_index": index,
         "created_at": int(time.time()), "background": "opaque", "output_format": body.output_format,
         "quality": body.quality, "size": f"{image.width}x{image.height}",
     }  # fmt: skip

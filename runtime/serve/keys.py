@@ -94,6 +94,11 @@ class Keys:
         bucket.level -= pictures
         return 0.0
 
+    def give_back(self, info: KeyInfo, pictures: int) -> None:
+        """What was taken, and is not drawn."""
+        if (bucket := self._buckets.get(info.sha256)) is not None:
+            bucket.level += pictures
+
 
 def _hash(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import os
 import resource
+import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from sqlalchemy import make_url
 
 from saferedir.engines import Bundle, open_bundle
 from saferedir.engines.errors import MissingDependencyError, RequestError
@@ -19,12 +22,11 @@ from saferedir.runtime.serve.app import make_app
 from saferedir.runtime.serve.audit import Audit
 from saferedir.runtime.serve.keys import Keys
 from saferedir.runtime.serve.policies import ANYONE, Policies
-from saferedir.runtime.serve.service import Service
+from saferedir.runtime.serve.service import GRACE_SECONDS, WRITE_SECONDS, Service
 from saferedir.runtime.serve.settings import Settings, read_settings
+from saferedir.runtime.serve.state import State
 from saferedir.runtime.serve.tracing import Tracing
 
-#: Where a worker finds its file of settings; its flags are in the environment.
-CONFIG_VARIABLE = "SAFEREDIR_SERVE_CONFIG"
 #: Seconds of a client that sends its headers slowly.
 HEADER_SECONDS = 30
 #: Connections that may be open, most of which say nothing for a while; and such that wait to be accepted.
@@ -55,7 +57,7 @@ def check(settings: Settings) -> dict[str, Any]:
     audit.close()
     promise = bundle.manifest.safety.promise
     return {
-        "settings": settings.model_dump(mode="json"),
+        "settings": {**settings.model_dump(mode="json"), "audit": make_url(settings.audit).render_as_string()},
         "bundle": bundle.manifest.name,
         "bundle_digest": bundle.digest,
         "promise": None if promise is None else str(promise),
@@ -66,6 +68,9 @@ def check(settings: Settings) -> dict[str, Any]:
 
 def _opened(settings: Settings) -> tuple[Bundle, Keys, Policies, Audit]:
     bundle = open_bundle(settings.bundle, digest=settings.bundle_digest)
+    if settings.queue + bundle.manifest.max_batch < settings.most_pictures:
+        room = f"{bundle.manifest.max_batch} are drawn at once and {settings.queue} may wait (queue)"
+        raise RequestError(f"a request may be of {settings.most_pictures} pictures (most_pictures), but {room}")
     keys, policies = Keys(settings.keys), Policies(bundle.manifest.safety, settings.policy)
     audit = Audit(settings.audit, key=settings.audit_key.get_secret_value().encode(), keep_prompts=settings.keep_prompts)
     return bundle, keys, policies, audit
@@ -74,11 +79,24 @@ def _opened(settings: Settings) -> tuple[Bundle, Keys, Policies, Audit]:
 def application() -> FastAPI:
     """The application of this process's environment, as granian calls it."""
     allow_connections()
-    file = os.environ.get(CONFIG_VARIABLE)
-    settings = read_settings({}, Path(file) if file else None)
+    settings = read_settings({})
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("saferedir").setLevel(settings.log_level.upper())
-    return make_app(settings, open_service)
+    return make_app(settings, open_service, on_start=_started)
+
+
+def _started(state: State | None) -> None:
+    """Of a worker: what cannot start ends, to be begun again; what has started drains from the first signal to stop on."""
+    if state is None:
+        logging.shutdown()
+        os._exit(1)
+    loop, own = asyncio.get_running_loop(), state
+
+    def stopped(*_: object) -> None:
+        loop.call_soon_threadsafe(own.drain)
+
+    for number in (signal.SIGTERM, signal.SIGINT):  # the loop calls granian's own handler as well, which waits for connections
+        signal.signal(number, stopped)
 
 
 def allow_connections() -> None:
@@ -111,7 +129,7 @@ def serve(settings: Settings) -> None:
         respawn_failed_workers=True,
         backlog=BACKLOG,
         backpressure=CONNECTIONS,
-        workers_kill_timeout=int(settings.drain_seconds) + 5,
+        workers_kill_timeout=math.ceil(settings.drain_seconds + WRITE_SECONDS + 2 * GRACE_SECONDS),
         http1_settings=HTTP1Settings(header_read_timeout=HEADER_SECONDS * 1000),
     )
     try:

@@ -20,7 +20,7 @@ from saferedir.runtime.serve.errors import NO_RETRY, ServiceError
 from saferedir.runtime.serve.pictures import stream
 from saferedir.runtime.serve.policies import ANYONE
 from saferedir.runtime.serve.replaying import replay
-from saferedir.runtime.serve.state import State, caller
+from saferedir.runtime.serve.state import State, caller, state_of
 from saferedir.runtime.serve.streams import streamed
 
 router = APIRouter(include_in_schema=False)
@@ -37,9 +37,7 @@ async def page() -> str:
 @router.get("/page/setup")
 async def setup(request: Request) -> Answer:
     """What the page offers."""
-    state: State | None = request.app.state.own
-    if state is None:
-        raise ServiceError(503, "server_error", "starting", "The service is starting.", None, {"retry-after": "1"})
+    state = state_of(request, draining=True)
     manifest, policy = state.service.pipeline.manifest, state.service.policies.of(ANYONE)
     envelope = None if manifest.safety.promise is None else manifest.safety.promise.envelope
     assert manifest.scheduler is not None
@@ -63,11 +61,11 @@ async def setup(request: Request) -> Answer:
 @router.post("/page/unprotected")
 async def unprotected(body: PicturesBody, request: Request) -> Response:
     """The same without the safety, where the operator allows it: logged, and recorded as such."""
-    state, tenant = await caller(request, body.pictures)
+    state, tenant = await caller(request)
     if not state.settings.page_unprotected:
         raise ServiceError(403, "invalid_request_error", "not_allowed", "The operator does not allow it.", None, NO_RETRY)
     asked = replace(state.limited(body.asked()), tighten=None)
-    return streamed(partial(stream, state, body, state.service.admit(asked, tenant, unprotected=True)))
+    return streamed(partial(stream, state, body, state.admit(request, asked, tenant, unprotected=True)))
 
 
 @router.get("/page/audit")

@@ -17,7 +17,7 @@ from saferedir.runtime.serve.documented import ANSWERS, STREAMS, Pictures
 from saferedir.runtime.serve.errors import invalid
 from saferedir.runtime.serve.replies import for_a_stream, whole
 from saferedir.runtime.serve.state import State, caller
-from saferedir.runtime.serve.streams import Event, Events, streamed
+from saferedir.runtime.serve.streams import Event, Events, encoded, streamed
 
 router = APIRouter()
 
@@ -25,7 +25,7 @@ router = APIRouter()
 @router.post("/v1/pictures", response_model=Pictures, responses=STREAMS | ANSWERS)
 async def draw(body: PicturesBody, request: Request) -> Response:
     """Draw pictures of a prompt. With `stream` the answer is events: scores after every step, previews, the pictures."""
-    state, tenant = await caller(request, body.pictures)
+    state, tenant = await caller(request)
     asked = state.limited(body.asked())
     if not body.stream:
         if body.previews:
@@ -52,9 +52,8 @@ async def _progress(step: Progress) -> Event:
 
 
 async def _preview(state: State, body: PicturesBody, picture: int, latent: Any) -> Event:
-    (image,) = await asyncio.to_thread(state.service.pipeline.decode, latent[None])
-    data = await asyncio.to_thread(picture_bytes, image, body.output_format, body.output_compression)
-    return "preview", {"type": "preview", "picture": picture, "b64_json": base64.b64encode(data).decode()}
+    _, data = await encoded(state.service.pipeline, latent, body.output_format, body.output_compression)
+    return "preview", {"type": "preview", "picture": picture, "b64_json": data}
 
 
 async def _completed(body: PicturesBody, drawn: list[Drawn]) -> Event:

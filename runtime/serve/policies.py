@@ -73,9 +73,8 @@ class TenantPolicy:
 
     def switched_off(self) -> TenantPolicy:
         """Drawn without the safety, as the operator alone may have it."""
-        observed: dict[str, Action] = dict.fromkeys(self.actions, "observe")
-        off = np.zeros_like(self.engine.enabled)
-        return replace(self, actions=observed, engine=replace(self.engine, enabled=off, unprotected=True))
+        own = self.only_observing()
+        return replace(own, engine=replace(own.engine, unprotected=True))
 
     def tightened(self, engine: ResolvedPolicy) -> TenantPolicy:
         """The same for a request that has tightened the engine's part: what it asks to look for is redirected."""
@@ -85,11 +84,20 @@ class TenantPolicy:
         }
         return replace(self, actions=actions, engine=engine)
 
-    def seen(self, score: np.ndarray[Any, Any], action: Action) -> list[str]:
-        """The concepts under `action` that some step's score [steps, N] reaches."""
-        reached = np.any(score >= self.engine.threshold, axis=0)
-        names = self.engine.concepts
-        return [name for n, name in enumerate(names) if reached[n] and self.actions[name] == action]
+    def fired(self, fired: np.ndarray[Any, Any]) -> list[str]:
+        """The concepts that were redirected: of those under `redirect`, such that some step's `fired` [steps, N] has."""
+        return [name for name, action in self._where(np.any(fired, axis=0)).items() if action == "redirect"]
+
+    def observed(self, score: np.ndarray[Any, Any]) -> list[str]:
+        """The concepts under `observe` that some step's score [steps, N] reaches."""
+        return [name for name, action in self.decisions(score).items() if action == "observe"]
+
+    def decisions(self, score: np.ndarray[Any, Any]) -> dict[str, Action]:
+        """What is done about the concepts that some step's score [steps, N] reaches."""
+        return self._where(np.any(score >= self.engine.threshold, axis=0))
+
+    def _where(self, seen: np.ndarray[Any, Any]) -> dict[str, Action]:
+        return {name: self.actions[name] for n, name in enumerate(self.engine.concepts) if seen[n]}
 
 
 def schema() -> dict[str, Any]:

@@ -11,6 +11,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator, Mapping
+from contextvars import Context
 from typing import Any
 
 from starlette.requests import Request
@@ -19,8 +20,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from saferedir.engines.errors import MissingDependencyError
 from saferedir.runtime.serve.answers import Answers
 from saferedir.runtime.serve.app import make_app
-from saferedir.runtime.serve.errors import ServiceError
+from saferedir.runtime.serve.errors import ServiceError, too_large
 from saferedir.runtime.serve.opening import open_service
+from saferedir.runtime.serve.replies import KEY_HEADER, no_key_for_streams
 from saferedir.runtime.serve.settings import Settings
 from saferedir.runtime.serve.state import REQUEST_HEADER
 
@@ -37,7 +39,7 @@ class Replica:
     """One application with engines of its own."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._app = make_app(Settings(**{**settings, "numbered": True}), open_service)
+        self._app = make_app(Settings(**settings), open_service, numbered=True)
         self._life: Any = None
 
     async def check_health(self) -> None:
@@ -70,9 +72,11 @@ class Replica:
         self, method: str, path: str, headers: list[tuple[str, str]], body: bytes
     ) -> AsyncIterator[dict[str, Any]]:
         await self.check_health()
+        place, _, query = path.partition("?")
         scope = {
-            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http", "path": path,
-            "raw_path": path.encode(), "query_string": b"", "root_path": "", "server": ("replica", 0), "client": None,
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http",
+            "path": place, "raw_path": place.encode(), "query_string": query.encode(), "root_path": "",
+            "server": ("replica", 0), "client": None,
             "headers": [(name.lower().encode(), value.encode()) for name, value in headers],
         }  # fmt: skip
         sent, given, left = asyncio.Queue[dict[str, Any] | None](), [body], asyncio.Event()
@@ -101,31 +105,35 @@ class Replica:
 class Front:
     """What clients reach. It computes nothing."""
 
-    def __init__(self, replicas: Any) -> None:
-        self._replicas = replicas
+    def __init__(self, replicas: Any, body_bytes: int) -> None:
+        self._replicas, self._body_bytes = replicas, body_bytes
         self._answers = Answers()
 
     async def __call__(self, request: Request) -> Response:
-        body, headers = await request.body(), _forwarded(request)
-        path, streamed = request.url.path, False
-        if request.method == "POST" and path in DRAWS:
-            body, streamed = _seeded(body)
+        headers, path = _forwarded(request), str(request.url.path)
+        path += f"?{request.url.query}" if request.url.query else ""
         try:
+            sent = await _body(request, self._body_bytes)
+            if request.method != "POST" or path not in DRAWS:
+                return _response(await self._answer(request.method, path, headers, sent))
+            body, streamed = _seeded(sent)
+            key = request.headers.get(KEY_HEADER)
+            if streamed and key:
+                raise no_key_for_streams()
             if streamed:
                 return await self._stream(request.method, path, headers, body)
-            key = request.headers.get("idempotency-key")
             if not key:
                 return _response(await self._answer(request.method, path, headers, body))
             whose = request.headers.get("authorization", "")
-            data = await self._answers.once(
-                whose, key, path.encode() + await request.body(), lambda: self._kept(path, headers, body)
-            )
+            data = await self._answers.once(whose, key, path.encode() + sent, lambda: self._kept(path, headers, body))
             return _response(_unpacked(data))
         except ServiceError as error:
             return JSONResponse(error.body, error.status, error.headers)
 
     async def _kept(self, path: str, headers: list[tuple[str, str]], body: bytes) -> bytes:
-        status, told, data = await self._answer("POST", path, headers, body)
+        # Ray cancels what a request has begun when its client leaves, which it knows by the context: this goes on.
+        answer = asyncio.create_task(self._answer("POST", path, headers, body), context=Context())
+        status, told, data = await answer
         if status != 200:
             raise _NotDrawnError(status, told, data)
         return _packed(status, told, data)
@@ -179,9 +187,22 @@ def _lost() -> ServiceError:
     return ServiceError(503, "server_error", "replica_lost", "The replica that drew died.", None, {"retry-after": "1"})
 
 
+async def _body(request: Request, most: int) -> bytes:
+    """
+    Raises:
+        ServiceError: it is too large.
+    """
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > most:
+            raise too_large(most)
+    return bytes(body)
+
+
 def _forwarded(request: Request) -> list[tuple[str, str]]:
     """The headers that a replica is to see, and the request's number."""
-    hidden = (REQUEST_HEADER, "idempotency-key", "content-length", "transfer-encoding")
+    hidden = (REQUEST_HEADER, KEY_HEADER, "content-length", "transfer-encoding")
     kept = [(name, value) for name, value in request.headers.items() if name.lower() not in hidden]
     return [*kept, (REQUEST_HEADER, secrets.token_hex(12))]
 
@@ -229,4 +250,4 @@ def application(settings: Settings, *, replicas: int = 2, gpus: float = 0) -> An
         Replica, num_replicas=replicas, max_ongoing_requests=ONGOING, ray_actor_options={"num_gpus": gpus},
         health_check_period_s=1,
     ).bind(own)  # fmt: skip
-    return serve.deployment(Front, num_replicas=1, max_ongoing_requests=10_000).bind(replica)
+    return serve.deployment(Front, num_replicas=1, max_ongoing_requests=10_000).bind(replica, settings.body_bytes)

@@ -32,8 +32,10 @@ def entry(request: UnderWay, index: int, bundle: str, *, drawn: Drawn | None = N
 
     `bundle` is the digest of the bundle that drew it.
     """
-    asked, plan = request.asked, request.plan
+    asked, plan, job, names = request.asked, request.plan, request.tickets[index].job, request.plan.policy.concepts
+    steps = [] if job is None else job.recorded
     body: dict[str, Any] = {
+        "request": request.request_id,
         "at": datetime.fromtimestamp(request.began, UTC).isoformat(),
         "seconds": round(time.time() - request.began, 3),
         "tenant": request.tenant,
@@ -48,10 +50,13 @@ def entry(request: UnderWay, index: int, bundle: str, *, drawn: Drawn | None = N
         "size": list(plan.size),
         "actions": dict(request.policy.actions),
         "thresholds": dict(zip(plan.policy.concepts, plan.policy.threshold.tolist(), strict=True)),
+        "unprotected": plan.policy.unprotected,
+        "cooldown": plan.policy.cooldown,
         "outcome": outcome(request, drawn, error),
-        "steps_done": request.tickets[index].done if request.tickets else 0,
-        "scores": [] if drawn is None else [list(step.score.values()) for step in drawn.record.steps],
-        "fired": [] if drawn is None else [list(step.fired) for step in drawn.record.steps],
+        "steps_done": request.tickets[index].done,
+        "previews": request.previews,
+        "scores": [step["score"].tolist() for step in steps],
+        "fired": [[name for name, fired in zip(names, step["fired"], strict=True) if fired] for step in steps],
         "observed": [] if drawn is None else drawn.observed,
         "blocked": sorted(request.blocked),
         "pixels": None if drawn is None else hashlib.sha256(drawn.image.tobytes()).hexdigest(),

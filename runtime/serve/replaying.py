@@ -52,4 +52,5 @@ def _policy(body: dict[str, Any], safety: SafetyInfo) -> ResolvedPolicy:
     """The policy that the picture was drawn under."""
     own = resolve(SafetyPolicy(beyond_promise=True), safety)
     looked_for = np.array([body["actions"][name] != "observe" for name in own.concepts])
-    return replace(own, enabled=looked_for, threshold=np.array([body["thresholds"][name] for name in own.concepts], np.float32))
+    thresholds = np.array([body["thresholds"][name] for name in own.concepts], np.float32)
+    return replace(own, enabled=looked_for, threshold=thresholds, cooldown=body["cooldown"])

@@ -12,7 +12,7 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 
 from saferedir.runtime.serve.asked import Asked, Drawn, UnderWay
-from saferedir.runtime.serve.errors import invalid
+from saferedir.runtime.serve.errors import ServiceError, invalid
 from saferedir.runtime.serve.state import State
 from saferedir.runtime.serve.streams import client_left
 
@@ -29,7 +29,7 @@ async def whole(
     """
 
     async def made(keyed: bool) -> bytes:
-        admitted = state.service.admit(asked, tenant, number=state.number(request))
+        admitted = state.admit(request, asked, tenant)
         drawn = await state.service.draw(admitted, gone=None if keyed else partial(client_left, request))
         return await asyncio.to_thread(lambda: json.dumps(tell(drawn)).encode())
 
@@ -41,6 +41,11 @@ async def whole(
     return Response(data, media_type="application/json")
 
 
+def no_key_for_streams() -> ServiceError:
+    """What has left as a stream cannot be given again."""
+    return invalid("Idempotency-Key is for requests without stream", "Idempotency-Key")
+
+
 def for_a_stream(request: Request, state: State, tenant: str, asked: Asked) -> UnderWay:
     """The request, admitted: what cannot be drawn is refused before a stream begins.
 
@@ -48,5 +53,5 @@ def for_a_stream(request: Request, state: State, tenant: str, asked: Asked) -> U
         ServiceError: it has an `Idempotency-Key`. Whatever admitting raises.
     """
     if request.headers.get(KEY_HEADER):
-        raise invalid("Idempotency-Key is for requests without stream", "Idempotency-Key")
-    return state.service.admit(asked, tenant, number=state.number(request))
+        raise no_key_for_streams()
+    return state.admit(request, asked, tenant)

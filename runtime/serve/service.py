@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from saferedir.engines.errors import (
     BackendError,
     BlockedError,
     QueueFullError,
+    SafeRedirError,
     SafetyError,
     UnresponsiveError,
 )
@@ -32,8 +33,11 @@ from saferedir.runtime.serve.tracing import Tracing
 
 log = logging.getLogger("saferedir")
 
-#: A request that has ended waits so long for the step that is under way, and then no longer.
-GRACE_SECONDS = 5.0
+#: A request that has ended waits so long for the step that is under way, or so many times as long as steps take.
+GRACE_SECONDS, GRACE_STEPS = 5.0, 3.0
+#: What the audit may take to write.
+WRITE_SECONDS = 15.0
+T = TypeVar("T")
 #: Called after every step, on the batcher's thread.
 OnProgress = Callable[[Progress], None]
 #: Called with the number of a picture, and what it looks like so far: a latent [C, h, w]; on the batcher's thread.
@@ -59,10 +63,10 @@ class Service:
         self.batcher.on_turn = self.metrics.turn
         self._models = ThreadPoolExecutor(self.batcher.capacity, "saferedir-models")
         self._writer = ThreadPoolExecutor(1, "saferedir-audit")
-        #: By the id of the request; each ends with its record.
-        self.under_way: dict[str, asyncio.Task[list[Drawn]]] = {}
+        #: Those that are under way; each task ends with the request's record.
+        self.requests: dict[asyncio.Task[list[Drawn]], UnderWay] = {}
         #: What went wrong with the safety or its record; None while both are sound.
-        self.fault: str | None = None
+        self.fault: SafeRedirError | None = None
 
     def prepare(self) -> None:
         """Load and measure the engines, draw a protected picture, and write to the audit: only then anything is served.
@@ -91,17 +95,23 @@ class Service:
         return self.policies.problem is not None
 
     def close(self) -> None:
-        """Write nothing more."""
+        """Draw and write nothing more."""
+        self.batcher.close()
         self._models.shutdown()
         self._writer.shutdown()
         self.audit.close()
 
-    def admit(self, asked: Asked, tenant: str, *, number: str | None = None, unprotected: bool = False) -> UnderWay:
+    def admit(
+        self, asked: Asked, tenant: str, *, request_id: str = "", number: str | None = None, unprotected: bool = False
+    ) -> UnderWay:
         """A request that may be drawn now, with places for its pictures. Requests of one `number` have one record.
 
         Raises:
             RequestError: it cannot be drawn as asked. QueueFullError: not now, or not in time.
+            AuditError: the last record could not be written, and none since.
         """
+        if isinstance(self.fault, AuditError):
+            raise self.fault
         policy = self.policies.of(tenant)
         if unprotected:
             log.warning("a picture is drawn UNPROTECTED for tenant %r, as the operator's settings allow", tenant)
@@ -109,8 +119,8 @@ class Service:
         plan = self._plan(asked, policy)
         id, now = f"img_{number or secrets.token_hex(12)}", time.monotonic()
         deadline = now + min(self.seconds, asked.within or self.seconds)
-        again = number is not None
-        request = UnderWay(id, tenant, asked, policy.tightened(plan.policy), plan, time.time(), deadline, again=again)
+        tightened, again = policy.tightened(plan.policy), number is not None
+        request = UnderWay(id, request_id, tenant, asked, tightened, plan, time.time(), deadline, again=again)
         if self._log_prompts:
             log.info("%s of tenant %r: %r", request.id, tenant, asked.prompt)
         try:
@@ -135,8 +145,8 @@ class Service:
             SafetyError, AuditError: the safety or its record failed, and no picture leaves.
         """
         task = asyncio.ensure_future(self._draw(request, gone, progress, preview, previews))
-        self.under_way[request.id] = task
-        task.add_done_callback(lambda done: self.under_way.pop(request.id, None))
+        self.requests[task] = request
+        task.add_done_callback(lambda done: self.requests.pop(task, None))
         task.add_done_callback(_retrieved)
         try:
             return await asyncio.shield(task)
@@ -153,6 +163,7 @@ class Service:
                 drawn = await self._drawn(request, gone, progress, preview, previews)
             except Exception as error:
                 self._note(error)
+                self._count(request, [])
                 tell(saferedir__outcome=outcome(request, None, error), error__type=type(error).__name__)
                 await self._write(self._entries(request, error=error))
                 raise
@@ -160,22 +171,25 @@ class Service:
                 request.stop()
             await self._write(self._entries(request, drawn=drawn))
             tell(saferedir__outcome="drawn", saferedir__redirected=sorted({name for own in drawn for name in own.redirected}))
-        for own in drawn:
-            self._count(own)
+        self._count(request, drawn)
         return drawn
 
     def _note(self, error: Exception) -> None:
         """Whatever is wrong with the safety stays known until a probe succeeds."""
         if isinstance(error, SafetyError | BackendError | AuditError):
-            self.fault = str(error)
+            self.fault = error
             self.metrics.faults.labels(type(error).__name__).inc()
             log.error("fault: %s", error)
 
-    def _count(self, drawn: Drawn) -> None:
-        for name, action in [(name, "redirect") for name in drawn.redirected] + [(name, "observe") for name in drawn.observed]:
+    def _count(self, request: UnderWay, drawn: Sequence[Drawn]) -> None:
+        seen = [(name, "redirect") for own in drawn for name in own.redirected]
+        seen += [(name, "observe") for own in drawn for name in own.observed]
+        seen += [(name, "block") for name in request.blocked]
+        for name, action in seen:
             self.metrics.concepts.labels(name, action).inc()
-        if drawn.record.steps:
-            self.drift.seen(max(max(step.score.values()) for step in drawn.record.steps))
+        for ticket in request.tickets if drawn or request.blocked else ():
+            if ticket.job is not None and ticket.job.recorded:
+                self.drift.seen(float(max(step["score"].max() for step in ticket.job.recorded)))
 
     def _plan(self, asked: Asked, policy: TenantPolicy) -> Plan:
         return self.pipeline.plan(
@@ -196,21 +210,21 @@ class Service:
     async def _drawn(
         self, request: UnderWay, gone: Gone | None, progress: OnProgress | None, preview: Preview | None, previews: int
     ) -> list[Drawn]:  # fmt: skip
-        loop, plan = asyncio.get_running_loop(), request.plan
+        plan = request.plan
         self._watch(request, progress)
         for index, ticket in enumerate(request.tickets):
             if preview is not None:
-                ticket.previewed, ticket.on_preview = _spread(request.steps, previews), partial(preview, index)
-        drawings = await loop.run_in_executor(self._models, self.pipeline.drawings, plan, plan.requests)
+                ticket.previewed, ticket.on_preview = _spread(request.steps, previews), partial(_shown, request, preview, index)
+        drawings = await self._in_time(self.pipeline.drawings, plan, plan.requests)
         self.batcher.submit(request.tickets, drawings)
         drawn = await self._ended(request, gone)
         denoised = time.monotonic()
-        made = await loop.run_in_executor(self._models, self.pipeline.finish, plan, drawn)
+        made = await self._in_time(self.pipeline.finish, plan, drawn)
         self.metrics.decode_seconds.observe(time.monotonic() - denoised)
         return [
             Drawn(
                 f"{request.id}_{index}", image, record,
-                request.policy.seen(result.score, "redirect"), request.policy.seen(result.score, "observe"),
+                request.policy.fired(result.fired), request.policy.observed(result.score),
             )
             for index, (image, record, result) in enumerate(zip(made.images, made.records, drawn, strict=True))
         ]  # fmt: skip
@@ -226,8 +240,10 @@ class Service:
                 self.metrics.wait_seconds.observe(time.time() - request.began)
             job = request.tickets[index].job
             assert job is not None
-            if np.any(job.fired & stops):
-                request.blocked |= _named(policy.engine.concepts, job.fired & stops)
+            # Scores, not firings: the detector looks while it rests after a firing as well.
+            seen = stops & (job.last["score"] >= policy.engine.threshold) if job.last else np.zeros_like(stops)
+            if np.any(seen):
+                request.blocked |= _named(policy.engine.concepts, seen)
                 request.stop()
             if progress is not None:
                 names, last = policy.engine.concepts, job.last
@@ -251,9 +267,9 @@ class Service:
             await asyncio.wait(watched, return_when=asyncio.FIRST_COMPLETED, timeout=request.deadline - time.monotonic())
             if left is not None and left.done():
                 request.stop()
-            await asyncio.wait({drawn}, timeout=GRACE_SECONDS)
+            await asyncio.wait({drawn}, timeout=self.grace(request.plan.engine))
             if not drawn.done():
-                raise UnresponsiveError(f"no step has ended for {GRACE_SECONDS:g} s after the request did")
+                raise UnresponsiveError(f"no step has ended for {self.grace(request.plan.engine):.0f} s after the request did")
             if request.blocked:
                 raise BlockedError(sorted(request.blocked), max(ticket.done for ticket in request.tickets))
             failed = [future for future in futures if future.done() and future.exception() is not None]
@@ -262,6 +278,22 @@ class Service:
             drawn.cancel()
             if left is not None:
                 left.cancel()
+
+    def grace(self, engine: str = "step") -> float:
+        """Seconds that the step under way may take when a request has ended."""
+        return max(GRACE_SECONDS, GRACE_STEPS * self.batcher.times.of(engine, self.batcher.capacity))
+
+    async def _in_time(self, work: Callable[..., T], *arguments: Any) -> T:
+        """What `work` makes on a thread.
+
+        Raises:
+            UnresponsiveError: it takes longer than a request may.
+        """
+        made = asyncio.get_running_loop().run_in_executor(self._models, partial(work, *arguments))
+        try:
+            return await asyncio.wait_for(made, self.seconds)
+        except TimeoutError:
+            raise UnresponsiveError(f"an engine has not answered for {self.seconds:g} s") from None
 
     def _entries(self, request: UnderWay, *, drawn: Sequence[Drawn] = (), error: Exception | None = None) -> list[Entry]:
         own: Sequence[Drawn | None] = drawn or [None] * request.asked.pictures
@@ -275,14 +307,22 @@ class Service:
             AuditError: it could not be written.
         """
         began = time.monotonic()
+        writing = asyncio.get_running_loop().run_in_executor(self._writer, self.audit.append, entries)
         try:
-            await asyncio.get_running_loop().run_in_executor(self._writer, self.audit.append, entries)
-        except AuditError as error:
-            self._note(error)
-            raise
+            await asyncio.wait_for(writing, WRITE_SECONDS)
+        except (AuditError, TimeoutError) as error:
+            slow = AuditError(f"the audit has not answered for {WRITE_SECONDS:g} s")
+            failed = error if isinstance(error, AuditError) else slow
+            self._note(failed)
+            raise failed from None
         self.metrics.audit_seconds.observe(time.monotonic() - began)
         for own in entries:
             self.metrics.pictures.labels(own.body["outcome"]).inc()
+
+
+def _shown(request: UnderWay, preview: Preview, index: int, latent: Any) -> None:
+    request.previews += 1
+    preview(index, latent)
 
 
 def _named(names: Sequence[str], chosen: np.ndarray[Any, Any]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,8 +11,11 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
+from PIL.Image import Image
 
 from saferedir.engines.errors import SafeRedirError
+from saferedir.runtime.pipeline import Pipeline
+from saferedir.runtime.serve.asked import picture_bytes
 from saferedir.runtime.serve.errors import ServiceError, told
 
 log = logging.getLogger("saferedir")
@@ -43,7 +47,11 @@ class Events:
 
     async def each(self) -> AsyncIterator[Event]:
         while (make := await self._waiting.get()) is not None:
-            yield await make()
+            try:
+                yield await make()
+            except SafeRedirError as error:  # of a preview
+                yield "error", told(error).body
+                return
 
 
 def streamed(draw: Callable[[Events], Awaitable[None]]) -> StreamingResponse:
@@ -74,6 +82,13 @@ def streamed(draw: Callable[[Events], Awaitable[None]]) -> StreamingResponse:
             await drawing
 
     return StreamingResponse(sent(), media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+
+async def encoded(pipeline: Pipeline, latent: Any, kind: str, compression: int | None) -> tuple[Image, str]:
+    """A picture in progress, and its bytes in base64."""
+    (image,) = await asyncio.to_thread(pipeline.decode, latent[None])
+    data = await asyncio.to_thread(picture_bytes, image, kind, compression)
+    return image, base64.b64encode(data).decode()
 
 
 def _made(event: Event) -> Maker:
