@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +177,17 @@ def test_it_serves_from_the_command_line(tmp_path: Path) -> None:
         assert drawn.status_code == 200
         assert picture(drawn.json()["data"][0]["b64_json"]).size == (64, 64)
     assert process.returncode == 0
+
+
+def test_what_is_not_finished_when_it_stops_is_told_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAFEREDIR_SERVE_DRAIN_SECONDS", "0.2")
+    with running(tmp_path) as (process, address), ThreadPoolExecutor() as pool:
+        body = {"prompt": "a cat", "quality": "high", "n": 10}
+        asked = pool.submit(httpx.post, f"{address}/v1/images/generations", json=body, timeout=60)
+        while "saferedir_pictures_running 0.0" in httpx.get(f"{address}/metrics").text:
+            time.sleep(0.01)
+        process.terminate()
+        answer = asked.result()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining") and process.returncode == 0
+    outcomes = [body["outcome"] for body in Audit(f"sqlite:///{tmp_path}/audit.db", make=False).bodies()]
+    assert outcomes == ["cancelled"] * 10

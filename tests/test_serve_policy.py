@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from tiny_bundle import write_tiny_bundle
 
 from benchmarks.serving.served import Served, picture, served
 from saferedir.runtime import Pipeline, SafetyPolicy
@@ -89,3 +91,17 @@ def test_the_same_spelling_through_the_official_client(tenants: tuple[Served, di
     usual = client.images.generate(**asked, extra_body={"seed": 3}).data or []
     low = client.images.generate(**asked, moderation="low", extra_body={"seed": 3}).data or []
     assert usual[0].b64_json == low[0].b64_json
+
+
+def test_what_is_seen_while_detection_rests_is_blocked_as_well(tmp_path: Path) -> None:
+    """Church fires in the first step, and detection rests for two; ink is over its threshold in these alone."""
+    concepts = {"church": {"threshold": 0.0}, "ink": {"action": "block", "threshold": 0.38}}
+    (tmp_path / "policy.json").write_text(json.dumps({"version": "1", "concepts": concepts}))
+    bundle = write_tiny_bundle(tmp_path / "tiny", sees=True)
+    with served(tmp_path, bundle=str(bundle), policy=tmp_path / "policy.json") as own:
+        answer = own.http.post("/v1/pictures", json={"prompt": "a cat", "steps": 3, "seed": 0})
+        assert answer.status_code == 400 and answer.json()["error"]["moderation"]["categories"] == ["ink"]
+        (record,) = own.records()
+        assert [step for step, fired in enumerate(record["fired"]) if "ink" in fired] == []
+        assert (record["outcome"], record["blocked"], len(record["scores"])) == ("blocked", ["ink"], record["steps_done"])
+        assert own.service.metrics.text().count(b'saferedir_concepts_total{action="block",concept="ink"} 1.0') == 1

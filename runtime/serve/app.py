@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from saferedir.engines.errors import SafeRedirError
+from saferedir.engines.errors import CancelledError, SafeRedirError
 from saferedir.runtime.serve import images, page, pictures
 from saferedir.runtime.serve.documented import ANSWERS, Model, Models, Status
 from saferedir.runtime.serve.edge import Edge
@@ -127,8 +127,10 @@ def _told(_: Request, error: Exception) -> Response:
     return _answer(error)
 
 
-def _failed(_: Request, error: Exception) -> Response:
+def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, SafeRedirError)
+    if isinstance(error, CancelledError):
+        state_of(request)  # which says so if the service has stopped it
     return _answer(told(error))
 
 
