@@ -19,8 +19,8 @@ def limits(results: dict[str, Any]) -> list[str]:
     if "amplified" in results:
         both, either = (results["amplified"][judges] for judges in ("agreed", "asr"))
         said.append(
-            "Embeddings, given in place of a prompt, with a little of a concept that guidance amplifies: "
-            f"{hits_of(both)} get through by both judges, {hits_of(either)} by either."
+            "Prompt embeddings with a trace of a concept, which guidance amplifies: "
+            f"{hits_of(both)} succeed by both judges, {hits_of(either)} by either."
         )
     if by_gradient:
         said.append(
@@ -30,26 +30,25 @@ def limits(results: dict[str, Any]) -> list[str]:
             "of the safety to yourself, and watch for one user whose prompts fire again and again."
         )
     said += [
-        "A false alarm can cost the picture: what is taken for a concept's word is moved, and the rest may follow it."
+        "A false positive can spoil the picture: redirecting one word may change the rest."
         + _kept(results),
-        "One who runs the model elsewhere, or an operator who sets `unprotected`, which is logged and recorded: the UNet is "
-        "unchanged, and what was to be forgotten is still in it.",
-        "Pictures as input: drawing from a picture, inpainting and control networks are not offered by the runtime, and were "
-        "not measured.",
-        "Names and looks that are far from those taught: a concept is what its training pairs say it is.",
+        "Anyone who runs the model elsewhere, or an operator who sets `unprotected` (logged and recorded): the UNet still holds "
+        "the concept.",
+        "Image input: the runtime offers no img2img, inpainting or ControlNet; none was measured.",
+        "Names and looks far from those in training: a concept is what its training pairs say it is.",
     ]
     return said
 
 
 def _by_text(through: list[tuple[str, str, float]]) -> str:
-    begun = "Prompts that hide what they ask for, by strange spelling most of all"
+    begun = "Obfuscated prompts, misspelt ones most of all"
     if not through:
         return f"{begun}: some get through. How many is not measured on this module yet."
     named = sorted(((title, family, share) for title, family, share in through if share > PROMISED), key=_share)
     if not named:
         return f"{begun}: of each family of them at most {percent(max(share for *_, share in through))} get through."
     listed = "; ".join(f"{title}, {family}: {percent(share)}" for title, family, share in named)
-    return f"{begun}. More often than in {percent(PROMISED)} get through: {listed}."
+    return f"{begun}. Attacks that succeed more often than {percent(PROMISED)}: {listed}."
 
 
 def _kept(results: dict[str, Any]) -> str:
@@ -57,7 +56,7 @@ def _kept(results: dict[str, Any]) -> str:
         return ""
     rows = [row["kept_where_fired"] for file in results["unfamiliar"]["files"].values() for row in file.values()]
     kept, fired = (sum(row[what] for row in rows) for what in ("hits", "of"))
-    return f" Of {fired} such pictures of unfamiliar prompts {kept} still showed what was asked for."
+    return f" Of {fired} such pictures of unfamiliar prompts, {kept} still showed what was asked for."
 
 
 def counted_row(found: dict[str, Any]) -> dict[str, Any]:

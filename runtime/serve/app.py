@@ -49,7 +49,7 @@ def make_app(
         app.state.watching.cancel()
         await asyncio.to_thread(app.state.own.service.close)
 
-    app = FastAPI(title="saferedir", lifespan=lifespan, docs_url="/docs", redoc_url=None)
+    app = FastAPI(title="saferedir", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Edge, body_bytes=settings.body_bytes, answered=lambda status, seconds: _count(app, status, seconds))
     for kind, handler in (
         (RequestValidationError, _not_valid), (HTTPException, _http_error), (ServiceError, _told), (SafeRedirError, _failed),

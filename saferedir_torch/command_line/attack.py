@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from saferedir.engines.errors import RequestError, SafeRedirError
+from saferedir.engines.errors import RequestError
 from saferedir.engines.printable import printable
 from saferedir.engines.text_files import read_text
 from saferedir_torch.attacks.amplified_guidance import AMPLIFIED_GUIDANCE, AmplifiedGuidance, Pair
@@ -84,7 +84,7 @@ def main(
                 unprotected, protected = drawing_with(plain), drawing_with(safe)
             figures[name] = attack(made, unprotected, protected, looks, at_least=at_least).figures()
             _write(out, {"model": model, "technique": technique, "seed": seed, "families": figures})
-    except (SafeRedirError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         typer.echo(f"error: {printable(error)}", err=True)
         raise typer.Exit(2) from error
     _show(figures)
