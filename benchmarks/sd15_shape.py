@@ -1,7 +1,7 @@
 """A pipeline of Stable Diffusion 1.5's shapes with random weights, to show that training takes it and what memory it needs.
 
 `python -m benchmarks.sd15_shape FOLDER` writes it (2.1 GB in fp16); the tokenizer is the embedded model's. Then, for example,
-`/usr/bin/time -v python -m saferedir_torch train --model FOLDER --pairs pairs.json --steps 20 --runs 2 --sampling 2:7.5
+`/usr/bin/time -v saferedir train --model FOLDER --pairs pairs.json --steps 20 --runs 2 --sampling 2:7.5
 --pair-count 40 --out OUT`.
 """
 

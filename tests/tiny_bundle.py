@@ -91,11 +91,12 @@ def graph(name: str, inputs: Sequence[Any], outputs: Sequence[Any], location: st
             helper.make_node("Slice", ["latent", "zero", "three", "one"], ["colours"]),
             helper.make_node("Resize", ["colours", "", "scales"], ["large"], mode="nearest"),
             helper.make_node("Mul", ["large", "factor"], ["scaled"]),
-            helper.make_node("Sigmoid", ["scaled"], ["image"]),
+            helper.make_node("Sin", ["scaled"], ["wave"]),
+            helper.make_node("Sigmoid", ["wave"], ["image"]),
         ]
     else:
         nodes += [
-            helper.make_node("ReduceMean", ["prompt", "both"], ["said"], keepdims=1),
+            helper.make_node("ReduceMax", ["prompt", "both"], ["said"], keepdims=1),  # a mean depends on the batch
             helper.make_node("Unsqueeze", ["said", "last"], ["shift"]),
             helper.make_node("Add", ["latent", "shift"], ["moved"]),
             helper.make_node("Mul", ["moved", "factor"], ["next_latent"]),
