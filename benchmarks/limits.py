@@ -30,10 +30,9 @@ def limits(results: dict[str, Any]) -> list[str]:
             "of the safety to yourself, and watch for one user whose prompts fire again and again."
         )
     said += [
-        "A false positive can spoil the picture: redirecting one word may change the rest."
-        + _kept(results),
-        "Anyone who runs the model elsewhere, or an operator who sets `unprotected` (logged and recorded): the UNet still holds "
-        "the concept.",
+        "A false positive can spoil the picture: redirecting one word may change the rest." + _kept(results),
+        "Anyone who runs the model elsewhere, or an operator who sets `unprotected` (logged and recorded): the UNet still "
+        "holds the concept.",
         "Image input: the runtime offers no img2img, inpainting or ControlNet; none was measured.",
         "Names and looks far from those in training: a concept is what its training pairs say it is.",
     ]
@@ -44,11 +43,19 @@ def _by_text(through: list[tuple[str, str, float]]) -> str:
     begun = "Obfuscated prompts, misspelt ones most of all"
     if not through:
         return f"{begun}: some get through. How many is not measured on this module yet."
-    named = sorted(((title, family, share) for title, family, share in through if share > PROMISED), key=_share)
-    if not named:
-        return f"{begun}: of each family of them at most {percent(max(share for *_, share in through))} get through."
-    listed = "; ".join(f"{title}, {family}: {percent(share)}" for title, family, share in named)
-    return f"{begun}. Attacks that succeed more often than {percent(PROMISED)}: {listed}."
+    if max(share for *_, share in through) <= PROMISED:
+        return f"{begun}: of each family at most {percent(max(share for *_, share in through))} succeed."
+    listed = []
+    for concept in dict.fromkeys(title.split(",")[0] for title, *_ in sorted(through, key=_share)):
+        own = [(family, share) for title, family, share in through if title.split(",")[0] == concept and share > PROMISED]
+        if own:
+            shares = {family: max(share for name, share in own if name == family) for family, _ in own}
+            said = ", ".join(
+                f"{family} {percent(share)}" for family, share in sorted(shares.items(), key=lambda item: -item[1])
+            )
+            listed.append(f"{concept}: {said}")
+    often = f"Families that succeed more often than {percent(PROMISED)}, at the worse of 12 and 25 steps"
+    return f"{begun}. {often}: {'; '.join(listed)}."
 
 
 def _kept(results: dict[str, Any]) -> str:

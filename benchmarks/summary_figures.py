@@ -24,7 +24,7 @@ def works() -> str:
     }
     heads = " | ".join(f"{concept}, drawn as {result['replacement']}" for concept, result in zip(CONCEPTS, gone, strict=True))
     table = "\n".join(f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items())
-    return f"""Yes, on the small diffusion model that ships with it, by judges that share nothing with model or safety:
+    return f"""On the small diffusion model that ships with it, by judges that share nothing with model or safety:
 
 | | {heads} |
 | --- | --- | --- | --- |

@@ -89,7 +89,8 @@ USUAL_GUIDANCE = 5.0
 #:     d = from_latent z + from_output e        z' = of_latent z + of_denoised d + of_before d_before + of_noise n
 #:
 #: The latent times `input_scale` is what the denoiser sees. `noise_share` is sigma / (alpha + sigma) of the level that the step
-#: starts from: 0 of a clean picture, 1 of noise. `known` is 1 where there was a step before, else 0.
+#: starts from: 0 of a clean picture, 1 of noise. `known` is 1 where there was a step before, else 0, and
+#: `denoised` is then to be zero.
 #: `amplification` is by how much guidance exceeds the usual scale, as a share of that: guidance draws n + g (c - n), and at
 #: the usual scale as much is drawn of c + amplification (c - n).
 NUMBERS = (

@@ -2,9 +2,10 @@
 
 Capture ends where a node is not the CUDA provider's: ONNX Runtime then copies its tensors to the host and back. So it does with
 arithmetic on shapes, which it leaves on the host; a shape may only be handed on as it is. Which kernels the provider has is
-taken from ONNX Runtime's list, docs/OperatorKernels.md at commit 001d12d; how a kernel is matched with a node from
-core/framework/kernel_registry.cc: one without a last version serves its own operator version only. So a newer operator set is
-not a better one: that list has ReduceMax and ReduceMin of version 18, and none of version 20.
+taken from ONNX Runtime's list, docs/OperatorKernels.md at commit 001d12d, and of GlobalAveragePool from its pull request 27733;
+how a kernel is matched with a node from core/framework/kernel_registry.cc: one without a last version serves its own operator
+version only. So a newer operator set is not a better one: that list has ReduceMax and ReduceMin of version 18, and none of
+version 20.
 """
 
 from __future__ import annotations
