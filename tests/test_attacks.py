@@ -309,8 +309,7 @@ def test_the_tool_names_what_is_wrong(tmp_path: Path) -> None:
         "o",
     ]
     result = CliRunner().invoke(app, command)
-    assert result.exit_code == 2
-    assert "none.json cannot be read" in result.output
+    assert isinstance(result.exception, RequestError) and "none.json cannot be read" in str(result.exception)
     assert CliRunner().invoke(app, [*command, "--family", "magic"]).exit_code == 2
 
 
