@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any
 
@@ -17,6 +18,32 @@ NO_GRAPH = -1
 
 #: While a graph is captured nothing else in the process may touch the device, whatever its stream.
 DEVICE_LOCK = threading.RLock()
+#: A graph is captured by one of its first calls.
+FIRST_CALLS = 3
+
+
+class _Waiters:
+    """Threads that wait for the device without the lock. A capture waits until there are none: waiting would end it."""
+
+    def __init__(self) -> None:
+        self._count, self._changed = 0, threading.Condition()
+
+    def enter(self) -> None:
+        with self._changed:
+            self._count += 1
+
+    def leave(self) -> None:
+        with self._changed:
+            self._count -= 1
+            self._changed.notify_all()
+
+    def none_left(self) -> None:
+        """Wait until there are none; the caller holds the device's lock, so that none comes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._count == 0)
+
+
+WAITERS = _Waiters()
 
 
 class OrtStreamBackend(OrtBackend):
@@ -52,7 +79,11 @@ class OrtStreamBackend(OrtBackend):
         values = np.empty((count - row if rows is None else rows, *shape), TYPES[tensor.data_type()])
         with self._lock:
             self._stream.download(values.ctypes.data, _row(tensor, row), values.nbytes)
-        self._stream.synchronize()  # not under the lock: others may go on
+            WAITERS.enter()
+        try:
+            self._stream.synchronize()  # not under the lock: others may go on
+        finally:
+            WAITERS.leave()
         return values
 
     def _enqueued(self, session: Any, binding: Any, graph: int) -> Call:
@@ -61,8 +92,12 @@ class OrtStreamBackend(OrtBackend):
         options.add_run_config_entry("gpu_graph_id", str(graph))
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
+        calls = itertools.count()
+
         def call() -> None:
             with self._lock:
+                if graph != NO_GRAPH and next(calls) < FIRST_CALLS:
+                    WAITERS.none_left()
                 session.run_with_iobinding(binding, options)
 
         return call

@@ -33,6 +33,7 @@ from saferedir.runtime.job import Denoised, Drawing, Job
 from saferedir.runtime.pipeline import Events, _next
 from saferedir.runtime.policy import SafetyPolicy, resolve
 from saferedir.runtime.prediction import FIRST_GUESS
+from saferedir.runtime.replay import Runs, record_runs, replay
 from saferedir.runtime.rows import Rows, ladder
 from saferedir.runtime.schedulers import SCHEDULERS, make_schedule
 from saferedir.runtime.ticket import Ticket
@@ -165,6 +166,13 @@ def test_where_steps_are_captured_few_numbers_of_rows_are_and_others_are_padded(
     assert backend.sizes == prepared == set(ladder(tiny.manifest.max_batch))
     for ticket, picture in zip(tickets, pictures, strict=True):
         assert_same(ticket.future.result(), tiny.lone(*picture))
+
+
+def test_rows_that_only_pad_a_batch_are_not_compared(tiny: Bench) -> None:
+    recorded = record_runs(tiny.pipeline.bundle, lambda: Captured(tiny.pipeline.backend), Runs(3, 2))
+    assert {len(call["latent"]) for call in recorded["step"]} == {3}
+    replayed = replay(tiny.pipeline.bundle, tiny.pipeline.backend, "step", recorded)
+    assert np.isfinite(replayed["next_latent"]).all()
 
 
 def forgets_rows(names: tuple[str, ...]) -> Any:
