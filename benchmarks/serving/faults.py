@@ -161,6 +161,22 @@ def _hang(bench: Bench) -> tuple[str, str]:
     return f"{bench.told(answer)} after {seconds:.1f} s; the deadline was 1 s", bench.recovered()
 
 
+def _audit_hangs(bench: Bench) -> tuple[str, str]:
+    audit, free = bench.own.service.audit, threading.Event()
+    append = audit.append
+
+    def waits(entries: Any) -> None:
+        free.wait(30)
+        append(entries)
+
+    with patch.object(audit, "append", waits), patch("saferedir.runtime.serve.service.WRITE_SECONDS", 1.0):
+        answer, ready = bench.ask(), bench.ready()
+        refused = bench.ask()
+        free.set()
+    assert answer.status_code == refused.status_code == 503 and not ready
+    return f"{bench.told(answer)} after 1 s; not ready", bench.recovered()
+
+
 def _file(change: Callable[[Path], None]) -> Inject:
     def inject(bench: Bench) -> tuple[str, str]:
         before = bench.ask().json()["pictures"][0]["b64_json"]
@@ -316,6 +332,7 @@ FAULTS = (
     Fault("the safety's file is deleted under the service", _file(Path.unlink), own_bundle=True),
     Fault("the audit's disk is full", _disk_full),
     Fault("the audit's database is gone", _database_gone),
+    Fault("the audit's database does not answer", _audit_hangs),
     Fault("the policy's file becomes a bad one", _bad_policy, own_policy=True),
     Fault("the clock is set back by an hour", _clock),
     Fault("scores move away from the calibration's", _drift),
