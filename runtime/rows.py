@@ -35,8 +35,8 @@ class Rows:
         self.backend, self.engine, self.capacity = backend, engine, capacity
         self.jobs: list[Job] = []
         tensors = step_tensors(form_of_step(kind(engine), published=manifest.controller == PUBLISHED))
-        info = manifest.engines[engine]
-        shapes = {tensor.name: tuple(map(int, tensor.shape[1:])) for tensor in (*info.inputs, *info.outputs)}
+        inputs, outputs = manifest.tensors(engine)
+        shapes = {tensor.name: tuple(map(int, tensor.shape[1:])) for tensor in (*inputs, *outputs)}
         self._blanks: dict[str, Array] = {}
         self._placed: dict[str, DeviceTensor] = {}
         #: A step reads the state on one side and gives it on the other.
