@@ -13,7 +13,8 @@ from benchmarks.serving.soak import soak
 
 
 def check_soak(folder: Path, seconds: float) -> None:
-    found = asyncio.run(soak(folder, seconds, 20, 0, str(write_tiny_bundle(folder / "tiny"))))
+    tiny = str(write_tiny_bundle(folder / "tiny"))
+    found = asyncio.run(soak(folder, seconds, 20, 0, tiny, patience=(0.002, 0.02)))
     assert found["problems"] == []
     asked, answered, recorded = (sum(found[name].values()) for name in ("asked", "answered", "recorded"))
     never_began = found["answered"].get("queue_full", 0)

@@ -29,9 +29,13 @@ PROMPTS = ("a church next to a cat", "a dog on blue", "a castle in ink style", "
 KINDS = {"drawn": 0.45, "several": 0.1, "streamed": 0.15, "left": 0.15, "late": 0.05, "bad": 0.1}
 #: Seconds between two looks at the worker, and after which memory is taken for settled.
 LOOK, SETTLED = 1.0, 20.0
+#: After how many seconds a client leaves.
+PATIENCE = (0.05, 0.3)
 
 
-async def soak(folder: Path, seconds: float, rate: float, seed: int, *arguments: str) -> dict[str, Any]:
+async def soak(
+    folder: Path, seconds: float, rate: float, seed: int, *arguments: str, patience: tuple[float, float] = PATIENCE
+) -> dict[str, Any]:
     """`rate` requests a second for so many `seconds`: what was asked for, answered and recorded, and what the worker held."""
     rng, asked, answered = np.random.default_rng(seed), Counter[str](), Counter[str]()
     with running(folder, *arguments) as (process, address):
@@ -48,7 +52,7 @@ async def soak(folder: Path, seconds: float, rate: float, seed: int, *arguments:
                         next_look += LOOK
                         progress.update(bar, completed=now - began)
                     kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
-                    task = asyncio.create_task(_ask(client, kind, rng.spawn(1)[0], asked, answered))
+                    task = asyncio.create_task(_ask(client, kind, rng.spawn(1)[0], patience, asked, answered))
                     waiting.add(task)
                     task.add_done_callback(waiting.discard)
                     await asyncio.sleep(float(rng.exponential(1 / rate)))
@@ -70,8 +74,9 @@ async def soak(folder: Path, seconds: float, rate: float, seed: int, *arguments:
 
 
 async def _ask(
-    client: httpx.AsyncClient, kind: str, rng: np.random.Generator, asked: Counter[str], answered: Counter[str]
-) -> None:
+    client: httpx.AsyncClient, kind: str, rng: np.random.Generator, patience: tuple[float, float], asked: Counter[str],
+    answered: Counter[str],
+) -> None:  # fmt: skip
     """One request. `asked` counts pictures that may come to a record, `answered` by what came back."""
     body: dict[str, Any] = {
         "prompt": str(rng.choice(PROMPTS)),
@@ -79,14 +84,14 @@ async def _ask(
         "seed": int(rng.integers(1 << 31)),
     }
     pictures = 3 if kind == "several" else 1
-    patience = 60.0
+    waits = 60.0
     match kind:
         case "several":
             body["pictures"] = pictures
         case "streamed":
             body["stream"] = True
         case "left":
-            body["steps"], patience = 50, float(rng.uniform(0.05, 0.3))
+            body["steps"], waits = 50, float(rng.uniform(*patience))
         case "late":
             body["within"] = 0.01
         case "bad":
@@ -94,7 +99,7 @@ async def _ask(
     if kind != "bad":
         asked[kind] += pictures
     try:
-        answer = await client.post("/v1/pictures", json=body, timeout=httpx.Timeout(60, read=patience))
+        answer = await client.post("/v1/pictures", json=body, timeout=httpx.Timeout(60, read=waits))
     except httpx.ReadTimeout:
         answered["left"] += pictures
         return
