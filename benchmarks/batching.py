@@ -1,7 +1,7 @@
 """One trace of requests, drawn one at a time, in static batches, by two workers of one thread, and by the batcher.
 
 Requests arrive by an open loop: a Poisson process at stated shares of what is drawn one at a time. Their numbers of steps are
-mixed. `python -m benchmarks.serving.batching` prints, for each way, throughput when everything waits already, and latency at
+mixed. `python -m benchmarks.batching` prints, for each way, throughput when everything waits already, and latency at
 each load; what a request alone costs; and how well the batcher knows when it will draw what, where more comes than it can draw.
 """
 
