@@ -16,7 +16,7 @@ from benchmarks.summary_figures import works
 
 TABLES = (
     "envelope", "unfamiliar", "settings", "amplified", "forgetting_church", "attacks_church_4_steps", "interference",
-    "ablation", "words",
+    "added", "ablation", "words",
 )  # fmt: skip
 
 
