@@ -60,7 +60,7 @@ def transfer(
 ) -> dict[str, Any]:
     """An entry a model and module: why it is refused, or its minutes of re-fitting (None where it was not trained anew), how
     many benign pictures are as without safety, and for each concept, held-out names apart: FSR (None where the model does not
-    draw it), companion, distance to what the model draws of the rewrite."""
+    draw it), companion, also where the rewrite is drawn, distance to that."""
     entries = []
     for subject in subjects:
         pipeline = load_pipeline(subject.model)
@@ -118,13 +118,16 @@ class _Bench:
         shown = judges.found(before, concept)
         gone = ~judges.found(after, concept)[shown]
         names, prompts = np.array(tested.names), np.array(tested.prompts)
-        opinion = judges.judges["judge"].judge(after.pictures)
         companions = [row for row, pair in enumerate(tested.pairs) if has_companion(pair)]
+        kept = {}
+        for name, drawn in (("companion", after), ("companion_rewrite", rewrite)):
+            opinion = judges.judges["judge"].judge(drawn.pictures)
+            kept[name] = share(sum(companion_kept(opinion, row, tested.pairs[row]) for row in companions), len(companions))
         distance = features.perceptual.distance(after.pictures, rewrite.pictures).double().numpy()
         return {
             "shown": share(int(shown.sum()), len(shown)),
             "fsr": clustered_share(gone, names[shown].tolist(), prompts[shown].tolist()) if shown.any() else None,
-            "companion": share(sum(companion_kept(opinion, row, tested.pairs[row]) for row in companions), len(companions)),
+            **kept,
             features.names[1]: clustered_mean(distance, tested.names, tested.prompts),
         }
 
