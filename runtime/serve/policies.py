@@ -45,7 +45,8 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
 class PolicyFile(Struct, frozen=True, forbid_unknown_fields=True):
     """The file, as its JSON schema says."""
 
-    version: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"\A[A-Za-z0-9._-]+\Z")]
+    # As JSON schema writes patterns: it knows no \A and \Z, and Python's $ passes a line's end by.
+    version: Annotated[str, Meta(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9._-]+$(?!\n)")]
     #: Whether pictures are drawn by settings that the safety's promise is not for as well.
     beyond_promise: bool = False
     #: By concept, for all tenants; `redirect` at the bundle's threshold where one is left out.
