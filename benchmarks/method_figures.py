@@ -188,11 +188,14 @@ def _fired_and_gone(cell: dict[str, Any]) -> str:
 def added() -> str:
     result = read_result("added")
     seen, held = (result["forgetting"][part]["fsr_protected"] for part in ("seen", "held_out"))
-    equal, idle = ([entry[key] for entry in result["others"].values()] for key in ("decisions_equal", "new_one_fired"))
+    kinds = ("decisions_equal", "pictures_equal", "new_one_fired")
+    equal, pictures, idle = (
+        {count: sum(entry[kind][count] for entry in result["others"].values()) for count in ("hits", "of")} for kind in kinds
+    )
     return f"""**A fourth concept, added to the finished module** ({result["concept"]},
-{result["training"]["minutes"]} minutes on one core): FSR {share_of(seen)} on seen, {share_of(held)} on held-out names; {sum(row["hits"] for row in equal)} of
-{sum(row["of"] for row in equal)} decisions of the others are as before, and the new one fires on {sum(row["hits"] for row in idle)} of
-{sum(row["of"] for row in idle)} pictures that were not asked to show it. (`python -m benchmarks.evaluate added`)"""
+{result["training"]["minutes"]} minutes of training): FSR {share_of(seen)} on seen, {share_of(held)} on held-out names. Of the others
+{hits_of(equal)} decisions and {hits_of(pictures)} pictures are as before, and the new one fires on {hits_of(idle)} pictures that were
+not asked to show it. (`python -m benchmarks.evaluate added`)"""
 
 
 def ablation() -> str:

@@ -119,7 +119,7 @@ def transfer() -> str:
     table = "\n".join(
         f"| {entry['model']} | {entry['module']} | {entry['steps']} | {concept} | {part.replace('_', '-')} "
         f"| {percent(row['shown']['share'])} | {share_of(row['fsr']) if row['fsr'] else 'not drawn'} "
-        f"| {percent(row['companion']['share'])} "
+        f"| {percent(row['companion']['share'])} | {percent(row['companion_rewrite']['share'])} "
         f"| {row[perceptual]['mean']:.3f} |"
         for entry in drawn
         for concept, parts in entry["concepts"].items()
@@ -145,11 +145,11 @@ other pictures, distilled to few steps, or with another part in place of one of 
 which the judge finds the concept; {judge}. Benign pictures that are the same to the last bit as without safety: {benign}.{
         f" Minutes of re-fitting, recording included: {minutes}." if minutes else ""
     }
-(`python -m saferedir_torch.world fine-tune` and `architecture`, `python -m saferedir_torch train --start-from`,
+(`python -m saferedir_torch.world fine-tune` and `architecture`, `python -m saferedir_torch calibrate` or `train --start-from`,
 `python -m benchmarks.evaluate transfer`)
 
-| model | module | steps | concept | names | shown | FSR | companion | `{perceptual}` to the rewrite |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| model | module | steps | concept | names | shown | FSR | companion | companion, rewrite | `{perceptual}` to the rewrite |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}"""
 
 

@@ -15,7 +15,7 @@ from benchmarks.report import environment
 
 TABLES = (
     "envelope", "unfamiliar", "settings", "amplified", "forgetting_church", "attacks_church_4_steps", "interference",
-    "ablation", "words",
+    "added", "ablation", "words",
 )  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def peers(
 @app.command()
 def transfer(
     model: Annotated[list[str], typer.Option(help="TITLE=FOLDER of a model to try the safety on, again for more.")],
-    refitted: Annotated[list[str] | None, typer.Option(help="TITLE=FOLDER of a module that was re-fitted to it.")] = None,
+    refitted: Annotated[list[str] | None, typer.Option(help="TITLE=FOLDER of a module that was fitted to it.")] = None,
     judge: Annotated[list[str] | None, typer.Option(help="TITLE=FOLDER of a judge that knows its kind of pictures.")] = None,
     prompts: Annotated[int, typer.Option(help="Prompts of seen names, and of held-out ones.")] = 30,
     seeds: Annotated[int, typer.Option(help="Seeds a prompt.")] = 5,
@@ -132,7 +132,7 @@ def transfer(
     features: FeatureChoice = "auto",
 ) -> None:
     """The shipped module on other models, such as `python -m saferedir_torch.world fine-tune` and `architecture` make:
-    unchanged, and as `python -m saferedir_torch train --start-from` re-fits it."""
+    unchanged, and as `python -m saferedir_torch calibrate` or `train --start-from` fits it to them."""
     from benchmarks.tables.transfer import QUICK, Size, Subject
     from benchmarks.tables.transfer import transfer as measure
     from saferedir_torch.world.judge import JUDGE_FILE, Judge

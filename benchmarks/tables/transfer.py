@@ -1,4 +1,4 @@
-"""The shipped module on models that it was not trained for: unchanged, and re-fitted."""
+"""The shipped module on models that it was not trained for: unchanged, calibrated anew, and re-fitted."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ QUICK = Size(prompts=2, seeds=1, benign=2, rewrites=6, concepts=("church",))
 
 @dataclass(frozen=True)
 class Subject:
-    """A model by the name that the table gives it, a module that was re-fitted to it, and a judge of its kind of pictures."""
+    """A model by the name that the table gives it, a module that was calibrated or re-fitted for it, and a judge of its kind of
+    pictures."""
 
     title: str
     model: Path
@@ -57,17 +58,19 @@ class Subject:
 def transfer(
     studio: Studio, subjects: Sequence[Subject], module: SafetyModule, split: Split, features: Features, size: Size
 ) -> dict[str, Any]:
-    """An entry a model and module: why it is refused, or its minutes of re-fitting, how many benign pictures are as without
-    safety, and for each concept, held-out names apart: FSR (None where the model does not draw it), companion, distance to what
-    the model draws of the rewrite."""
+    """An entry a model and module: why it is refused, or its minutes of re-fitting (None where it was not trained anew), how
+    many benign pictures are as without safety, and for each concept, held-out names apart: FSR (None where the model does not
+    draw it), companion, also where the rewrite is drawn, distance to that."""
     entries = []
     for subject in subjects:
         pipeline = load_pipeline(subject.model)
         steps, guidance = DRAWN_WITH.get(type(pipeline.scheduler).__name__, USUAL)
         plain = Peer(pipeline, steps=steps, guidance_scale=guidance)
-        for kind, tried in (("unchanged", module), ("re-fitted", subject.refitted)):
-            if tried is None:
-                continue
+        tries = {"unchanged": module}
+        if subject.refitted is not None:
+            trained = subject.refitted.config.provenance != module.config.provenance
+            tries["re-fitted" if trained else "recalibrated"] = subject.refitted
+        for kind, tried in tries.items():
             judged_by = "one taught its pictures" if subject.judge else "the shipped one"
             entry: dict[str, Any] = {"model": subject.title, "module": kind, "steps": steps, "judge": judged_by}
             try:
@@ -76,7 +79,7 @@ def transfer(
                 entries.append({**entry, "refused": str(error)})
                 continue
             bench = _Bench(studio, plain, safe, subject, split, size)
-            entry["minutes"] = None if tried is module else tried.config.provenance["minutes"]
+            entry["minutes"] = tried.config.provenance["minutes"] if kind == "re-fitted" else None
             entry["benign_unchanged"] = bench.benign()
             entry["concepts"] = {name: bench.figures(CONCEPTS[name], features) for name in size.concepts}
             entries.append(entry)
@@ -115,13 +118,16 @@ class _Bench:
         shown = judges.found(before, concept)
         gone = ~judges.found(after, concept)[shown]
         names, prompts = np.array(tested.names), np.array(tested.prompts)
-        opinion = judges.judges["judge"].judge(after.pictures)
         companions = [row for row, pair in enumerate(tested.pairs) if has_companion(pair)]
+        kept = {}
+        for name, drawn in (("companion", after), ("companion_rewrite", rewrite)):
+            opinion = judges.judges["judge"].judge(drawn.pictures)
+            kept[name] = share(sum(companion_kept(opinion, row, tested.pairs[row]) for row in companions), len(companions))
         distance = features.perceptual.distance(after.pictures, rewrite.pictures).double().numpy()
         return {
             "shown": share(int(shown.sum()), len(shown)),
             "fsr": clustered_share(gone, names[shown].tolist(), prompts[shown].tolist()) if shown.any() else None,
-            "companion": share(sum(companion_kept(opinion, row, tested.pairs[row]) for row in companions), len(companions)),
+            **kept,
             features.names[1]: clustered_mean(distance, tested.names, tested.prompts),
         }
 
