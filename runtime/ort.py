@@ -25,6 +25,18 @@ log = logging.getLogger("saferedir")
 
 
 @dataclass(frozen=True)
+class Bound:
+    """A session with tensors bound by address. ONNX Runtime does not hold them, so that this does, as long as it may be run."""
+
+    session: Any
+    binding: Any
+    tensors: tuple[DeviceTensor, ...]
+
+    def run(self, options: Any = None) -> None:
+        self.session.run_with_iobinding(self.binding, options)
+
+
+@dataclass(frozen=True)
 class Provider:
     """An execution provider of ONNX Runtime, and the device its tensors live on."""
 
@@ -116,8 +128,7 @@ class OrtBackend:
         return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, self._provider.device, 0)
 
     def bind(self, engine: str, inputs: Tensors, outputs: Tensors, rows: int | None = None) -> Call:
-        session, binding = self._bound(engine, inputs, outputs, rows)
-        return lambda: session.run_with_iobinding(binding)
+        return self._bound(engine, inputs, outputs, rows).run
 
     def write(self, tensor: DeviceTensor, row: int, values: Array) -> None:
         _rows_of(tensor)[row : row + len(values)] = values
@@ -132,17 +143,18 @@ class OrtBackend:
     def versions(self) -> dict[str, str]:
         return {"backend": self.name, **(installed_distributions() or {"onnxruntime": self._ort.__version__})}
 
-    def _bound(self, engine: str, inputs: Tensors, outputs: Tensors, rows: int | None) -> tuple[Any, Any]:
+    def _bound(self, engine: str, inputs: Tensors, outputs: Tensors, rows: int | None) -> Bound:
         """The engine's session, and its tensors bound."""
         session = self._session(engine)
         info, device = self._bundle.manifest.engines[engine], self._provider.device
-        binding = session.io_binding()
+        binding, held = session.io_binding(), []
         for bind, infos, tensors in ((binding.bind_input, info.inputs, inputs), (binding.bind_output, info.outputs, outputs)):
             for tensor in infos:
                 placed = tensors[tensor.name]
                 shape = placed.shape() if rows is None else [rows, *placed.shape()[1:]]
                 bind(tensor.name, device, 0, np.dtype(tensor.dtype).type, shape, placed.data_ptr())
-        return session, binding
+                held.append(placed)
+        return Bound(session, binding, tuple(held))
 
     def _session(self, engine: str) -> Any:
         with self._lock:

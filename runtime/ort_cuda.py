@@ -24,7 +24,7 @@ class OrtCudaBackend(OrtStreamBackend):
     def bind(self, engine: str, inputs: Tensors, outputs: Tensors, rows: int | None = None) -> Call:
         if rows is None or kind(engine) not in STEPS:
             return super().bind(engine, inputs, outputs, rows)
-        return self._enqueued(*self._bound(engine, inputs, outputs, rows), next(self._graphs))
+        return self._enqueued(self._bound(engine, inputs, outputs, rows), next(self._graphs))
 
     def _provider_options(self, engine: str) -> dict[str, str]:
         graph = {"enable_cuda_graph": "1"} if kind(engine) in STEPS else {}

@@ -11,7 +11,7 @@ import numpy as np
 from saferedir.engines import Bundle
 from saferedir.runtime.backend import Array, Call, DeviceTensor, Tensors
 from saferedir.runtime.cuda import CudaStream
-from saferedir.runtime.ort import TYPES, OrtBackend
+from saferedir.runtime.ort import TYPES, Bound, OrtBackend
 
 #: A graph's number that says: none.
 NO_GRAPH = -1
@@ -63,7 +63,7 @@ class OrtStreamBackend(OrtBackend):
             return super().empty(shape, dtype)
 
     def bind(self, engine: str, inputs: Tensors, outputs: Tensors, rows: int | None = None) -> Call:
-        return self._enqueued(*self._bound(engine, inputs, outputs, rows), NO_GRAPH)
+        return self._enqueued(self._bound(engine, inputs, outputs, rows), NO_GRAPH)
 
     def write(self, tensor: DeviceTensor, row: int, values: Array) -> None:
         values = np.ascontiguousarray(values)
@@ -86,7 +86,7 @@ class OrtStreamBackend(OrtBackend):
             WAITERS.leave()
         return values
 
-    def _enqueued(self, session: Any, binding: Any, graph: int) -> Call:
+    def _enqueued(self, bound: Bound, graph: int) -> Call:
         """A call of what is bound that does not wait for its end, as the CUDA graph of that number."""
         options = self._ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(graph))
@@ -98,7 +98,7 @@ class OrtStreamBackend(OrtBackend):
             with self._lock:
                 if graph != NO_GRAPH and next(calls) < FIRST_CALLS:
                     WAITERS.none_left()
-                session.run_with_iobinding(binding, options)
+                bound.run(options)
 
         return call
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -47,3 +49,17 @@ def test_runs_are_recorded_at_settings_that_nothing_is_promised_for() -> None:
     assert bundle.manifest.safety.promise is not None and bundle.manifest.safety.promise.envelope.steps[0] > 2
     found = record_runs(bundle, lambda: OrtBackend(bundle, "ort-cpu"), Runs(1, 2))
     assert {"step", "step_unguided", "plain_step", "vae_decoder"} <= set(found)
+
+
+def test_a_call_holds_the_tensors_it_was_bound_to() -> None:
+    bundle = open_bundle(DEFAULT_BUNDLE)
+    backend, engine = OrtBackend(bundle, "ort-cpu"), bundle.manifest.engines["text_encoder"]
+    (given,), (result,) = engine.inputs, engine.outputs
+    tokens = backend.upload(np.zeros([1, *given.shape[1:]], given.dtype))
+    encoded = backend.empty((1, *map(int, result.shape[1:])), np.dtype(result.dtype))
+    alive = [weakref.ref(tokens), weakref.ref(encoded)]
+    call = backend.bind("text_encoder", {given.name: tokens}, {result.name: encoded})
+    del tokens, encoded
+    gc.collect()
+    call()
+    assert all(tensor() is not None for tensor in alive)

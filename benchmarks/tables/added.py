@@ -1,4 +1,4 @@
-"""A concept added to the finished module: what it forgets, and that the others decide as before, to the bit."""
+"""A concept added to the finished module: what it forgets, and whether the others decide and draw as before."""
 
 from __future__ import annotations
 
