@@ -206,6 +206,22 @@ def test_an_audit_that_was_emptied_is_not_taken_for_a_new_one(audit: Audit, url:
         Audit(url, key=b"key")
 
 
+def test_an_older_copy_that_was_put_back_lacks_the_head_that_was_kept(audit: Audit, url: str) -> None:
+    older, seal = audit.head(), execute(url, "SELECT seal FROM audit_head")
+    assert older is not None
+    audit.append([Entry("img_last", {"seed": 1, "outcome": "drawn"}, {"prompt": "a cat"})])
+    kept = audit.head()
+    assert kept is not None
+    assert list(audit.verify(older)) == list(audit.verify(kept)) == []
+    number, _, last = older.partition(":")
+    execute(url, "DELETE FROM audit_records WHERE id = 'img_last'")
+    execute(url, f"UPDATE audit_head SET number = {number}, hash = :last, seal = :seal", last=last, seal=seal)
+    assert list(audit.verify()) == []
+    assert [found.number for found in audit.verify(kept)] == [RECORDS + 1]
+    with pytest.raises(RequestError, match="NUMBER:HASH"):
+        list(audit.verify("501"))
+
+
 def test_where_there_is_no_audit_none_is_begun_to_look_at_it(url: str) -> None:
     for _ in range(2):
         with pytest.raises(AuditError, match="holds no audit"):

@@ -156,7 +156,7 @@ def test_commands_of_policy_audit_and_keys(tmp_path: Path, embedded: Served) -> 
     rows = json.loads(run("policy", "diff", str(old), str(new), "--prompts", str(prompts), "--steps", "4", "--json").output)
     assert rows == [{"prompt": "a church next to a cat", "concept": "church", "before": "redirect", "after": "block"}]
     audit = embedded.settings.audit
-    assert "whole" in run("audit", "verify", "--audit", audit).output
+    head = run("audit", "verify", "--audit", audit).output.split()[-1]
     id = embedded.http.post("/v1/pictures", json={"prompt": "a dog", "steps": 4}).json()["pictures"][0]["id"]
     assert "to the byte" in run("audit", "replay", id, "--audit", audit, "--out", str(tmp_path / "again.png")).output
     assert (tmp_path / "again.png").exists()
@@ -168,6 +168,7 @@ def test_commands_of_policy_audit_and_keys(tmp_path: Path, embedded: Served) -> 
     opened._key = b"another"
     assert list(opened.verify())
     opened.close()
+    assert json.loads(run("audit", "verify", "--audit", audit, "--since", head, "--json").output)["problems"] == []
     assert isinstance(run("audit", "verify", "--audit", audit, "--audit-key", "another").exception, VerificationError)
 
 

@@ -110,21 +110,34 @@ def diff(
 
 
 @audit_app.command()
-def verify(audit: AuditOption = DEFAULT_AUDIT, audit_key: AuditKeyOption = "", as_json: JsonOption = False) -> None:
-    """Say whether anything of the audit was altered, removed or moved.
+def verify(
+    audit: AuditOption = DEFAULT_AUDIT,
+    audit_key: AuditKeyOption = "",
+    since: Annotated[
+        str | None, typer.Option(help="A head that was printed before, NUMBER:HASH: it has to be in the chain still.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say whether anything of the audit was altered, removed or moved, and print the head of its chain.
 
-    Example: `saferedir audit verify --audit sqlite:///saferedir-audit.db`
+    Examples:
+
+    `saferedir audit verify --audit sqlite:///saferedir-audit.db`
+
+    `saferedir audit verify --since "$(cat head.txt)" --json | jq -r .head > head.new`
     """
-    problems = list(_open_audit(audit, audit_key).verify())
+    opened = _open_audit(audit, audit_key)
+    head = opened.head()
+    problems = list(opened.verify(since))
     if as_json:
-        print_json([vars(problem) for problem in problems])
+        print_json({"head": head, "problems": [vars(problem) for problem in problems]})
     else:
         for problem in problems:
             console.print(f"record {problem.number}: {problem.what}")
     if problems:
         raise VerificationError(f"the audit is not whole: {len(problems)} problems")
     if not as_json:
-        console.print("the audit is whole")
+        console.print(f"the audit is whole; its head is {head}", soft_wrap=True)
 
 
 @audit_app.command()

@@ -62,7 +62,7 @@ TEXTS = Table(
     Column("salt", String(2 * SALT_BYTES), nullable=False),
     Column("texts", Text, nullable=True),  # as JSON: no database stores every character
 )  # fmt: skip
-#: One row: how many records there are, the hash of the last, and a seal over both: nobody without the key moves it back.
+#: One row: how many records there are, the hash of the last, and a seal over both, which needs the key.
 HEAD = Table(
     "audit_head", _METADATA,
     Column("one", Integer, primary_key=True, autoincrement=False),
@@ -211,15 +211,34 @@ class Audit:
         with self._engine.begin() as connection:
             return connection.execute(delete(TEXTS).where(TEXTS.c.id == id)).rowcount > 0
 
-    def verify(self) -> Iterator[Problem]:
-        """What is wrong with the chain, record by record; nothing where it is whole.
+    def head(self) -> str | None:
+        """`NUMBER:HASH` of the last record, to be kept elsewhere: no chain shows by itself that an older copy was put back.
 
         Raises:
             AuditError: the database cannot be read.
         """
         try:
             with self._reader.connect() as connection:
+                found = connection.execute(select(HEAD.c.number, HEAD.c.hash)).first()
+        except SQLAlchemyError as error:
+            raise AuditError(f"the audit cannot be read: {_first_line(error)}") from error
+        return None if found is None else f"{found.number}:{found.hash}"
+
+    def verify(self, since: str | None = None) -> Iterator[Problem]:
+        """What is wrong with the chain, record by record; nothing where it is whole. `since`: a head that it had before.
+
+        Raises:
+            RequestError: `since` is no head.
+            AuditError: the database cannot be read.
+        """
+        kept = None if since is None else _parse_head(since)
+        try:
+            with self._reader.connect() as connection:
                 yield from self._problems(connection)
+                if kept is not None and kept != (0, ORIGIN):
+                    own = connection.execute(select(RECORDS.c.hash).where(RECORDS.c.number == kept[0])).scalar()
+                    if own != kept[1]:
+                        yield Problem(kept[0], "it is not the record that the given head names: an older copy was put back")
         except SQLAlchemyError as error:
             raise AuditError(f"the audit cannot be read: {_first_line(error)}") from error
 
@@ -268,6 +287,17 @@ class Audit:
     def _hash(self, number: int, last: str, id: str, body: str) -> str:
         said = json.dumps([number, last, id, body]).encode()
         return hmac.digest(self._key, said, "sha256").hex()
+
+
+def _parse_head(text: str) -> tuple[int, str]:
+    """
+    Raises:
+        RequestError: it is no `NUMBER:HASH`.
+    """
+    number, _, own = text.partition(":")
+    if not (number.isdecimal() and number.isascii() and len(number) < 19 and len(own) == len(ORIGIN)):
+        raise RequestError(f"{text!r} is no head of an audit; expected NUMBER:HASH, as `saferedir audit verify` prints it")
+    return int(number), own
 
 
 def _commitment(salt: str, texts: dict[str, str | None]) -> str:
