@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_bundle import write_tiny_bundle
 
+from benchmarks.equality import ARRIVALS, Bench, StillBatcher, assert_same
 from saferedir.engines import open_bundle
 from saferedir.engines.errors import (
     BackendError,
@@ -28,69 +28,12 @@ from saferedir.engines.errors import (
 )
 from saferedir.runtime import Pipeline
 from saferedir.runtime.backend import BackendAround, Call, Tensors
-from saferedir.runtime.batcher import Batcher
-from saferedir.runtime.job import Denoised, Drawing, Job
+from saferedir.runtime.job import Job
 from saferedir.runtime.pipeline import Events, _next
-from saferedir.runtime.policy import SafetyPolicy, resolve
 from saferedir.runtime.prediction import FIRST_GUESS
 from saferedir.runtime.replay import Runs, record_runs, replay
 from saferedir.runtime.rows import Rows, ladder
-from saferedir.runtime.schedulers import SCHEDULERS, make_schedule
 from saferedir.runtime.ticket import Ticket
-
-SAMPLERS = tuple(SCHEDULERS)
-#: Steps that lcm draws at most.
-MOST_STEPS = 50
-
-
-class Bench:
-    """A bundle, pictures to draw with it, and what each is alone."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self.pipeline, self.manifest = pipeline, pipeline.manifest
-        names = [concept.name for concept in self.manifest.safety.concepts]
-        usual = SafetyPolicy()
-        always = SafetyPolicy(thresholds=dict.fromkeys(names, 0.0), cooldown=1)
-        one = SafetyPolicy(enabled=names[:1], cooldown=0)
-        self.policies = [resolve(policy, self.manifest.safety) for policy in (usual, always, one)]
-        self.alone: dict[tuple[Any, ...], Denoised] = {}
-
-    def drawing(self, seed: int, steps: int, sampler: str, guidance: float, policy: int) -> Drawing:
-        model, scheduler = self.manifest.model, self.manifest.scheduler
-        assert model is not None and scheduler is not None
-        words = np.random.default_rng(seed % 5).standard_normal((2, model.prompt_tokens, model.prompt_width))
-        prompt, negative = words.astype(np.float32)
-        return Drawing(
-            engine="step" if guidance > 1 else "step_unguided",
-            schedule=make_schedule(scheduler, model.prediction_type, steps, sampler),
-            prompt=prompt, negative=negative, guidance_scale=guidance, guidance_rescale=0.0, policy=self.policies[policy],
-            seed=seed, size=(model.latent_channels, model.latent_height, model.latent_width),
-        )  # fmt: skip
-
-    def batcher(self, **options: Any) -> StillBatcher:
-        """One whose turns the test takes itself."""
-        return StillBatcher(self.pipeline.backend, self.manifest, **options)
-
-    def lone(self, *picture: Any) -> Denoised:
-        if picture not in self.alone:
-            batcher = self.batcher()
-            ticket = batcher.draw(self.drawing(*picture))
-            while not ticket.future.done():
-                batcher.turn()
-            self.alone[picture] = ticket.future.result()
-        return self.alone[picture]
-
-
-class StillBatcher(Batcher):
-    """Without a thread."""
-
-    def draw(self, drawing: Drawing, **options: Any) -> Ticket:
-        (ticket,) = self.reserve(drawing.engine, drawing.steps, **options)
-        self.submit([ticket], [drawing])
-        return ticket
-
-    def _start(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -99,18 +42,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(Pipeline.from_bundle(bundle.folder, backend="ort-cpu", threads=1))
 
 
-PICTURES = st.tuples(
-    st.integers(0, 30), st.integers(1, MOST_STEPS), st.sampled_from(SAMPLERS), st.sampled_from([1.0, 3.0, 7.5]),
-    st.integers(0, 2),
-)  # fmt: skip
-#: Turn of arrival, picture, and after how many of its steps it is cancelled, if at all.
-ARRIVALS = st.lists(st.tuples(st.integers(0, 60), PICTURES, st.one_of(st.none(), st.integers(0, 40))), min_size=1, max_size=12)
-
-
 @given(ARRIVALS)
 @settings(max_examples=200, deadline=None)
 def test_a_picture_is_the_same_whoever_comes_and_goes(tiny: Bench, arrivals: list[Any]) -> None:
-    check_equality(tiny, arrivals)
+    tiny.check(arrivals)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -123,21 +58,7 @@ def test_a_picture_of_the_embedded_model_is_the_same_in_company(threads: int) ->
             (2, 9, "dpm++-2m-karras", 3.0, 5), (3, 5, "lcm", 5.0, None), (4, 2, "euler", 5.0, None),
         ])
     ]  # fmt: skip
-    check_equality(bench, arrivals)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("SAFEREDIR_PATTERNS" not in os.environ, reason="forty minutes for 200; SAFEREDIR_PATTERNS says how many")
-@pytest.mark.parametrize("threads", [1, 2])
-def test_pictures_of_the_embedded_model_are_the_same_whoever_comes_and_goes(threads: int) -> None:
-    bench = Bench(Pipeline.from_bundle(backend="ort-cpu", threads=threads))
-
-    @given(ARRIVALS)
-    @settings(max_examples=int(os.environ["SAFEREDIR_PATTERNS"]), deadline=None, database=None)
-    def check(arrivals: list[Any]) -> None:
-        check_equality(bench, arrivals)
-
-    check()
+    bench.check(arrivals)
 
 
 class Captured(BackendAround):
@@ -198,40 +119,14 @@ LEAVE = Rows.leave
 def test_rows_that_were_confused_would_be_seen(tiny: Bench, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> None:
     """What the equality of pictures alone and in company is worth: with such a fault in the batcher it does not hold."""
     arrivals = [(seed, (seed, 7 + seed, "ddim", 5.0, seed % 3), None) for seed in range(6)]
-    check_equality(tiny, arrivals)
+    tiny.check(arrivals)
     monkeypatch.setattr(Rows, "leave", forgets_rows(names))
     with pytest.raises(AssertionError):
-        check_equality(tiny, arrivals)
+        tiny.check(arrivals)
 
 
 def test_a_ladder_ends_with_all_rows() -> None:
     assert ladder(1) == (1,) and ladder(4) == (1, 2, 4) and ladder(6) == (1, 2, 4, 6)
-
-
-def check_equality(bench: Bench, arrivals: list[Any]) -> None:
-    batcher = bench.batcher()
-    tickets: list[tuple[Ticket, Any, int | None]] = []
-    waiting, turn = sorted(arrivals, key=lambda arrival: arrival[0]), 0
-    while waiting or not all(ticket.future.done() for ticket, _, _ in tickets):
-        while waiting and waiting[0][0] <= turn:
-            _, picture, cancelled = waiting.pop(0)
-            tickets.append((batcher.draw(bench.drawing(*picture)), picture, cancelled))
-        for ticket, _, cancelled in tickets:
-            if cancelled is not None and ticket.done >= cancelled:
-                ticket.cancel()
-        batcher.turn()
-        turn += 1
-    for ticket, picture, cancelled in tickets:
-        if cancelled is not None and cancelled < picture[1]:
-            assert isinstance(ticket.future.exception(), CancelledError)
-            assert ticket.done == cancelled
-            continue
-        assert_same(ticket.future.result(), bench.lone(*picture))
-
-
-def assert_same(found: Denoised, expected: Denoised) -> None:
-    for name, value in vars(expected).items():
-        assert getattr(found, name).tobytes() == value.tobytes(), name
 
 
 def test_one_that_is_not_finite_fails_alone(tiny: Bench) -> None:
