@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEMO := .venv-demo
 DEV := .venv
 
-.PHONY: demo test test-slow test-gpu bench-gpu bench-gpu-export check lint types shipped bundle speed parity evaluate clean
+.PHONY: demo test test-slow test-gpu test-page docs release bench-gpu bench-gpu-export check lint types shipped bundle speed parity evaluate clean
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/saferedir demo --out demo-output
@@ -13,6 +13,32 @@ PYTEST := OMP_NUM_THREADS=1 $(DEV)/bin/python -m pytest -n 2
 
 test: $(DEV)/.installed
 	$(PYTEST) --dist worksteal --cov --cov-report=term --cov-fail-under=85
+
+# The page in a browser, and the docs site in build/site; each has packages of its own.
+test-page: $(DEV)/.installed
+	$(DEV)/bin/python -m pip install --quiet -c constraints.txt -e '.[browser]' --config-settings editable_mode=strict
+	SAFEREDIR_SCREENSHOTS=docs/pictures $(DEV)/bin/python -m pytest --no-cov -m slow tests/test_page.py
+
+docs: $(DEV)/.installed
+	$(DEV)/bin/python -m pip install --quiet -c constraints.txt -e '.[docs]' --config-settings editable_mode=strict
+	NO_MKDOCS_2_WARNING=1 $(DEV)/bin/python -m mkdocs build --strict
+
+# Wheel and sdist in dist/; what a service installs, with hashes, in requirements.txt; its bill of materials in sbom.cdx.json.
+UV = $(DEV)/bin/uv --quiet
+INSTALLED := build/installed
+
+release: $(DEV)/.installed
+	$(DEV)/bin/python -m pip install --quiet -c constraints.txt -e '.[release]' --config-settings editable_mode=strict
+	rm -rf dist $(INSTALLED)
+	$(DEV)/bin/python -m build --outdir dist
+	$(UV) pip compile pyproject.toml --extra cpu --extra serve -c constraints.txt --universal --generate-hashes \
+	    --no-annotate --custom-compile-command 'make release' -o requirements.txt
+	$(UV) venv $(INSTALLED)
+	$(UV) pip sync --python $(INSTALLED) --require-hashes requirements.txt
+	$(UV) pip install --python $(INSTALLED) --no-deps dist/*.whl
+	$(DEV)/bin/cyclonedx-py environment $(INSTALLED) --pyproject pyproject.toml --output-reproducible -o sbom.cdx.json
+	cp requirements.txt sbom.cdx.json dist/
+	cd dist && sha256sum * > SHA256SUMS
 
 # What is long and changes seldom; CI runs it. Its fixtures are long as well, so that a file stays with one process.
 test-slow: $(DEV)/.installed
@@ -43,7 +69,7 @@ types: $(DEV)/.installed
 # model: record, train, calibrate, export. Hours; each part goes on where it was.
 MODEL := saferedir_torch/shipped/emoji-diffusion
 CONCEPTS := church ink weapons
-METHOD = $(DEV)/bin/python -m saferedir_torch
+METHOD = $(DEV)/bin/saferedir
 
 shipped: runs/shipped/made $(CONCEPTS:%=runs/%/made) runs/teddy/made
 	cp runs/shipped/safety/* saferedir_torch/shipped/safety/

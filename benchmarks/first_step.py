@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
 from contextlib import suppress
 
 import numpy as np
@@ -14,7 +13,7 @@ from rich.progress import track
 from benchmarks.drawing import Setting, Studio, drawing_key
 from saferedir.engines.errors import CancelledError
 from saferedir.runtime import Pipeline
-from saferedir.runtime.backend import Backend, BackendAround, Call, DeviceTensor
+from saferedir.runtime.backend import Backend, BackendAround, Call, Tensors
 
 
 class Listening(BackendAround):
@@ -24,14 +23,14 @@ class Listening(BackendAround):
         super().__init__(backend)
         self.fired: list[npt.NDArray[np.bool_]] = []
 
-    def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
-        call = super().bind(engine, inputs, outputs)
+    def bind(self, engine: str, inputs: Tensors, outputs: Tensors, rows: int | None = None) -> Call:
+        call = super().bind(engine, inputs, outputs, rows)
         if "fired" not in outputs:
             return call
 
         def heard() -> None:
             call()
-            self.fired.append(self.download(outputs["fired"]).astype(np.bool_))
+            self.fired.append(self.read(outputs["fired"], 0, rows).astype(np.bool_))
 
         return heard
 
@@ -52,7 +51,7 @@ def fired_at_first(
 
 def _heard(pipeline: Pipeline, prompts: list[str], seeds: list[int], setting: Setting) -> npt.NDArray[np.bool_]:
     listening = Listening(pipeline.backend)
-    own = Pipeline(pipeline.bundle, listening)
+    own, first = Pipeline(pipeline.bundle, listening), []
     batch = pipeline.manifest.max_batch
     for start in track(range(0, len(prompts), batch), description=f"first of {setting.steps} steps"):
         part, stop = slice(start, start + batch), threading.Event()
@@ -65,4 +64,6 @@ def _heard(pipeline: Pipeline, prompts: list[str], seeds: list[int], setting: Se
                 prompts[part], seed=seeds[part], num_inference_steps=setting.steps, guidance_scale=setting.guidance,
                 scheduler=setting.scheduler, on_step=after_step, cancel=stop,
             )  # fmt: skip
-    return np.concatenate(listening.fired)
+        first.append(listening.fired[0])  # by the time that it is cancelled others may be done
+        listening.fired.clear()
+    return np.concatenate(first)

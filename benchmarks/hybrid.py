@@ -14,7 +14,7 @@ from saferedir.engines import DEFAULT_BUNDLE, Bundle, open_bundle
 from saferedir.engines.step import NUMBERS
 from saferedir.export.bundle_export import safety_info
 from saferedir.runtime import Pipeline, SafetyPolicy
-from saferedir.runtime.backend import Backend, BackendAround, Call, DeviceTensor
+from saferedir.runtime.backend import Backend, BackendAround, Call, Tensors
 from saferedir.runtime.backends import make_backend
 from saferedir_torch.controller import Controller, Guided, Policy, Seen, State
 from saferedir_torch.safety_module import SafetyModule
@@ -33,14 +33,14 @@ class EagerControllerBackend(BackendAround):
         self.controller = controller.to(self.device).eval()
         torch.backends.cudnn.allow_tf32 = False
 
-    def read(self, tensors: Mapping[str, DeviceTensor]) -> dict[str, Tensor]:
+    def copies(self, tensors: Tensors, rows: int | None) -> dict[str, Tensor]:
         """The controller's copies of an engine's inputs."""
-        return {name: torch.from_numpy(self.download(tensor)).to(self.device) for name, tensor in tensors.items()}
+        return {name: torch.from_numpy(self.read(tensor, 0, rows)).to(self.device) for name, tensor in tensors.items()}
 
-    def write(self, results: Mapping[str, Tensor], outputs: Mapping[str, DeviceTensor]) -> None:
+    def give(self, results: Mapping[str, Tensor], outputs: Tensors) -> None:
         """What the controller gave, to an engine's outputs."""
         for name, tensor in results.items():
-            outputs[name].update_inplace(tensor.contiguous().cpu().numpy())
+            self.write(outputs[name], 0, tensor.contiguous().cpu().numpy())
 
 
 def column(numbers: Tensor, name: str) -> Tensor:
@@ -61,22 +61,22 @@ def _backend(bundle: Bundle, threads: int | None) -> Backend:
 class HybridBackend(EagerControllerBackend):
     """The controller stands before the plain step."""
 
-    def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
+    def bind(self, engine: str, inputs: Tensors, outputs: Tensors, rows: int | None = None) -> Call:
         if engine not in ("step", "step_unguided"):
-            return super().bind(engine, inputs, outputs)
-        plain = super().bind(f"plain_{engine}", {**inputs, "prompt": outputs["next_prompt"]}, outputs)
+            return super().bind(engine, inputs, outputs, rows)
+        plain = super().bind(f"plain_{engine}", {**inputs, "prompt": outputs["next_prompt"]}, outputs, rows)
 
         @torch.no_grad()
         def call() -> None:
-            read = self.read(inputs)
+            read = self.copies(inputs, rows)
             seen = read["latent"] * column(read["numbers"], "input_scale")[:, None, None, None]
             state = State(*(read[name] for name in STATE))
             policy, numbers = Policy(read["period"], read["threshold"]), read["numbers"]
             shown = Seen(seen, column(numbers, "noise_share"), read["denoised"], column(numbers, "known") > 0.5)
             guided = Guided(read["negative"], column(numbers, "amplification"))
             state, verdict = self.controller(shown, read["original"], guided, state, policy)
-            self.write({f"next_{name}": tensor for name, tensor in zip(STATE, state, strict=True)}, outputs)
-            self.write(dict(zip(VERDICT, verdict, strict=True)), outputs)
+            self.give({f"next_{name}": tensor for name, tensor in zip(STATE, state, strict=True)}, outputs)
+            self.give(dict(zip(VERDICT, verdict, strict=True)), outputs)
             plain()
 
         return call

@@ -1,4 +1,4 @@
-"""Drawing where nothing but the lean runtime's own packages can be imported, as on a box that serves pictures."""
+"""Drawing where only the lean runtime's own packages can be imported and no host reached, as on a box that serves."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ class Refuse:
         if name.partition(".")[0] in heavy:
             raise ImportError(f"{{name}} is refused")
 sys.meta_path.insert(0, Refuse())
+def refuse_the_network(event, _):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        raise ConnectionError(f"{{event}} is refused")
+sys.addaudithook(refuse_the_network)
 from saferedir.runtime import Pipeline, SafetyPolicy
 pipeline = Pipeline.from_bundle({bundle!r}, policy={policy!r})
 picture = pipeline({prompt!r}, seed=0, num_inference_steps={steps}).images[0]
@@ -34,10 +38,10 @@ class LeanDrawingError(RuntimeError):
 
 
 def draw_lean(bundle: Path | str, prompt: str, steps: int, policy: SafetyPolicy) -> str:
-    """SHA-256 of the pixels that a process draws which cannot import `HEAVY`, with seed 0.
+    """SHA-256 of the pixels that a process draws which can neither import `HEAVY` nor reach a host, with seed 0.
 
     Raises:
-        LeanDrawingError: it failed, or imported one of them.
+        LeanDrawingError: it failed, imported one of them, or asked for a host.
     """
     code = CODE.format(heavy=HEAVY, bundle=str(bundle), prompt=prompt, steps=steps, policy=policy)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

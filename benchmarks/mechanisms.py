@@ -116,7 +116,7 @@ def left_out(shipped: SafetyModule, mechanism: Mechanism, recorded: Path | None)
 
 
 def _recalibrate(module: SafetyModule, mechanism: Mechanism, recorded: Path) -> None:
-    """Set thresholds to the promise that the shipped module states, on pictures of `python -m saferedir_torch calibrate`."""
+    """Set thresholds to the promise that the shipped module states, on pictures of `saferedir calibrate`."""
     promise = module.config.promise
     assert promise is not None
     mechanism.leave_out(module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -11,7 +10,7 @@ from msgspec import structs
 from benchmarks.hybrid import EagerControllerBackend, column
 from saferedir.engines import Bundle
 from saferedir.engines.manifest import PUBLISHED, SafetyInfo
-from saferedir.runtime.backend import Call, DeviceTensor
+from saferedir.runtime.backend import Call, Tensors
 from saferedir_torch.published import PublishedNetwork
 from saferedir_torch.published_controller import PublishedController, PublishedPolicy, PublishedState
 
@@ -29,20 +28,20 @@ class PublishedBackend(EagerControllerBackend):
     def __init__(self, bundle: Bundle, network: PublishedNetwork, threads: int | None = None) -> None:
         super().__init__(bundle, PublishedController(network), threads)
 
-    def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
+    def bind(self, engine: str, inputs: Tensors, outputs: Tensors, rows: int | None = None) -> Call:
         if engine != "step":
-            return super().bind(engine, inputs, outputs)
-        plain = super().bind("plain_step", inputs, outputs)
+            return super().bind(engine, inputs, outputs, rows)
+        plain = super().bind("plain_step", inputs, outputs, rows)
 
         @torch.no_grad()
         def call() -> None:
             plain()
-            read = self.read(inputs)
+            read = self.copies(inputs, rows)
             seen = read["latent"] * column(read["numbers"], "input_scale")[:, None, None, None]
             before = PublishedState(*(read[name] for name in STATE))
             policy = PublishedPolicy(read["period"], read["enabled"], read["alpha_scale"])
             original, negative = read["original"], read["original_negative"]
             state, verdict = self.controller(seen, read["timestep"], original, negative, before, policy)
-            self.write({f"next_{name}": tensor for name, tensor in state._asdict().items()} | verdict._asdict(), outputs)
+            self.give({f"next_{name}": tensor for name, tensor in state._asdict().items()} | verdict._asdict(), outputs)
 
         return call

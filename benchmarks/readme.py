@@ -11,7 +11,8 @@ from benchmarks.report import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 FIGURES = Path(__file__).with_name("FIGURES.md")
-BEGIN, END = "<!-- figures: python -m benchmarks.readme -->", "<!-- end of figures -->"
+#: What stands in the README between the line that names it and the next end.
+BEGIN, END = "<!-- figures: {} -->", "<!-- end of figures -->"
 
 
 #: A section, and the results that it needs.
@@ -25,21 +26,21 @@ def main() -> None:
 
 
 def with_figures(text: str) -> str:
-    """`text` with what stands between the two markers replaced by the current figures."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{summary()}\n{END}{after}"
-
-
-def summary() -> str:
-    """What the README shows, in Markdown."""
-    return _measured(
-        {
-            summary_figures.in_short: ("forgetting_church", "forgetting_ink", "forgetting_weapons"),
-            summary_figures.methods: ("peers_church", "peers_ink", "peers_weapons"),
-            robustness_figures.what_gets_through: (),
-        }
-    )
+    """`text` with what stands between each pair of markers replaced by the current figures."""
+    concepts = summary_figures.CONCEPTS
+    tables = [f"{table}_{concept}" for table in ("forgetting", "attacks") for concept in concepts]
+    blocks: dict[str, Sections] = {
+        "works": {summary_figures.works: (*tables, "envelope", "unfamiliar")},
+        "costs": {summary_figures.costs: ("speed", "safety_cost")},
+        "limits": {summary_figures.what_it_does_not_do: ()},
+    }
+    for name, sections in blocks.items():
+        begin = BEGIN.format(name)
+        before, found, rest = text.partition(begin)
+        assert found, begin
+        _, _, after = rest.partition(END)
+        text = f"{before}{begin}\n{_measured(sections)}\n{END}{after}"
+    return text
 
 
 def figures() -> str:
@@ -56,7 +57,6 @@ def figures() -> str:
         method_figures.statistic: ("statistic",),
         robustness_figures.attacks: ("attacks_church",),
         robustness_figures.amplified: ("amplified",),
-        robustness_figures.what_gets_through: (),
         robustness_figures.peers: ("peers_church", "peers_ink", "peers_weapons"),
         robustness_figures.transfer: ("transfer",),
         robustness_figures.relation: ("relation",),
@@ -68,7 +68,7 @@ def figures() -> str:
         engine_figures.precision: ("precision",),
         method_figures.ladder: ("oracle_church",),
     }
-    title = "# Figures\n\nEvery table, written by `python -m benchmarks.readme` from the files in [results](results)."
+    title = "# Figures\n\nEvery table, written by `python -m benchmarks.readme` from the files in `benchmarks/results`."
     return f"{title}\n\n{_measured(sections)}\n"
 
 
@@ -78,8 +78,7 @@ def _measured(sections: Sections) -> str:
     missing = sorted({name for needed in sections.values() for name in needed} - measured)
     for write, needed in sections.items():
         if measured.issuperset(needed):
-            also = summary_figures.ALSO if write is summary_figures.in_short else ()
-            written.append(write() + _module([*needed, *(name for name in also if name in measured)]))
+            written.append(write() + _module(needed))
     if missing:
         written.append(f"Not measured on this module yet: {', '.join(f'`{name}`' for name in missing)}.")
     return "\n\n".join(written)

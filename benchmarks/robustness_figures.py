@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.limits import counted_row, limits, title_of
+from benchmarks.limits import counted_row, title_of
 from benchmarks.markdown import hits_of, percent, read_result, refused, share_of
 from benchmarks.report import RESULTS
 from saferedir_torch.evaluation.intervals import share
@@ -145,7 +145,7 @@ other pictures, distilled to few steps, or with another part in place of one of 
 which the judge finds the concept; {judge}. Benign pictures that are the same to the last bit as without safety: {benign}.{
         f" Minutes of re-fitting, recording included: {minutes}." if minutes else ""
     }
-(`python -m saferedir_torch.world fine-tune` and `architecture`, `python -m saferedir_torch calibrate` or `train --start-from`,
+(`python -m saferedir_torch.world fine-tune` and `architecture`, `saferedir calibrate` or `train --start-from`,
 `python -m benchmarks.evaluate transfer`)
 
 | model | module | steps | concept | names | shown | FSR | companion | companion, rewrite | `{perceptual}` to the rewrite |
@@ -168,20 +168,11 @@ def relation() -> str:
 balloon stands in the weapon's place. Held-out animals are ones that safety training has not seen. It fires on {fired} of the
 pictures that were not asked to show both. Oracle ladder, pictures with both: {ladder}.
 It breaks at the detector, beside animals that it was not taught; where it fires, the weapon is nearly always gone.
-(`python -m saferedir_torch train --concept armed_animal`, `python -m benchmarks.evaluate relation`)
+(`saferedir train --concept armed_animal`, `python -m benchmarks.evaluate relation`)
 
 | weapons' names | animals | shown without safety | fired | FSR | FSR of the rewrite | animal kept | balloon drawn |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 {table}"""
-
-
-def what_gets_through() -> str:
-    told = [path.stem for pattern in ("*attacks_*.json", "amplified.json") for path in sorted(RESULTS.glob(pattern))]
-    said = limits({name: read_result(name) for name in told})
-    listed = "\n".join(f"- {sentence}" for sentence in said)
-    return f"""**What this does not protect against:**
-
-{listed}"""
 
 
 def of_other_prompts(result: dict[str, Any]) -> list[str]:

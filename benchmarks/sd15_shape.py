@@ -1,8 +1,8 @@
-"""A pipeline of Stable Diffusion 1.5's shapes with random weights, to show that training takes it and what memory it needs.
+"""A pipeline of Stable Diffusion 1.5's widths with random weights, to show that the recipe takes it and what memory it needs.
 
-`python -m benchmarks.sd15_shape FOLDER` writes it (2.1 GB in fp16); the tokenizer is the embedded model's. Then, for example,
-`/usr/bin/time -v python -m saferedir_torch train --model FOLDER --pairs pairs.json --steps 20 --runs 2 --sampling 2:7.5
---pair-count 40 --out OUT`.
+`python -m benchmarks.sd15_shape FOLDER` writes it (2.1 GB in fp16); the tokenizer is the embedded model's. With `--pixels 64`
+its pictures are small, so that two cores go the recipe's whole way:
+`SAFEREDIR_RECIPE_MODEL=FOLDER python -m pytest --no-cov -m slow tests/test_recipes.py`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ UNET: dict[str, Any] = {
 }  # fmt: skip
 
 
-def build() -> StableDiffusionPipeline:
-    """The public configuration of Stable Diffusion 1.5, seeded random weights, in fp16."""
+def build(pixels: int = 512) -> StableDiffusionPipeline:
+    """The public configuration of Stable Diffusion 1.5, seeded random weights, in fp16, for pictures of `pixels` a side."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
     try:
-        unet = UNet2DConditionModel(**UNET)
+        unet = UNet2DConditionModel(**{**UNET, "sample_size": pixels // 8})
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -55,7 +55,9 @@ def build() -> StableDiffusionPipeline:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    build().save_pretrained(parser.parse_args().folder)
+    parser.add_argument("--pixels", type=int, default=512, help="A side of a picture, a multiple of 64.")
+    arguments = parser.parse_args()
+    build(arguments.pixels).save_pretrained(arguments.folder)
 
 
 if __name__ == "__main__":

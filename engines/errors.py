@@ -15,14 +15,22 @@ SafeRedirError
 │   ├── SafetyMissingError         no safety engine
 │   ├── SafetyMismatchError        it was made for another model
 │   ├── SafetyEngineError          it raised
+│   ├── UnresponsiveError          an engine did not come back
 │   └── NonFiniteError             NaN or infinity in latent, score, embedding or picture
 ├── TrainingError              training cannot begin or go on                             exit 2
 ├── OutputError                the picture or record cannot be written                    exit 6
+│   └── AuditError                 the audit cannot be written or read; no picture leaves
 ├── VerificationError          an engine does not equal its reference                     exit 7
+├── BusyError                  not drawn for want of time                                 exit 8
+│   ├── QueueFullError             too many wait already
+│   └── DeadlineError              its deadline passed
+├── BlockedError               the operator's policy refuses what was asked for           exit 9
 └── CancelledError             the caller cancelled                                       exit 130
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class SafeRedirError(Exception):
@@ -99,6 +107,21 @@ class NonFiniteError(SafetyError):
     """NaN or infinity in a latent, score, embedding or picture."""
 
 
+class UnresponsiveError(SafetyError):
+    """An engine did not come back from a step."""
+
+
+class BlockedError(SafeRedirError):
+    """The operator's policy refuses what was asked for: a concept fired that it blocks."""
+
+    exit_code = 9
+
+    def __init__(self, concepts: Sequence[str], steps: int) -> None:
+        """`concepts` are those that fired, in so many `steps`."""
+        super().__init__(f"refused by the policy: {', '.join(concepts)} fired within {steps} steps")
+        self.concepts = tuple(concepts)
+
+
 class TrainingError(SafeRedirError):
     """Training cannot begin or go on; what was trained so far stays."""
 
@@ -111,6 +134,10 @@ class OutputError(SafeRedirError):
     exit_code = 6
 
 
+class AuditError(OutputError):
+    """The audit cannot be written or read; no picture leaves without its record."""
+
+
 class VerificationError(SafeRedirError):
     """An engine does not equal its reference within the stated tolerance."""
 
@@ -121,3 +148,22 @@ class CancelledError(SafeRedirError):
     """The caller cancelled."""
 
     exit_code = 130
+
+
+class BusyError(SafeRedirError):
+    """The picture was not drawn for want of time; the same request may be drawn later."""
+
+    exit_code = 8
+
+
+class QueueFullError(BusyError):
+    """Too many pictures wait already."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        """`retry_after` is in how many seconds it is worth trying again."""
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(BusyError):
+    """Its deadline passed before the picture was drawn."""

@@ -1,6 +1,6 @@
 """The tensors of a denoising step, declared once; loop, graphs, examples, replay and the check of a bundle are written from it.
 
-A new tensor is one line of `STEP`, and what gives it a value: the loop's host arrays (`saferedir.runtime.loop`) or the graphs.
+A new tensor is one line of `STEP`, and what gives it a value: the loop's host arrays (`saferedir.runtime.job`) or the graphs.
 """
 
 from __future__ import annotations

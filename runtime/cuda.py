@@ -55,6 +55,18 @@ class CudaStream:
         pointers = ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(size)
         self._check("cuMemcpyDtoDAsync_v2", *pointers, self._stream)
 
+    def upload(self, target: int, source: int, size: int) -> None:
+        """Copy `size` bytes of the host's to the device, in the stream's order; the host's may change afterwards."""
+        self._check("cuCtxSetCurrent", self._context)
+        pointers = ctypes.c_uint64(target), ctypes.c_void_p(source), ctypes.c_size_t(size)
+        self._check("cuMemcpyHtoDAsync_v2", *pointers, self._stream)
+
+    def download(self, target: int, source: int, size: int) -> None:
+        """Copy `size` bytes of the device's to the host, in the stream's order; does not wait."""
+        self._check("cuCtxSetCurrent", self._context)
+        pointers = ctypes.c_void_p(target), ctypes.c_uint64(source), ctypes.c_size_t(size)
+        self._check("cuMemcpyDtoHAsync_v2", *pointers, self._stream)
+
     def synchronize(self) -> None:
         """Wait for all that was enqueued."""
         self._check("cuCtxSetCurrent", self._context)

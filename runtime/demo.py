@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from saferedir.engines import DEFAULT_BUNDLE
-from saferedir.engines.errors import OutputError
 from saferedir.engines.whole_file import write_bytes
-from saferedir.runtime.loop import StepCallback
-from saferedir.runtime.outputs import output_folder, png_bytes
+from saferedir.runtime.outputs import output_folder, png_bytes, refuse_strange
 from saferedir.runtime.page import GENERATOR, Comparison, comparison_page, contact_sheet
 from saferedir.runtime.pipeline import Pipeline
 from saferedir.runtime.policy import SafetyPolicy
+from saferedir.runtime.ticket import StepCallback
 
-#: Bytes of a page in which it says what made it.
-LONGEST_HEAD = 1_000
 #: (what it shows, prompt)
 DEMO_PROMPTS = (
     ("an object beside a companion, which stays", "a church next to a cat on a blue background"),
@@ -51,7 +48,7 @@ def run_demo(
     """
     with output_folder(out) as folder:
         sheet, page = folder / "contact-sheet.png", folder / "index.html"
-        _refuse_strange(sheet, page)
+        refuse_strange(folder, (sheet.name, page.name), page.name, GENERATOR)
         protected = Pipeline.from_bundle(bundle, backend=backend, threads=threads, digest=digest)
         plain = Pipeline(protected.bundle, protected.backend, SafetyPolicy(unprotected=True))
         prompts = [prompt for _, prompt in DEMO_PROMPTS]
@@ -63,15 +60,8 @@ def run_demo(
             Comparison(note, before, after, record)
             for (note, _), before, after, record in zip(DEMO_PROMPTS, without.images, safe.images, safe.records, strict=True)
         ]
-        thresholds = dict(zip(protected.policy.concepts, protected.policy.threshold.tolist(), strict=True))
+        replacements = {concept.name: concept.replacement for concept in protected.manifest.safety.concepts}
         write_bytes(sheet, png_bytes(contact_sheet(comparisons)))
-        title = f"SafeRedir on {protected.manifest.name}: {', '.join(thresholds)} redirected"
-        write_bytes(page, comparison_page(title, comparisons, thresholds).encode())
+        title = f"SafeRedir on {protected.manifest.name}: {', '.join(replacements)} redirected"
+        write_bytes(page, comparison_page(title, comparisons, replacements).encode())
     return sheet, page
-
-
-def _refuse_strange(sheet: Path, page: Path) -> None:
-    """Raise `OutputError` where one of the files is there and no earlier demonstration wrote them."""
-    ours = page.is_file() and GENERATOR.encode() in page.read_bytes()[:LONGEST_HEAD]
-    if not ours and (there := [path.name for path in (sheet, page) if path.exists() or path.is_symlink()]):
-        raise OutputError(f"{page.parent} holds {' and '.join(there)} of something else; choose another output folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from collections.abc import Mapping
@@ -15,12 +16,24 @@ from saferedir.engines import Bundle
 from saferedir.engines.bundle import EngineBytes, check_tensors
 from saferedir.engines.errors import BackendError, ProviderMismatchError
 from saferedir.engines.manifest import TensorInfo
-from saferedir.runtime.backend import Array, Call, DeviceTensor
+from saferedir.runtime.backend import Array, Call, DeviceTensor, Tensors
 from saferedir.runtime.cuda import device_count
 from saferedir.runtime.installation import import_onnxruntime, installed_distributions
 from saferedir.runtime.threads import thread_count
 
 log = logging.getLogger("saferedir")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A session with tensors bound by address. ONNX Runtime does not hold them, so that this does, as long as it may be run."""
+
+    session: Any
+    binding: Any
+    tensors: tuple[DeviceTensor, ...]
+
+    def run(self, options: Any = None) -> None:
+        self.session.run_with_iobinding(self.binding, options)
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,8 @@ def can_be_had(provider: Provider, offered: list[str]) -> bool:
 class OrtBackend:
     """Sessions are made on first use and shared by all threads; every call has its own bindings."""
 
+    captures = False
+
     def __init__(self, bundle: Bundle, provider: str = "auto", *, threads: int | None = None) -> None:
         self._ort = import_onnxruntime()
         self.name = resolve_provider(provider)
@@ -112,27 +127,34 @@ class OrtBackend:
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceTensor:
         return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, self._provider.device, 0)
 
-    def download(self, tensor: DeviceTensor) -> Array:
-        array: Array = np.array(tensor.numpy())
-        return array
+    def bind(self, engine: str, inputs: Tensors, outputs: Tensors, rows: int | None = None) -> Call:
+        return self._bound(engine, inputs, outputs, rows).run
 
-    def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
-        session, binding = self._bound(engine, inputs, outputs)
-        return lambda: session.run_with_iobinding(binding)
+    def write(self, tensor: DeviceTensor, row: int, values: Array) -> None:
+        _rows_of(tensor)[row : row + len(values)] = values
+
+    def move(self, tensor: DeviceTensor, target: int, source: int) -> None:
+        rows = _rows_of(tensor)
+        rows[target] = rows[source]
+
+    def read(self, tensor: DeviceTensor, row: int = 0, rows: int | None = None) -> Array:
+        return _rows_of(tensor)[row : None if rows is None else row + rows].copy()
 
     def versions(self) -> dict[str, str]:
         return {"backend": self.name, **(installed_distributions() or {"onnxruntime": self._ort.__version__})}
 
-    def _bound(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> tuple[Any, Any]:
+    def _bound(self, engine: str, inputs: Tensors, outputs: Tensors, rows: int | None) -> Bound:
         """The engine's session, and its tensors bound."""
         session = self._session(engine)
-        info = self._bundle.manifest.engines[engine]
-        binding = session.io_binding()
-        for tensor in info.inputs:
-            binding.bind_ortvalue_input(tensor.name, inputs[tensor.name])
-        for tensor in info.outputs:
-            binding.bind_ortvalue_output(tensor.name, outputs[tensor.name])
-        return session, binding
+        info, device = self._bundle.manifest.engines[engine], self._provider.device
+        binding, held = session.io_binding(), []
+        for bind, infos, tensors in ((binding.bind_input, info.inputs, inputs), (binding.bind_output, info.outputs, outputs)):
+            for tensor in infos:
+                placed = tensors[tensor.name]
+                shape = placed.shape() if rows is None else [rows, *placed.shape()[1:]]
+                bind(tensor.name, device, 0, np.dtype(tensor.dtype).type, shape, placed.data_ptr())
+                held.append(placed)
+        return Bound(session, binding, tuple(held))
 
     def _session(self, engine: str) -> Any:
         with self._lock:
@@ -189,6 +211,13 @@ def give_weights(options: Any, weights: Mapping[str, bytes]) -> None:
 def session_tensors(found: Any) -> tuple[TensorInfo, ...]:
     """The inputs or outputs of a session, as a manifest states them."""
     return tuple(TensorInfo(own.name, TYPES.get(own.type, own.type), tuple(own.shape)) for own in found)
+
+
+def _rows_of(tensor: DeviceTensor) -> Array:
+    """The memory of a tensor on the CPU."""
+    shape, dtype = tuple(tensor.shape()), np.dtype(TYPES[tensor.data_type()])
+    memory = (ctypes.c_byte * tensor.tensor_size_in_bytes()).from_address(tensor.data_ptr())
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from PIL import Image
 
 from saferedir.engines.errors import OutputError
 
+#: Bytes of a page in which it says what made it.
+LONGEST_HEAD = 1_000
 _NUMBERED = re.compile(r"(\d{4,18})-seed")
 
 
@@ -41,6 +43,15 @@ def output_folder(folder: Path) -> Iterator[Path]:
             for path in made:
                 path.rmdir()
         raise
+
+
+def refuse_strange(folder: Path, names: Sequence[str], page: str, mark: str) -> None:
+    """Raise `OutputError` where one of `names` is in `folder`, and its `page` does not say by `mark` that all are ours."""
+    own = folder / page
+    ours = own.is_file() and mark.encode() in own.read_bytes()[:LONGEST_HEAD]
+    there = [name for name in names if (folder / name).exists() or (folder / name).is_symlink()]
+    if there and not ours:
+        raise OutputError(f"{folder} holds {' and '.join(there)} of something else; choose another output folder")
 
 
 def write_picture(folder: Path, seed: int, image: Image.Image) -> Path:

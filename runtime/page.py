@@ -1,11 +1,18 @@
-"""A contact sheet and a self-contained page: unprotected beside protected, the score of every step, the mask over the words."""
+"""A contact sheet and a self-contained page: unprotected beside protected, the score of every step, the mask over the words.
+
+The look and what draws a record (`page_assets/`) are those of the service's page and of the evaluation's report.
+"""
 
 from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
 
 from PIL import Image
 
@@ -40,89 +47,53 @@ def contact_sheet(comparisons: Sequence[Comparison]) -> Image.Image:
     return sheet
 
 
-def comparison_page(title: str, comparisons: Sequence[Comparison], thresholds: dict[str, float]) -> str:
-    """One HTML document without outside references."""
-    cards = "\n".join(_card(item, thresholds) for item in comparisons)
+@cache
+def asset(name: str) -> str:
+    """The text of a file of `page_assets/`."""
+    return (files("saferedir.runtime") / "page_assets" / name).read_text(encoding="utf-8")
+
+
+def comparison_page(title: str, comparisons: Sequence[Comparison], replacements: Mapping[str, str]) -> str:
+    """One HTML document without outside references; `replacements` are by concept."""
     versions = comparisons[0].record.versions
-    engine = ", ".join(f"{html.escape(k)} {html.escape(v[:12])}" for k, v in versions.items())
+    made_with = ", ".join(f"{html.escape(name)} {html.escape(value[:12])}" for name, value in versions.items())
+    data = {"items": [_item(own) for own in comparisons], "replacements": dict(replacements)}
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">{GENERATOR}<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
+<title>{html.escape(title)}</title><style>{asset("page.css")}</style></head><body>
 <h1>{html.escape(title)}</h1>
 <p>Same prompt, same seed. The left picture was drawn <strong>unprotected</strong>, by the operator's explicit setting; the
 right one with the safety in force. The curve is the detector's score over the denoising steps; a dot marks a step in which
-it fired, the dashed line the threshold. The shade behind a word is the redirector's mask.</p>
-<main>
-{cards}
-</main>
-<footer>{engine}</footer>
+it fired, the dashed line the threshold, shade a step of rest. The shade behind a word is the redirector's mask.</p>
+<main class="cards" id="cards"></main>
+<footer>{made_with}</footer>
+<script type="application/json" id="data">{script_json(data)}</script>
+<script>{asset("page.js")}</script>
+<script>
+const {{ items, replacements }} = JSON.parse(document.getElementById("data").textContent);
+document.getElementById("cards").append(...items.map((item) => saferedir.comparison(item, replacements)));
+</script>
 </body></html>
 """
 
 
-def _card(item: Comparison, thresholds: dict[str, float]) -> str:
-    record = item.record
-    verdict = "fired" if record.fired else "nothing fired"
-    same = (
-        "" if record.fired else (" · bit-identical" if item.protected.tobytes() == item.unprotected.tobytes() else " · differs")
-    )
-    return f"""<article class="{"fired" if record.fired else "quiet"}">
-<h2>{html.escape(record.prompt or "(embedding)")}</h2>
-<p class="note">{html.escape(item.note)} · seed {record.seed} · <b>{verdict}</b>{same}</p>
-<div class="pair"><figure>{_picture(item.unprotected)}<figcaption>unprotected</figcaption></figure>
-<figure>{_picture(item.protected)}<figcaption>protected</figcaption></figure></div>
-{"".join(_curve(record, concept, threshold) for concept, threshold in thresholds.items())}
-<p class="words">{_words(record)}</p>
-</article>"""
+def script_json(value: Any) -> str:
+    """JSON that no script element ends at."""
+    return json.dumps(value).replace("</", "<\\/")
 
 
-def _picture(image: Image.Image) -> str:
-    data = base64.b64encode(png_bytes(image)).decode()
-    return f'<img alt="" width="{image.width * SCALE}" height="{image.height * SCALE}" src="data:image/png;base64,{data}">'
+def _item(own: Comparison) -> dict[str, Any]:
+    record = own.record
+    identical = own.protected.tobytes() == own.unprotected.tobytes()
+    return {
+        "note": own.note,
+        "unprotected": data_url(own.unprotected),
+        "protected": data_url(own.protected),
+        "record": record.to_dict(),
+        "same": None if record.fired else "bit-identical" if identical else "differs",
+    }
 
 
-def _curve(record: SafetyRecord, concept: str, threshold: float) -> str:
-    width, height = 384, 64
-    steps = len(record.steps)
-    if not steps:
-        return ""
-    points = [
-        (8 + (width - 16) * index / max(1, steps - 1), height - 6 - (height - 12) * step.score[concept])
-        for index, step in enumerate(record.steps)
-    ]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    level = height - 6 - (height - 12) * threshold
-    dots = "".join(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>'
-        for (x, y), step in zip(points, record.steps, strict=True)
-        if concept in step.fired
-    )
-    return (
-        f'<svg role="img" aria-label="score of {html.escape(concept)} per step" viewBox="0 0 {width} {height}">'
-        f'<line x1="0" x2="{width}" y1="{level:.1f}" y2="{level:.1f}"/><polyline points="{line}"/>{dots}'
-        f'<text x="{width - 4}" y="12">{html.escape(concept)}</text></svg>'
-    )
-
-
-def _words(record: SafetyRecord) -> str:
-    if not record.token_mask:
-        return ""
-    mask = [max(values) for values in zip(*record.token_mask.values(), strict=True)]
-    spans = []
-    for token, weight in zip(record.tokens, mask, strict=False):
-        text = html.escape(token.replace("</w>", ""))
-        spans.append(f'<span style="background:rgba(214,84,32,{weight:.2f})" title="{weight:.2f}">{text}</span>')
-    return " ".join(spans)
-
-
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:1320px;padding:0 1rem;color:#222;background:#fafafa}
-main{display:grid;grid-template-columns:repeat(auto-fill,minmax(410px,1fr));gap:1rem}
-article{background:#fff;border:1px solid #ddd;border-radius:8px;padding:1rem;border-top:4px solid #7a9}
-article.fired{border-top-color:#d65420}h2{font-size:1rem;margin:0}.note{margin:.2rem 0 .6rem;color:#666}
-.pair{display:flex;gap:.5rem}figure{margin:0}figcaption{color:#666;font-size:.8rem;text-align:center}
-img{image-rendering:auto;border-radius:4px;max-width:100%;height:auto}svg{width:100%;margin-top:.5rem}
-polyline{fill:none;stroke:#357;stroke-width:2}line{stroke:#999;stroke-dasharray:4 3}circle{fill:#d65420}
-text{font-size:10px;text-anchor:end;fill:#666}.words span{padding:.1rem .25rem;border-radius:3px}
-footer{color:#888;font-size:.75rem;margin-top:2rem;overflow-wrap:anywhere}
-"""
+def data_url(image: Image.Image) -> str:
+    """The picture, in place of an address."""
+    return f"data:image/png;base64,{base64.b64encode(png_bytes(image)).decode()}"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
@@ -15,28 +16,38 @@ import numpy.typing as npt
 from PIL import Image
 
 from saferedir.engines import DEFAULT_BUNDLE, Bundle, open_bundle
-from saferedir.engines.errors import BackendError, BundleError, NonFiniteError, SafeRedirError
+from saferedir.engines.errors import BackendError, BundleError, CancelledError, NonFiniteError, SafeRedirError
 from saferedir.engines.manifest import MANIFEST_FILE, TOKENIZER_FILE, ModelInfo
 from saferedir.runtime.backend import Backend
 from saferedir.runtime.backends import make_backend
-from saferedir.runtime.loop import Batch, Denoised, StepCallback, denoise
-from saferedir.runtime.noise import TorchNoise
+from saferedir.runtime.batcher import Batcher
+from saferedir.runtime.gathering import Gathering
+from saferedir.runtime.job import Denoised, Drawing
 from saferedir.runtime.policy import ResolvedPolicy, SafetyPolicy, Tightening, check_promise, resolve
 from saferedir.runtime.prompts import Prompts
 from saferedir.runtime.record import LookedFor, SafetyRecord, StepRecord
 from saferedir.runtime.request import ImageRequest, Seeds, build_requests, check_guidance, check_rescale, latent_size
 from saferedir.runtime.schedulers import Schedule, make_schedule
+from saferedir.runtime.ticket import StepCallback, Ticket
 from saferedir.runtime.tokenizer import PromptTokenizer, check_prompt
 
 log = logging.getLogger("saferedir")
 
+#: How long a call that waits takes to notice that it is cancelled.
+CANCEL_SECONDS = 0.05
+#: A picture that has ended, or None for each step that was done.
+Events = SimpleQueue[Ticket | None]
+
 
 @dataclass(frozen=True)
-class _Drawing:
-    """What all pictures of one call have in common."""
+class Plan:
+    """What one call is to draw, checked: its pictures, and what they have in common."""
 
+    requests: list[ImageRequest]
     prompts: Prompts
     policy: ResolvedPolicy
+    #: The step graph.
+    engine: str
     schedule: Schedule
     #: The sampler's name.
     scheduler: str
@@ -62,7 +73,10 @@ class Pipeline:
     #: Shapes and constants of the model.
     model: ModelInfo
 
-    def __init__(self, bundle: Bundle, backend: Backend, policy: SafetyPolicy | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, backend: Backend, policy: SafetyPolicy | None = None, *, queue: int | None = None
+    ) -> None:
+        """Of pictures that cannot be drawn yet `queue` may wait, any number where it is None."""
         self.bundle = bundle
         self.backend = backend
         self.manifest = bundle.manifest
@@ -71,6 +85,10 @@ class Pipeline:
         self.model = self.manifest.model
         self._scheduler = self.manifest.scheduler
         self._policy = resolve(policy or SafetyPolicy(), self.manifest.safety)
+        #: Draws the pictures of all calls.
+        self.batcher = Batcher(backend, self.manifest, queue=queue)
+        self._encode = Gathering(self._text_encoder, self.manifest.max_batch)
+        self._decode = Gathering(self._vae_decoder, self.manifest.max_batch)
         source = str(bundle.folder / TOKENIZER_FILE)
         self._tokenizer = PromptTokenizer(bundle.read(TOKENIZER_FILE), self.model.prompt_tokens, source)
 
@@ -131,6 +149,37 @@ class Pipeline:
             SafetyError: the safety failed; no picture of this call leaves.
             CancelledError: `cancel` was set.
         """
+        plan = self.plan(
+            prompts, prompt_embeds=prompt_embeds, negative_prompt=negative_prompt,
+            negative_prompt_embeds=negative_prompt_embeds, height=height, width=width, seed=seed,
+            num_images_per_prompt=num_images_per_prompt, num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, scheduler=scheduler, tighten=tighten,
+        )  # fmt: skip
+        return self.finish(plan, self.draw(plan, on_step, cancel))
+
+    def plan(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        prompt_embeds: npt.ArrayLike | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt_embeds: npt.ArrayLike | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: Seeds = 0,
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 5.0,
+        guidance_rescale: float = 0.0,
+        scheduler: str | None = None,
+        tighten: Tightening | None = None,
+        policy: ResolvedPolicy | None = None,
+    ) -> Plan:
+        """What a call with these arguments is to draw, under `policy` of an operator or the pipeline's own. Computes nothing.
+
+        Raises:
+            RequestError: as a call does.
+        """
         guidance = check_guidance(guidance_scale)
         rescale = check_rescale(self.model, guidance_rescale, guidance)
         size = latent_size(self.model, height, width)
@@ -144,28 +193,36 @@ class Pipeline:
             num_images_per_prompt=num_images_per_prompt,
         )
         schedule = make_schedule(self._scheduler, self.model.prediction_type, num_inference_steps, scheduler)
-        policy = self._policy.tightened(tighten)
+        policy = (policy or self._policy).tightened(tighten)
         if guidance <= 1 and any(request.has_negative for request in requests):
             log.warning("the negative prompt is ignored: guidance_scale is %g, and at most 1 draws unguided", guidance)
         read = Prompts(requests, self._tokenizer, self._encode, plain_letters=not policy.unprotected)
         within = self._within_promise(policy, num_inference_steps, guidance, scheduler)
-        drawing = _Drawing(read, policy, schedule, scheduler or self._scheduler.kind, guidance, rescale, size, within)
-        most = self.manifest.max_batch
-        chunks = [requests[start : start + most] for start in range(0, len(requests), most)]
-        images: list[Image.Image] = []
-        records: list[SafetyRecord] = []
-        for index, chunk in enumerate(chunks):
-            result = denoise(
-                self.backend,
-                self.manifest,
-                schedule,
-                self._batch(chunk, drawing),
-                protected=not policy.unprotected,
-                on_step=_offset(on_step, index, len(chunks)),
-                cancel=cancel,
+        name = ("plain_step" if policy.unprotected else "step") + ("" if guidance > 1 else "_unguided")
+        engine, kind = self.model.engine(name, *size), scheduler or self._scheduler.kind
+        return Plan(requests, read, policy, engine, schedule, kind, guidance, rescale, size, within)
+
+    def drawings(self, plan: Plan, requests: Sequence[ImageRequest]) -> list[Drawing]:
+        """Those of the plan's pictures, their prompts encoded, for the batcher."""
+        return [
+            Drawing(
+                engine=plan.engine,
+                schedule=plan.schedule,
+                prompt=prompt,
+                negative=negative,
+                guidance_scale=plan.guidance_scale,
+                guidance_rescale=plan.guidance_rescale,
+                policy=plan.policy,
+                seed=request.seed,
+                size=(self.model.latent_channels, *plan.size),
             )
-            images += self._decode(result.latent)
-            records += self._records(chunk, drawing, result)
+            for request, prompt, negative in zip(requests, *plan.prompts.embeddings(requests), strict=True)
+        ]
+
+    def finish(self, plan: Plan, done: Sequence[Denoised]) -> Generation:
+        """The pictures of a plan and their records."""
+        images = self.decode(np.stack([result.latent for result in done]))
+        records = [self._record(request, plan, result) for request, result in zip(plan.requests, done, strict=True)]
         return Generation(images, records)
 
     def check(self, *, num_inference_steps: int, guidance_scale: float, scheduler: str | None = None) -> None:
@@ -191,39 +248,56 @@ class Pipeline:
         """
         return self._encode(np.stack([self._tokenizer(check_prompt(prompt)).ids for prompt in prompts]))
 
-    def _batch(self, chunk: list[ImageRequest], drawing: _Drawing) -> Batch:
-        shape = (1, self.model.latent_channels, *drawing.size)
-        prompt, negative = drawing.prompts.embeddings(chunk)
-        streams = [TorchNoise(request.seed) for request in chunk]
-        latent = np.concatenate([stream.draw(shape) for stream in streams]) * np.float32(drawing.schedule.init_noise_sigma)
-        return Batch(
-            latent=latent,
-            prompt=prompt,
-            negative=negative,
-            guidance_scale=drawing.guidance_scale,
-            guidance_rescale=drawing.guidance_rescale,
-            noise=_step_noise(drawing.schedule, streams, shape),
-            policies=(drawing.policy,) * len(chunk),
-        )
+    def draw(self, plan: Plan, on_step: StepCallback | None = None, cancel: threading.Event | None = None) -> list[Denoised]:
+        """All of them, or none. So many are handed to the batcher that none of its rows stands empty."""
+        most, happened, tickets = self.batcher.capacity, Events(), list[Ticket]()
+        steps, done, ended = len(plan.schedule.timesteps) * len(plan.requests), 0, 0
+        try:
+            while ended < len(plan.requests):
+                if len(tickets) < len(plan.requests) and len(tickets) - ended <= most:
+                    chunk = plan.requests[len(tickets) : len(tickets) + most]
+                    added = self.batcher.reserve(plan.engine, len(plan.schedule.timesteps), len(chunk))
+                    tickets += added
+                    for ticket in added:
+                        ticket.on_step = lambda done, total: happened.put(None)
+                        ticket.future.add_done_callback(lambda future, ticket=ticket: happened.put(ticket))  # type: ignore[misc]
+                    self.batcher.submit(added, self.drawings(plan, chunk))
+                event = _next(happened, cancel, f"cancelled after {done} of {steps} steps")
+                if event is not None:
+                    event.future.result()  # raises where it failed
+                    event.job, ended = None, ended + 1
+                    continue
+                done += 1
+                if on_step is not None:
+                    on_step(done, steps)
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+            for ticket in tickets:
+                if ticket.submitted:
+                    ticket.future.exception()  # waits: nothing of a call goes on when it has ended
+        return [ticket.future.result() for ticket in tickets]
 
-    def _encode(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        model = self.model
-        parts = []
-        for start in range(0, len(ids), self.manifest.max_batch):
-            chunk = ids[start : start + self.manifest.max_batch]
-            shape = (len(chunk), model.prompt_tokens, model.prompt_width)
-            parts.append(self._run("text_encoder", {"input_ids": chunk}, "prompt_embeds", shape))
-        return np.concatenate(parts)
+    def decode(self, latent: npt.NDArray[np.float32]) -> list[Image.Image]:
+        """Pictures of clean latents [B, C, h, w].
 
-    def _decode(self, latent: npt.NDArray[np.float32]) -> list[Image.Image]:
-        scale = self.model.vae_scale_factor
-        height, width = latent.shape[2:]
-        shape = (len(latent), 3, height * scale, width * scale)
-        pictures = self._run(self.model.engine("vae_decoder", height, width), {"latent": latent}, "image", shape)
+        Raises:
+            NonFiniteError: one is not finite.
+        """
+        pictures = self._decode(latent)
         if not np.isfinite(pictures).all():
             raise NonFiniteError("the decoded picture is not finite; no picture leaves")
         pixels = (pictures.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8)
         return [Image.fromarray(picture) for picture in pixels]
+
+    def _text_encoder(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        shape = (len(ids), self.model.prompt_tokens, self.model.prompt_width)
+        return self._run("text_encoder", {"input_ids": ids}, "prompt_embeds", shape)
+
+    def _vae_decoder(self, latent: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        scale, (height, width) = self.model.vae_scale_factor, latent.shape[2:]
+        shape = (len(latent), 3, height * scale, width * scale)
+        return self._run(self.model.engine("vae_decoder", height, width), {"latent": latent}, "image", shape)
 
     def _run(self, engine: str, inputs: dict[str, Any], output: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         tensors = {name: self.backend.upload(array) for name, array in inputs.items()}
@@ -234,52 +308,45 @@ class Pipeline:
             raise
         except Exception as error:  # a backend raises types of its own
             raise BackendError(f"engine {engine} raised: {error}") from error
-        return self.backend.download(result)
+        return self.backend.read(result)
 
-    def _records(self, chunk: list[ImageRequest], drawing: _Drawing, result: Denoised) -> list[SafetyRecord]:
-        versions = self.versions()
-        policy, timesteps = drawing.policy, drawing.schedule.timesteps
-        scale = self.model.vae_scale_factor
-        records = []
-        for row, request in enumerate(chunk):
-            tokens = drawing.prompts.tokens(request)
-            steps = tuple(
-                StepRecord(
-                    timestep=float(timesteps[step]),
-                    score={name: float(result.score[step, row, n]) for n, name in enumerate(policy.concepts)},
-                    fired=tuple(name for n, name in enumerate(policy.concepts) if result.fired[step, row, n]),
-                    cooldown=int(result.cooldown[step, row]),
-                )
-                for step in range(len(result.score))
+    def _record(self, request: ImageRequest, plan: Plan, result: Denoised) -> SafetyRecord:
+        policy, timesteps = plan.policy, plan.schedule.timesteps
+        tokens, scale = plan.prompts.tokens(request), self.model.vae_scale_factor
+        steps = tuple(
+            StepRecord(
+                timestep=float(timesteps[step]),
+                score={name: float(result.score[step, n]) for n, name in enumerate(policy.concepts)},
+                fired=tuple(name for n, name in enumerate(policy.concepts) if result.fired[step, n]),
+                cooldown=int(result.cooldown[step]),
             )
-            fired = {name for step in steps for name in step.fired}
-            records.append(
-                SafetyRecord(
-                    prompt=request.prompt,
-                    negative_prompt=_negative(request, drawing.guidance_scale),
-                    seed=request.seed,
-                    scheduler=drawing.scheduler,
-                    num_inference_steps=len(timesteps),
-                    guidance_scale=drawing.guidance_scale,
-                    guidance_rescale=drawing.guidance_rescale,
-                    height=drawing.size[0] * scale,
-                    width=drawing.size[1] * scale,
-                    protected=policy.looks,
-                    within_promise=drawing.within_promise,
-                    looked_for=_looked_for(policy),
-                    cooldown=policy.cooldown if policy.looks else None,
-                    tokens_cut=tokens.cut if tokens else 0,
-                    steps=steps,
-                    tokens=tokens.tokens if tokens else (),
-                    token_mask={
-                        name: tuple(float(value) for value in result.token_mask[row, n])
-                        for n, name in enumerate(policy.concepts)
-                        if name in fired
-                    },
-                    versions=versions,
-                )
-            )
-        return records
+            for step in range(len(result.score))
+        )
+        fired = {name for step in steps for name in step.fired}
+        return SafetyRecord(
+            prompt=request.prompt,
+            negative_prompt=_negative(request, plan.guidance_scale),
+            seed=request.seed,
+            scheduler=plan.scheduler,
+            num_inference_steps=len(timesteps),
+            guidance_scale=plan.guidance_scale,
+            guidance_rescale=plan.guidance_rescale,
+            height=plan.size[0] * scale,
+            width=plan.size[1] * scale,
+            protected=policy.looks,
+            within_promise=plan.within_promise,
+            looked_for=_looked_for(policy),
+            cooldown=policy.cooldown if policy.looks else None,
+            tokens_cut=tokens.cut if tokens else 0,
+            steps=steps,
+            tokens=tokens.tokens if tokens else (),
+            token_mask={
+                name: tuple(float(value) for value in result.token_mask[n])
+                for n, name in enumerate(policy.concepts)
+                if name in fired
+            },
+            versions=self.versions(),
+        )
 
     def versions(self) -> dict[str, str]:
         """Bundle, SHA-256 of its manifest and of each of its files, runtime and backend."""
@@ -291,6 +358,20 @@ class Pipeline:
             **self.backend.versions(),
             **hashes,
         }
+
+
+def _next(happened: Events, cancel: threading.Event | None, message: str) -> Ticket | None:
+    """What happened next.
+
+    Raises:
+        CancelledError: `cancel` is set.
+    """
+    while cancel is None or not cancel.is_set():
+        try:
+            return happened.get(timeout=None if cancel is None else CANCEL_SECONDS)
+        except Empty:
+            continue
+    raise CancelledError(message)
 
 
 def _negative(request: ImageRequest, guidance_scale: float) -> Literal["none", "given", "ignored"]:
@@ -306,18 +387,3 @@ def _looked_for(policy: ResolvedPolicy) -> dict[str, LookedFor]:
         for n, name in enumerate(policy.concepts)
         if policy.looks and policy.enabled[n]
     }
-
-
-def _step_noise(schedule: Schedule, streams: list[TorchNoise], shape: tuple[int, ...]) -> npt.NDArray[np.float32] | None:
-    """Noise for the steps that add some, of each picture's own stream: [steps, B, C, h, w]."""
-    adds = schedule.adds_noise
-    if not adds.any():
-        return None
-    nothing = np.zeros(shape, np.float32)
-    return np.stack([np.concatenate([stream.draw(shape) if add else nothing for stream in streams]) for add in adds])
-
-
-def _offset(on_step: StepCallback | None, index: int, chunks: int) -> StepCallback | None:
-    if on_step is None:
-        return None
-    return lambda done, total: on_step(index * total + done, chunks * total)

@@ -44,7 +44,10 @@ class SafetyPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class Tightening:
-    """What a request may ask for: lower thresholds, more strength, more concepts. Never the opposite."""
+    """What a request may ask for: lower thresholds, more strength, more concepts. Never the opposite.
+
+    Detection then does not rest after it has fired.
+    """
 
     #: Concepts to look for besides the operator's.
     enabled: Sequence[str] = ()
@@ -101,7 +104,12 @@ class ResolvedPolicy:
                     f"alpha_scale of {concept!r} is {stronger}; a request may only raise it above {alpha_scale[index]:g}"
                 )
             threshold[index], alpha_scale[index] = lower, stronger
-        return replace(self, enabled=enabled, threshold=threshold, alpha_scale=alpha_scale)
+        if all(np.array_equal(getattr(self, name), new) for name, new in (
+            ("enabled", enabled), ("threshold", threshold), ("alpha_scale", alpha_scale),
+        )):  # fmt: skip
+            return self
+        # No rest: what fires only as it was tightened would hide what the operator looks for while detection rests.
+        return replace(self, enabled=enabled, threshold=threshold, alpha_scale=alpha_scale, cooldown=0)
 
     @property
     def looks(self) -> bool:

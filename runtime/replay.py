@@ -13,7 +13,7 @@ from saferedir.engines import Bundle
 from saferedir.engines.errors import RequestError
 from saferedir.engines.manifest import PUBLISHED, EngineInfo
 from saferedir.engines.step import STEP
-from saferedir.runtime.backend import Array, Backend, BackendAround, Call, DeviceTensor
+from saferedir.runtime.backend import Array, Backend, BackendAround, Call, Tensors
 from saferedir.runtime.pipeline import Generation, Pipeline
 from saferedir.runtime.policy import SafetyPolicy
 
@@ -48,11 +48,14 @@ class RecordingBackend(BackendAround):
         self.recorded: Recorded = {}
         self._engines = engines
 
-    def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
-        bound = self.backend.bind(engine, inputs, outputs)
+    def bind(self, engine: str, inputs: Tensors, outputs: Tensors, rows: int | None = None) -> Call:
+        bound = self.backend.bind(engine, inputs, outputs, rows)
 
         def call() -> None:
-            given = {tensor.name: self.backend.download(inputs[tensor.name]) for tensor in self._engines[engine].inputs}
+            given = {tensor.name: self.backend.read(inputs[tensor.name], 0, rows) for tensor in self._engines[engine].inputs}
+            if "latent" in given:  # rows that only pad the batch hold nothing
+                held = np.isfinite(given["latent"]).all(axis=(1, 2, 3))
+                given = {name: values[held] for name, values in given.items()}
             self.recorded.setdefault(engine, []).append(given)
             bound()
 
@@ -113,7 +116,7 @@ def _run(backend: Backend, engine: str, info: EngineInfo, given: Mapping[str, Ar
         for tensor in info.outputs
     }
     backend.bind(engine, inputs, outputs)()
-    return {name: backend.download(tensor) for name, tensor in outputs.items()}
+    return {name: backend.read(tensor) for name, tensor in outputs.items()}
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import numpy as np
 from saferedir.engines import Bundle
 from saferedir.engines.errors import BackendError, MissingDependencyError, PlanError, RequestError
 from saferedir.engines.plan_cache import FittingPlan, PlanCache, user_cache
-from saferedir.runtime.backend import Array, Call, DeviceTensor
+from saferedir.runtime.backend import Array, Call, DeviceTensor, Tensors
 from saferedir.runtime.kernel_cache import KernelCache
 from saferedir.runtime.plan_inspection import InspectedPlan, inspect_plan
 
@@ -43,6 +43,8 @@ def plan_folders(bundle: Bundle) -> list[Path]:
 
 class TensorRtBackend:
     """Plans are opened on first use, one execution context each; calls of all threads go to one stream, one at a time."""
+
+    captures = False
 
     def __init__(self, bundle: Bundle, name: str) -> None:
         self.name = name
@@ -67,19 +69,11 @@ class TensorRtBackend:
         weakref.finalize(tensor, self._cuda.wrapper().free, tensor.ptr)
         return tensor
 
-    def download(self, tensor: DeviceTensor) -> Array:
-        host = np.empty(tensor.shape, np.dtype(tensor.dtype))
-        tensor.copy_to(host, self._stream)
-        self._stream.synchronize()
-        with self._lock:
-            for kernels in self._kernels.values():
-                kernels.keep()
-        return host
-
-    def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
+    def bind(self, engine: str, inputs: Tensors, outputs: Tensors, rows: int | None = None) -> Call:
         plan, _, context = self._engine(engine)
         info = self._bundle.manifest.engines[engine]
-        shapes = {tensor.name: tuple(inputs[tensor.name].shape) for tensor in info.inputs}
+        given = {tensor.name: tuple(inputs[tensor.name].shape) for tensor in info.inputs}
+        shapes = {name: shape if rows is None else (rows, *shape[1:]) for name, shape in given.items()}
         check_profile(engine, plan, shapes)
         addresses = {tensor.name: inputs[tensor.name].ptr for tensor in info.inputs}
         addresses |= {tensor.name: outputs[tensor.name].ptr for tensor in info.outputs}
@@ -96,6 +90,27 @@ class TensorRtBackend:
                     raise BackendError(f"{plan.path} could not be run by {self.name}")
 
         return call
+
+    def write(self, tensor: DeviceTensor, row: int, values: Array) -> None:
+        values = np.ascontiguousarray(values)
+        self._copy(_row(tensor, row), values.ctypes.data, values.nbytes, "HostToDevice")
+
+    def move(self, tensor: DeviceTensor, target: int, source: int) -> None:
+        self._copy(_row(tensor, target), _row(tensor, source), _row(tensor, 1) - _row(tensor, 0), "DeviceToDevice")
+
+    def read(self, tensor: DeviceTensor, row: int = 0, rows: int | None = None) -> Array:
+        count, *shape = tensor.shape
+        host = np.empty((count - row if rows is None else rows, *shape), np.dtype(tensor.dtype))
+        self._copy(host.ctypes.data, _row(tensor, row), host.nbytes, "DeviceToHost")
+        self._stream.synchronize()
+        with self._lock:
+            for kernels in self._kernels.values():
+                kernels.keep()
+        return host
+
+    def _copy(self, target: int, source: int, size: int, kind: str) -> None:
+        """In the stream's order; does not wait for the device."""
+        self._cuda.wrapper().memcpy(target, source, size, getattr(self._cuda.MemcpyKind, kind), self._stream.ptr)
 
     def inspect_all(self) -> list[InspectedPlan]:
         """What the plans that fit this card are made of, of each engine that there is one of.
@@ -185,6 +200,12 @@ class TensorRtBackend:
         config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._kernels[plan.path] = KernelCache(plan.path, config)
         return opened.create_execution_context(config)
+
+
+def _row(tensor: DeviceTensor, row: int) -> int:
+    """The address of a row."""
+    address: int = tensor.ptr + np.dtype(tensor.dtype).itemsize * int(np.prod(tensor.shape[1:])) * row
+    return address
 
 
 def find_plans(bundle: Bundle, engine: str, builder: str, builder_version: str) -> list[FittingPlan]:

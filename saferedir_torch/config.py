@@ -11,6 +11,7 @@ from msgspec import Meta, Struct
 from saferedir.engines.errors import RequestError
 from saferedir.engines.json_text import read_json
 from saferedir.engines.manifest import KnownSha256, Name, Promise, Share, Side, Text, Width
+from saferedir.engines.whole_file import write_bytes
 
 #: Bytes.
 LARGEST_CONFIG = 1_000_000
@@ -90,7 +91,12 @@ class SafetyConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return sum(stream.tokens for stream in self.streams)
 
     def save(self, path: Path) -> None:
-        path.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
+        """Write it to `path` as a whole: a link there is replaced, and not followed.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        write_bytes(path, msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n")
 
     @classmethod
     def load(cls, path: Path) -> SafetyConfig:

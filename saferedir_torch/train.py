@@ -1,6 +1,6 @@
 """Trains a safety module on a diffusers pipeline: one seeded, resumable command.
 
-`python -m saferedir_torch train --model FOLDER --out FOLDER`
+`saferedir train --model FOLDER --out FOLDER`
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from saferedir.engines.errors import RequestError
 from saferedir.runtime.unlearning_technique import SafeRedirTechnique
-from saferedir_torch.attacks.__main__ import load_judge, read_pairs
 from saferedir_torch.attacks.amplified_guidance import AMPLIFIED_GUIDANCE, SHARES, AmplifiedGuidance, Pair
 from saferedir_torch.attacks.diffusers_model import DiffusersModel
 from saferedir_torch.attacks.suite import attack
+from saferedir_torch.command_line.attack import load_judge, read_pairs
 from saferedir_torch.models import SHIPPED_MODEL
 from saferedir_torch.trajectories import encode
 

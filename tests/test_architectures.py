@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from benchmarks.evaluate import app as evaluate
 from benchmarks.html_report import write_report
 from saferedir.engines.errors import SafetyMismatchError
-from saferedir_torch.__main__ import app as safety
+from saferedir.runtime.command_line.app import app as safety
 from saferedir_torch.envelope import ENVELOPE
 from saferedir_torch.fit import check_match
 from saferedir_torch.models import SHIPPED_SAFETY, load_pipeline

@@ -19,11 +19,11 @@ from benchmarks.evaluate import app as evaluate
 from benchmarks.tables.attacks import save_worst, worst_of
 from benchmarks.tables.firings import Firings, together
 from saferedir.engines.errors import RequestError
-from saferedir_torch.attacks.__main__ import app, load_judge, read_targets
 from saferedir_torch.attacks.evolution import Evolution, evolve
 from saferedir_torch.attacks.suite import UNCHANGED, Attempts, Outcome, Pixels, attack, attempts, confirmed
 from saferedir_torch.attacks.techniques import drawing_with, load_technique
 from saferedir_torch.attacks.text_families import FAMILIES, LOOKALIKES, WORD_FAMILIES, Target
+from saferedir_torch.command_line.attack import app, load_judge, read_targets
 from saferedir_torch.models import SHIPPED_MODEL, load_pipeline
 from saferedir_torch.world.prompts import CONCEPTS
 
@@ -309,8 +309,7 @@ def test_the_tool_names_what_is_wrong(tmp_path: Path) -> None:
         "o",
     ]
     result = CliRunner().invoke(app, command)
-    assert result.exit_code == 2
-    assert "none.json cannot be read" in result.output
+    assert isinstance(result.exception, RequestError) and "none.json cannot be read" in str(result.exception)
     assert CliRunner().invoke(app, [*command, "--family", "magic"]).exit_code == 2
 
 

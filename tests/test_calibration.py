@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from saferedir.engines.errors import RequestError
 from saferedir.engines.manifest import Envelope
-from saferedir_torch.__main__ import app
+from saferedir.runtime.command_line.app import app
 from saferedir_torch.calibration import (
     RARE,
     RATE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,8 +138,9 @@ def test_demo_makes_a_sheet_and_a_page(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert Image.open(tmp_path / "contact-sheet.png").width > 1000
     page = (tmp_path / "index.html").read_text()
-    assert page.count("<article") == len(DEMO_PROMPTS)
-    assert "http" not in page.replace("http-equiv", "")
+    data = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)
+    assert data is not None and len(json.loads(data[1])["items"]) == len(DEMO_PROMPTS)
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")  # nothing from elsewhere
     assert b"index.html" in result.stdout.replace(b"\n", b"")
 
 

@@ -11,6 +11,7 @@ import saferedir.export
 import saferedir.runtime
 import saferedir_torch
 from saferedir.engines import errors
+from saferedir.runtime.serve.errors import ServiceError
 
 
 def test_every_error_class_of_the_product_stands_in_the_one_tree() -> None:
@@ -27,6 +28,7 @@ def test_every_error_class_of_the_product_stands_in_the_one_tree() -> None:
                 f"{info.name}.{name}"
                 for name, found in inspect.getmembers(module, inspect.isclass)
                 if issubclass(found, Exception) and found.__module__ == info.name and info.name != errors.__name__
+                if not issubclass(found, ServiceError)  # a service's answer over HTTP
             ]
     assert outside == []
 

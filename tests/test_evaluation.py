@@ -10,8 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.evaluate import app
-from benchmarks.readme import figures, summary
+from benchmarks.readme import figures
 from benchmarks.report import environment
+from benchmarks.summary_figures import works
 
 TABLES = (
     "envelope", "unfamiliar", "settings", "amplified", "forgetting_church", "attacks_church_4_steps", "interference",
@@ -79,7 +80,8 @@ def test_figures_are_written_of_every_table(folders: tuple[Path, Path], monkeypa
     out, _ = folders
     for concept in ("ink", "weapons"):
         shutil.copy(out / "forgetting_church.json", out / f"forgetting_{concept}.json")
-    shutil.copy(out / "attacks_church_4_steps.json", out / "attacks_church.json")
+    for concept in ("church", "ink", "weapons"):
+        shutil.copy(out / "attacks_church_4_steps.json", out / f"attacks_{concept}.json")
     for module in ("markdown", "readme", "robustness_figures", "summary_figures"):
         monkeypatch.setattr(f"benchmarks.{module}.RESULTS", out)
     page = figures()
@@ -89,8 +91,8 @@ def test_figures_are_written_of_every_table(folders: tuple[Path, Path], monkeypa
         "which guidance amplifies",
     ):  # fmt: skip
         assert heading in page
-    for line in ("However it is drawn: gone in", "Benign prompts of the world's own kind", "fires where no concept is seen"):
-        assert line in summary()
+    for line in ("gone, by names that training has not seen", "worst attack by text", "everyday prompts as users write them"):
+        assert line in works()
 
 
 @pytest.mark.slow

@@ -32,13 +32,15 @@ class FaultyBackend:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def bind(self, engine: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Callable[[], None]:
-        call = self.inner.bind(engine, inputs, outputs)
+    def bind(
+        self, engine: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any], rows: int | None = None
+    ) -> Callable[[], None]:
+        call = self.inner.bind(engine, inputs, outputs, rows)
         if not engine.startswith("step"):
             return call  # type: ignore[no-any-return]
-        index, self.step = self.step, self.step + 1
 
         def faulty() -> None:
+            index, self.step = self.step, self.step + 1
             if index == self.at and self.fault == "raise":
                 raise RuntimeError("device lost")
             if index == self.at and self.fault in inputs:
@@ -70,7 +72,7 @@ def test_nan_gives_no_picture(pipeline: Pipeline, fault: str, at: int) -> None:
 
 def test_one_bad_request_keeps_the_whole_batch_back(pipeline: Pipeline) -> None:
     faulty = Pipeline(pipeline.bundle, FaultyBackend(pipeline.backend, 1, "latent"))
-    with pytest.raises(NonFiniteError, match="request 0"):
+    with pytest.raises(NonFiniteError, match="no picture"):
         faulty(["a cat", "a dog"], num_inference_steps=4)
 
 

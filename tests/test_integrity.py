@@ -7,7 +7,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from saferedir.engines.plan_cache import FittingPlan
 from saferedir.engines.step import Form, Role, step_tensors
 from saferedir.export.engine_graph import step_example
 from saferedir.runtime import Pipeline
-from saferedir.runtime.backend import BackendAround, Call, DeviceTensor
+from saferedir.runtime.backend import BackendAround, Call, Tensors
 from saferedir.runtime.command_line.app import app
 from saferedir.runtime.ort import OrtBackend
 
@@ -172,15 +172,20 @@ class Lazy(BackendAround):
         super().__init__(backend)
         self.skipped, self.output, self.step = skipped, output, 0
 
-    def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
+    def bind(self, engine: str, inputs: Tensors, outputs: Tensors, rows: int | None = None) -> Call:
+        call = self.backend.bind(engine, inputs, outputs, rows)
         if not engine.startswith("step"):
-            return self.backend.bind(engine, inputs, outputs)
-        step, self.step = self.step, self.step + 1
-        if self.output is not None and self.skipped(step):
-            elsewhere = self.backend.upload(self.backend.download(outputs[self.output]))
-            outputs = {**outputs, self.output: elsewhere}
-        call = self.backend.bind(engine, inputs, outputs)
-        return (lambda: None) if self.output is None and self.skipped(step) else call
+            return call
+        elsewhere = (
+            {**outputs, self.output: self.backend.upload(self.backend.read(outputs[self.output]))} if self.output else {}
+        )
+        silent = self.backend.bind(engine, inputs, elsewhere, rows) if self.output else lambda: None
+
+        def lazy() -> None:
+            step, self.step = self.step, self.step + 1
+            (silent if self.skipped(step) else call)()
+
+        return lazy
 
 
 @pytest.mark.parametrize("skipped", [range(STEPS), (0,), (1,), (STEPS - 1,)], ids=["every", "first", "middle", "last"])

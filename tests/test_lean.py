@@ -12,7 +12,7 @@ from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.runtime import Pipeline, SafetyPolicy
 
 
-def test_draws_where_the_training_stack_cannot_be_imported() -> None:
+def test_draws_where_neither_the_training_stack_nor_a_host_is_there() -> None:
     policy = SafetyPolicy(thresholds={"church": 0.0}, cooldown=1)
     drawn = Pipeline.from_bundle(policy=policy)("a cat", seed=0, num_inference_steps=4).images[0]
     assert draw_lean(DEFAULT_BUNDLE, "a cat", 4, policy) == pixels_sha256(drawn)
@@ -21,6 +21,16 @@ def test_draws_where_the_training_stack_cannot_be_imported() -> None:
 def test_a_process_that_needs_the_training_stack_fails() -> None:
     with pytest.raises(LeanDrawingError, match="torch is refused"):
         draw_lean(DEFAULT_BUNDLE, "a cat", 2, NeedsTorch())
+
+
+def test_a_process_that_asks_for_a_host_fails() -> None:
+    with pytest.raises(LeanDrawingError, match=r"socket\.getaddrinfo is refused"):
+        draw_lean(DEFAULT_BUNDLE, "a cat", 2, AsksForAHost())
+
+
+class AsksForAHost(SafetyPolicy):
+    def __repr__(self) -> str:
+        return "__import__('socket').create_connection(('example.org', 80))"
 
 
 class NeedsTorch(SafetyPolicy):

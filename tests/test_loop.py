@@ -1,10 +1,10 @@
-"""What the loop does in which order, everything placed before the first step and read after the last, and on which backend."""
+"""What a step is given, and on which backend."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+import weakref
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,52 +13,8 @@ from saferedir.engines import open_bundle
 from saferedir.engines.bundle import DEFAULT_BUNDLE
 from saferedir.engines.step import NUMBERS
 from saferedir.runtime import Pipeline, SafetyPolicy
-from saferedir.runtime.backend import Array, Call, DeviceTensor
 from saferedir.runtime.ort import OrtBackend, resolve_provider
 from saferedir.runtime.replay import RecordingBackend, Runs, record_runs
-
-STEPS = 5
-
-
-class LoggingBackend(OrtBackend):
-    """ONNX Runtime on the CPU, which writes down what it is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__(open_bundle(DEFAULT_BUNDLE), "ort-cpu")
-        self.log: list[str] = []
-
-    def upload(self, array: Array) -> DeviceTensor:
-        self.log.append("upload")
-        return super().upload(array)
-
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceTensor:
-        self.log.append("empty")
-        return super().empty(shape, dtype)
-
-    def download(self, tensor: DeviceTensor) -> Array:
-        self.log.append("download")
-        return super().download(tensor)
-
-    def bind(self, engine: str, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> Call:
-        self.log.append("bind")
-        call = super().bind(engine, inputs, outputs)
-
-        def logged() -> None:
-            self.log.append(engine)
-            call()
-
-        return logged
-
-
-@pytest.mark.parametrize(("engine", "policy"), [("step", SafetyPolicy()), ("plain_step", SafetyPolicy(unprotected=True))])
-def test_between_the_first_and_the_last_step_there_are_steps_alone(engine: str, policy: SafetyPolicy) -> None:
-    backend = LoggingBackend()
-    Pipeline(open_bundle(DEFAULT_BUNDLE), backend, policy)("a church", num_inference_steps=STEPS)
-    first = backend.log.index(engine)
-    assert backend.log[first : first + STEPS] == [engine] * STEPS
-    assert backend.log[first - 1] == "bind"
-    assert backend.log[first + STEPS] == "download"
-    assert engine not in backend.log[first + STEPS :]
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm++-2m", "euler-ancestral", "lcm"])
@@ -93,3 +49,17 @@ def test_runs_are_recorded_at_settings_that_nothing_is_promised_for() -> None:
     assert bundle.manifest.safety.promise is not None and bundle.manifest.safety.promise.envelope.steps[0] > 2
     found = record_runs(bundle, lambda: OrtBackend(bundle, "ort-cpu"), Runs(1, 2))
     assert {"step", "step_unguided", "plain_step", "vae_decoder"} <= set(found)
+
+
+def test_a_call_holds_the_tensors_it_was_bound_to() -> None:
+    bundle = open_bundle(DEFAULT_BUNDLE)
+    backend, engine = OrtBackend(bundle, "ort-cpu"), bundle.manifest.engines["text_encoder"]
+    (given,), (result,) = engine.inputs, engine.outputs
+    tokens = backend.upload(np.zeros([1, *given.shape[1:]], given.dtype))
+    encoded = backend.empty((1, *map(int, result.shape[1:])), np.dtype(result.dtype))
+    alive = [weakref.ref(tokens), weakref.ref(encoded)]
+    call = backend.bind("text_encoder", {given.name: tokens}, {result.name: encoded})
+    del tokens, encoded
+    gc.collect()
+    call()
+    assert all(tensor() is not None for tensor in alive)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,15 @@ def test_a_provider_that_is_not_taken_is_refused(monkeypatch: pytest.MonkeyPatch
     backend = OrtTensorRtBackend(open_bundle(DEFAULT_BUNDLE), "ort-tensorrt")
     with pytest.raises(BackendError):  # this ONNX Runtime has it not, and would go on with the CPU
         backend._session("step")
+
+
+def test_a_capture_waits_until_no_other_thread_waits_for_the_device() -> None:
+    waiters = ort_stream._Waiters()
+    waiters.enter()
+    capture = threading.Thread(target=waiters.none_left)
+    capture.start()
+    capture.join(0.05)
+    assert capture.is_alive()
+    waiters.leave()
+    capture.join(5)
+    assert not capture.is_alive()

@@ -20,7 +20,7 @@ from saferedir.export.command import export_folder, import_checkpoint
 from saferedir.export.model_changes import ModelChanges
 from saferedir.export.published_import import PublishedOptions
 from saferedir.runtime import demo
-from saferedir.runtime.outputs import output_folder, write_picture
+from saferedir.runtime.outputs import output_folder, refuse_strange, write_picture
 
 
 def folder_of(path: Path, *files: str) -> Path:
@@ -210,7 +210,7 @@ def test_a_demonstration_replaces_a_demonstration_alone(tmp_path: Path) -> None:
     assert page.read_text() == "<html>my home page</html>"
     page.write_text(f"<!doctype html><head>{demo.GENERATOR}</head>")
     sheet.write_bytes(b"")
-    demo._refuse_strange(sheet, page)
+    refuse_strange(tmp_path, (sheet.name, page.name), page.name, demo.GENERATOR)
 
 
 def test_a_saved_model_is_written_again_where_it_was_saved_alone(tmp_path: Path) -> None:

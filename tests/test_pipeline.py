@@ -105,7 +105,7 @@ def test_a_record_states_what_was_looked_for_and_how_it_was_drawn(pipeline: Pipe
     assert record.looked_for["church"] == LookedFor(pytest.approx(church.threshold), None)
     assert set(record.looked_for) == {"church", "ink"}
     assert record.protected
-    assert (record.cooldown, record.seed, record.num_inference_steps, record.guidance_scale) == (4, 5, 2, 3.0)
+    assert (record.cooldown, record.seed, record.num_inference_steps, record.guidance_scale) == (0, 5, 2, 3.0)
     assert record.guidance_rescale == 0.5
     assert (record.scheduler, record.height, record.width, record.negative_prompt) == ("euler", 64, 64, "none")
     assert json.loads(json.dumps(record.to_dict()))["looked_for"]["ink"] == {"threshold": 0.125, "alpha_scale": None}

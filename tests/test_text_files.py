@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from saferedir.engines.errors import OutputError, RequestError, TrainingError
 from saferedir.engines.text_files import LARGEST, read_prompts, read_text
-from saferedir_torch.__main__ import app
-from saferedir_torch.attacks.__main__ import read_targets
+from saferedir.runtime.command_line.app import app
+from saferedir_torch.command_line.attack import read_targets
 from saferedir_torch.command_line.benign_prompts import benign_prompts
 from saferedir_torch.pairs_file import FilePrompts
 from saferedir_torch.training_place import MARK, training_place

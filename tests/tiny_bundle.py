@@ -45,8 +45,8 @@ WEIGHTS = {"text_encoder": "text_encoder.safetensors", "vae_decoder": "vae.safet
 FACTOR = 0.9
 
 
-def write_tiny_bundle(folder: Path, promise: Promise | None = None) -> Path:
-    """The bundle in `folder`, which is made; its safety makes that `promise`."""
+def write_tiny_bundle(folder: Path, promise: Promise | None = None, *, sees: bool = False) -> Path:
+    """The bundle in `folder`, which is made; its safety makes that `promise`, and `sees` concepts as pictures grow, or none."""
     folder.mkdir(parents=True)
     for file in WEIGHTS.values():
         (folder / file).write_bytes(np.full(VALUES, FACTOR, np.float32).tobytes())
@@ -60,7 +60,7 @@ def write_tiny_bundle(folder: Path, promise: Promise | None = None) -> Path:
     for name in manifest.required_engines:
         weights = WEIGHTS.get(name, "unet.safetensors")
         inputs, outputs = manifest.tensors(name)
-        (folder / f"{name}.onnx").write_bytes(graph(name, inputs, outputs, weights))
+        (folder / f"{name}.onnx").write_bytes(graph(name, inputs, outputs, weights, sees=sees))
         engines[name] = EngineInfo(f"{name}.onnx", (weights,), inputs, outputs)
     files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     stated = {name: FileInfo(hashlib.sha256(data).hexdigest(), len(data)) for name, data in files.items()}
@@ -76,7 +76,7 @@ def _manifest(engines: dict[str, EngineInfo], files: dict[str, FileInfo], safety
     )  # fmt: skip
 
 
-def graph(name: str, inputs: Sequence[Any], outputs: Sequence[Any], location: str) -> bytes:
+def graph(name: str, inputs: Sequence[Any], outputs: Sequence[Any], location: str, *, sees: bool = False) -> bytes:
     """An engine that multiplies by what is stored in the file `location`, as bytes of ONNX."""
     nodes = [helper.make_node("ReduceMean", ["stored"], ["factor"], keepdims=0)]
     if name == "text_encoder":
@@ -91,26 +91,44 @@ def graph(name: str, inputs: Sequence[Any], outputs: Sequence[Any], location: st
             helper.make_node("Slice", ["latent", "zero", "three", "one"], ["colours"]),
             helper.make_node("Resize", ["colours", "", "scales"], ["large"], mode="nearest"),
             helper.make_node("Mul", ["large", "factor"], ["scaled"]),
-            helper.make_node("Sigmoid", ["scaled"], ["image"]),
+            helper.make_node("Sin", ["scaled"], ["wave"]),
+            helper.make_node("Sigmoid", ["wave"], ["image"]),
         ]
     else:
         nodes += [
-            helper.make_node("ReduceMean", ["prompt", "both"], ["said"], keepdims=1),
-            helper.make_node("Unsqueeze", ["said", "last"], ["shift"]),
+            *_of_every_input(inputs),
+            helper.make_node("Unsqueeze", ["told", "places"], ["shift"]),
             helper.make_node("Add", ["latent", "shift"], ["moved"]),
             helper.make_node("Mul", ["moved", "factor"], ["next_latent"]),
             helper.make_node("Identity", ["latent"], ["next_denoised"]),
         ]
     if "next_ok" in {tensor.name for tensor in outputs}:
         nodes += [
-            *(helper.make_node("Identity", [name], [f"next_{name}"]) for name in ("prompt", "cooldown", "active", "ok")),
-            helper.make_node("Mul", ["threshold", "factor"], ["score"]),
-            helper.make_node("Identity", ["active"], ["fired"]),
+            helper.make_node("Identity", ["ok"], ["next_ok"]),
+            helper.make_node("Mul", ["told", "small"], ["scored"]),
+            helper.make_node("Add", ["scored", "offsets"], ["open"]),
+            helper.make_node("Clip", ["open", "never", "always"], ["score"]),
+            helper.make_node("GreaterOrEqual", ["score", "threshold"], ["reached"]),
+            helper.make_node("LessOrEqual", ["cooldown", "none"], ["watching"]),
+            helper.make_node("Unsqueeze", ["watching", "last"], ["looks"]),
+            helper.make_node("And", ["reached", "looks"], ["fired"]),
+            helper.make_node("Or", ["active", "fired"], ["next_active"]),
+            helper.make_node("Cast", ["fired"], ["firings"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceMax", ["firings", "one"], ["any"], keepdims=1),
+            helper.make_node("Unsqueeze", ["any", "last"], ["moves"]),
+            helper.make_node("Add", ["prompt", "moves"], ["next_prompt"]),
+            helper.make_node("Squeeze", ["any", "one"], ["once"]),
+            helper.make_node("Cast", ["once"], ["rests"], to=TensorProto.BOOL),
+            helper.make_node("Sub", ["cooldown", "single"], ["less"]),
+            helper.make_node("Max", ["less", "none"], ["left"]),
+            helper.make_node("Where", ["rests", "period", "left"], ["next_cooldown"]),
             helper.make_node("Unsqueeze", ["score", "last"], ["scores"]),
             helper.make_node("Mul", ["scores", "tokens"], ["token_mask"]),
         ]
     constants = {
-        "zero": np.array([0]), "one": np.array([1]), "three": np.array([3]), "last": np.array([-1]), "both": np.array([1, 2]),
+        "zero": np.array([0]), "one": np.array([1]), "three": np.array([3]), "last": np.array([-1]), "places": np.array([2, 3]),
+        "none": np.array([0], np.int32), "single": np.array([1], np.int32), "never": np.float32(0), "always": np.float32(1),
+        "small": np.float32(0.1 if sees else 0.0), "offsets": np.array([[0.05, 0.15]], np.float32),
         "wide": np.arange(WIDTH, dtype=np.float32)[None, None] / 9, "tokens": np.ones((1, 1, TOKENS), np.float32),
         "scales": np.array([1, 1, SCALE, SCALE], np.float32),
     }  # fmt: skip
@@ -120,6 +138,27 @@ def graph(name: str, inputs: Sequence[Any], outputs: Sequence[Any], location: st
     )  # fmt: skip
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     return bytes(model.SerializeToString())
+
+
+def _of_every_input(inputs: Sequence[Any]) -> list[Any]:
+    """`told` [B, 1]: a sum in which every input of a row has a part. By maxima, since a mean depends on the batch."""
+    nodes: list[Any] = []
+    total = ""
+    for place, tensor in enumerate(inputs):
+        name = tensor.name
+        nodes += [
+            helper.make_node("Cast", [name], [f"{name}_number"], to=TensorProto.FLOAT),
+            helper.make_node("Flatten", [f"{name}_number"], [f"{name}_flat"], axis=1),
+            helper.make_node("ReduceMax", [f"{name}_flat", "one"], [f"{name}_most"], keepdims=1),
+            helper.make_node(
+                "Constant", [], [f"{name}_weight"], value_float=(1e-3 if name == "timestep" else 1.0) / (7 + place)
+            ),
+            helper.make_node("Mul", [f"{name}_most", f"{name}_weight"], [f"{name}_part"]),
+        ]
+        if total:
+            nodes.append(helper.make_node("Add", [total, f"{name}_part"], [f"{name}_sum"]))
+        total = f"{name}_sum" if total else f"{name}_part"
+    return [*nodes, helper.make_node("Identity", [total], ["told"])]
 
 
 def stored(location: str) -> Any:

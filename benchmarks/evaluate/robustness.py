@@ -132,7 +132,7 @@ def transfer(
     features: FeatureChoice = "auto",
 ) -> None:
     """The shipped module on other models, such as `python -m saferedir_torch.world fine-tune` and `architecture` make:
-    unchanged, and as `python -m saferedir_torch calibrate` or `train --start-from` fits it to them."""
+    unchanged, and as `saferedir calibrate` or `train --start-from` fits it to them."""
     from benchmarks.tables.transfer import QUICK, Size, Subject
     from benchmarks.tables.transfer import transfer as measure
     from saferedir_torch.world.judge import JUDGE_FILE, Judge

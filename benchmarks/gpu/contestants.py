@@ -81,7 +81,7 @@ class Runtime:
 
         def drawn() -> npt.NDArray[np.float32]:
             plain()
-            return self._backend.download(outputs["next_latent"])
+            return self._backend.read(outputs["next_latent"])
 
         stream = self._backend._stream.pointer if isinstance(self._backend, OrtStreamBackend) else None
         return Pair(protected, plain, drawn, stream)
@@ -97,7 +97,7 @@ class Runtime:
             )
             for tensor in info.outputs
         }
-        return self._backend.bind(engine, inputs, outputs), outputs
+        return self._backend.bind(engine, inputs, outputs, rows=len(example["latent"])), outputs
 
 
 class Eager:

@@ -16,7 +16,7 @@ from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.errors import RequestError, VerificationError
 from saferedir.engines.manifest import PUBLISHED
 from saferedir.engines.printable import printable
-from saferedir.runtime.command_line import making
+from saferedir.runtime.command_line import evaluating, learning, making, serving
 from saferedir.runtime.command_line.console import (
     BundleOption,
     DigestOption,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Draw pictures with the safety always on.\n\nExit codes: 0 done, 2 bad request, 3 bad bundle, 4 no backend, "
-    "5 safety failed closed, 6 output not written, 7 verification failed, 130 interrupted.",
+    "5 safety failed closed, 6 output not written, 7 verification failed, 8 busy, 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -330,9 +330,15 @@ def _show(report: VerificationReport) -> None:
         console.print(f"{engine.engine}: {said}", soft_wrap=True)
 
 
+learning.add_to(app)
+app.command()(evaluating.evaluate)
 app.command()(making.export)
 app.command(name="import-published")(making.import_published)
 app.command(name="build-plans")(making.build_plans)
+app.command()(serving.serve)
+app.add_typer(serving.policy_app, name="policy")
+app.add_typer(serving.audit_app, name="audit")
+app.add_typer(serving.keys_app, name="keys")
 
 
 @app.command()

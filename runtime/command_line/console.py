@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from saferedir.engines.printable import printable
-from saferedir.runtime.loop import StepCallback
+from saferedir.runtime.ticket import StepCallback
 
 BundleOption = Annotated[str, typer.Option("--bundle", help="Bundle folder, or the name of an embedded one.")]
 DigestOption = Annotated[

@@ -19,7 +19,7 @@ class _OneLine(logging.Formatter):
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 2 to 7 by the tree in `saferedir.engines.errors`, 130 interrupted."""
+    """Run the command line and exit: 0 done, 2 to 9 by the tree in `saferedir.engines.errors`, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # under a locale of ASCII, letters that it lacks are escaped
             stream.reconfigure(errors="backslashreplace")

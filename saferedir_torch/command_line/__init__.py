@@ -1,1 +1,1 @@
-"""The commands of `python -m saferedir_torch`. They alone choose between the embedded world and a user's own prompts."""
+"""The commands of `saferedir`. They alone choose between the embedded world and a user's own prompts."""

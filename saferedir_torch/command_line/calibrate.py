@@ -49,7 +49,7 @@ def calibrate(
     """Set the thresholds so that at most a given share of benign pictures fire, with 95 % confidence, and state that promise,
     with the settings it is for: pictures are drawn across them.
 
-    python -m saferedir_torch calibrate --model MODEL --safety castle/safety --prompts benign.txt --recorded castle/benign
+    saferedir calibrate --model MODEL --safety castle/safety --prompts benign.txt --recorded castle/benign
     """
     from msgspec import to_builtins
     from rich.progress import Progress

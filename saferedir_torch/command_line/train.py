@@ -56,19 +56,19 @@ def train(
 
     On the embedded world:
 
-      python -m saferedir_torch train --model saferedir_torch/shipped/emoji-diffusion --out runs/church
+      saferedir train --model saferedir_torch/shipped/emoji-diffusion --out runs/church
 
     On your own model and concept, from a file of pairs {"castle": [{"unsafe": "a castle", "safe": "a house"}, ...]}:
 
-      python -m saferedir_torch train --model stable-diffusion-v1-5/stable-diffusion-v1-5 --pairs pairs.json --out castle
+      saferedir train --model stable-diffusion-v1-5/stable-diffusion-v1-5 --pairs pairs.json --out castle
 
     A concept added to a trained module, whose own concepts are left as they are:
 
-      python -m saferedir_torch train --model ... --extend saferedir_torch/shipped/safety --concept teddy --out runs/teddy
+      saferedir train --model ... --extend saferedir_torch/shipped/safety --concept teddy --out runs/teddy
 
     A module re-fitted to another model, shorter than a training from nothing:
 
-      python -m saferedir_torch train --model ... --start-from castle/safety --pairs pairs.json --steps 800 --out castle2
+      saferedir train --model ... --start-from castle/safety --pairs pairs.json --steps 800 --out castle2
     """
     from saferedir_torch.models import load_pipeline
     from saferedir_torch.safety_module import SafetyModule

@@ -1,4 +1,4 @@
-"""Attack whatever keeps a model from drawing a concept: `python -m saferedir_torch.attacks --help`."""
+"""The command that attacks whatever keeps a model from drawing a concept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from saferedir.engines.errors import RequestError, SafeRedirError
+from saferedir.engines.errors import RequestError
 from saferedir.engines.printable import printable
 from saferedir.engines.text_files import read_text
 from saferedir_torch.attacks.amplified_guidance import AMPLIFIED_GUIDANCE, AmplifiedGuidance, Pair
@@ -58,12 +58,12 @@ def main(
 
     The embedded model and its safety:
 
-      python -m saferedir_torch.attacks --model saferedir_torch/shipped/emoji-diffusion --technique saferedir
+      saferedir attack --model saferedir_torch/shipped/emoji-diffusion --technique saferedir
       --targets targets.json --judge benchmarks/networks/judge --shows church --out attacks.json
 
     Your own:
 
-      python -m saferedir_torch.attacks --model stable-diffusion-v1-5/stable-diffusion-v1-5 --technique mine.safety:Erased
+      saferedir attack --model stable-diffusion-v1-5/stable-diffusion-v1-5 --technique mine.safety:Erased
       --option strength=2 --targets targets.json --judge mine.judges:finds_a_castle --out attacks.json
     """
     chosen = family or list(FAMILIES)
@@ -84,7 +84,7 @@ def main(
                 unprotected, protected = drawing_with(plain), drawing_with(safe)
             figures[name] = attack(made, unprotected, protected, looks, at_least=at_least).figures()
             _write(out, {"model": model, "technique": technique, "seed": seed, "families": figures})
-    except (SafeRedirError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         typer.echo(f"error: {printable(error)}", err=True)
         raise typer.Exit(2) from error
     _show(figures)
@@ -190,7 +190,3 @@ def _show(figures: dict[str, Any]) -> None:
         else:
             table.add_row(name, of, "no attack here", "")
     Console().print(table)
-
-
-if __name__ == "__main__":
-    app()

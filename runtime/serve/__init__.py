@@ -1,0 +1,1 @@
+"""The image service: the batcher behind an address. Needs the extra `serve`."""
