@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import engine_figures, method_figures, robustness_figures, summary_figures
+from benchmarks import engine_figures, method_figures, robustness_figures, service_figures, summary_figures
 from benchmarks.markdown import read_result
 from benchmarks.report import RESULTS
 
@@ -67,6 +67,11 @@ def figures() -> str:
         engine_figures.families: ("families",),
         engine_figures.precision: ("precision",),
         method_figures.ladder: ("oracle_church",),
+        service_figures.equality: ("equality",),
+        service_figures.batching: ("batching",),
+        service_figures.service: ("service",),
+        service_figures.faults: ("faults",),
+        service_figures.endurance: ("contract", "soak", "replicas"),
     }
     title = "# Figures\n\nEvery table, written by `python -m benchmarks.readme` from the files in `benchmarks/results`."
     return f"{title}\n\n{_measured(sections)}\n"

@@ -22,8 +22,10 @@ def backend_names() -> list[str]:
     return ["auto", *PROVIDERS, *TENSORRT, *sorted(point.name for point in entry_points(group=ENTRY_POINT_GROUP))]
 
 
-def make_backend(bundle: Bundle, name: str, *, threads: int | None = None) -> Backend:
+def make_backend(bundle: Bundle, name: str, *, threads: int | None = None, shared: bool = False) -> Backend:
     """The backend of that name for `bundle`; `auto` takes the best one of ONNX Runtime.
+
+    `shared` is for a service, whose engines several threads call: on the CPU they then do not take the cores from each other.
 
     Raises:
         BackendError: the name is unknown, or the backend cannot be had here; the message says what to install.
@@ -33,8 +35,9 @@ def make_backend(bundle: Bundle, name: str, *, threads: int | None = None) -> Ba
         chosen = resolve_provider(name)
         if chosen == "ort-cuda":
             return OrtCudaBackend(bundle, threads=threads)
-        kind = OrtTensorRtBackend if chosen in ORT_TENSORRT else OrtBackend
-        return kind(bundle, chosen, threads=threads)
+        if chosen in ORT_TENSORRT:
+            return OrtTensorRtBackend(bundle, chosen, threads=threads)
+        return OrtBackend(bundle, chosen, threads=threads, shared=shared)
     if threads is not None and name in backend_names():
         raise RequestError(f"threads is {threads}, of which backend {name!r} makes no use; leave it out")
     if name in TENSORRT:

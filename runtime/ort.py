@@ -107,17 +107,22 @@ def can_be_had(provider: Provider, offered: list[str]) -> bool:
 
 
 class OrtBackend:
-    """Sessions are made on first use and shared by all threads; every call has its own bindings."""
+    """Sessions are made on first use and used by all threads; every call has its own bindings.
+
+    `shared` says that several threads call at once. On the CPU one engine then computes at a time, and threads that have
+    nothing to do sleep: ONNX Runtime lets them spin, which is faster alone and takes the cores from whatever else computes.
+    """
 
     captures = False
 
-    def __init__(self, bundle: Bundle, provider: str = "auto", *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, provider: str = "auto", *, threads: int | None = None, shared: bool = False) -> None:
         self._ort = import_onnxruntime()
         self.name = resolve_provider(provider)
         self._provider = PROVIDERS[self.name]
         self._bundle = bundle
         self._threads = thread_count(threads)
         self._sessions: dict[str, Any] = {}
+        self._shared, self._computing = shared, threading.Lock()
         self._lock = threading.RLock()
 
     def upload(self, array: Array) -> DeviceTensor:
@@ -128,7 +133,15 @@ class OrtBackend:
         return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype.type, self._provider.device, 0)
 
     def bind(self, engine: str, inputs: Tensors, outputs: Tensors, rows: int | None = None) -> Call:
-        return self._bound(engine, inputs, outputs, rows).run
+        bound = self._bound(engine, inputs, outputs, rows)
+        if not self._shared:
+            return bound.run
+
+        def call() -> None:
+            with self._computing:
+                bound.run()
+
+        return call
 
     def write(self, tensor: DeviceTensor, row: int, values: Array) -> None:
         _rows_of(tensor)[row : row + len(values)] = values
@@ -184,6 +197,8 @@ class OrtBackend:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3
+        if self._shared:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         wanted = self._provider.ort_name
         if wanted != "CPUExecutionProvider":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiny_bundle import write_tiny_bundle
 
 from benchmarks.equality import ARRIVALS, Bench, StillBatcher, assert_same
-from saferedir.engines import open_bundle
+from saferedir.engines import DEFAULT_BUNDLE, open_bundle
 from saferedir.engines.errors import (
     BackendError,
     CancelledError,
@@ -28,7 +28,9 @@ from saferedir.engines.errors import (
 )
 from saferedir.runtime import Pipeline
 from saferedir.runtime.backend import BackendAround, Call, Tensors
+from saferedir.runtime.backends import make_backend
 from saferedir.runtime.job import Job
+from saferedir.runtime.ort import Bound
 from saferedir.runtime.pipeline import Events, _next
 from saferedir.runtime.prediction import FIRST_GUESS
 from saferedir.runtime.replay import Runs, record_runs, replay
@@ -306,10 +308,14 @@ time.sleep(0.5)
     assert ended.returncode == 0, ended.stderr
 
 
-@given(st.lists(st.tuples(st.integers(1, 12), st.sampled_from(["step", "step_unguided"])), min_size=1, max_size=20))
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.sampled_from(["step", "step_unguided"])), min_size=1, max_size=20),
+    st.integers(1, 4),
+)
 @settings(max_examples=30, deadline=None)
-def test_when_a_picture_is_drawn_is_predicted_to_the_turn(tiny: Bench, wanted: list[tuple[int, str]]) -> None:
+def test_when_a_picture_is_drawn_is_predicted_to_the_turn(tiny: Bench, wanted: list[tuple[int, str]], paying: int) -> None:
     batcher, turns = tiny.batcher(), 0
+    batcher._paying = dict.fromkeys(("step", "step_unguided"), paying)
     for engine in ("step", "step_unguided"):
         for rows in (1, tiny.manifest.max_batch):
             batcher.times.measured(engine, rows, 100.0)  # a step takes as long whatever it holds
@@ -325,6 +331,51 @@ def test_when_a_picture_is_drawn_is_predicted_to_the_turn(tiny: Bench, wanted: l
         batcher.turn()
         turns += 1
     assert round(predicted / 100) == turns
+
+
+def test_times_of_other_numbers_of_rows_are_on_a_line(tiny: Bench) -> None:
+    times = tiny.batcher().times
+    times.measured("step", 1, 3.0)
+    assert times.of("step", 4) == 12.0
+    times.measured("step", 4, 9.0)
+    assert [times.of("step", rows) for rows in (1, 2, 4, 16)] == [3.0, 5.0, 9.0, 33.0]
+    assert times.paying("step", 16) == 3  # 3 in 7 s, of 16 in 33 s at best
+
+
+def test_more_rows_than_pay_are_taken_for_a_long_queue_alone(tiny: Bench) -> None:
+    batcher = tiny.batcher()
+    batcher._paying["step"] = 2
+    for seed in range(5):
+        batcher.draw(tiny.drawing(seed, 9, "ddim", 5.0, 0))
+    batcher.turn()
+    assert batcher.running == 2
+    for seed in range(5):
+        batcher.draw(tiny.drawing(seed, 9, "ddim", 5.0, 0))
+    batcher.turn()
+    assert (batcher.running, batcher.waiting) == (3, 7)
+
+
+def test_engines_that_several_threads_call_compute_one_at_a_time() -> None:
+    bundle = open_bundle(DEFAULT_BUNDLE)
+    pipeline = Pipeline(bundle, make_backend(bundle, "ort-cpu", threads=1, shared=True))
+    inside, most = [0], [0]
+    run = Bound.run
+
+    def counted(bound: Bound, options: Any = None) -> None:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        run(bound, options)
+        inside[0] -= 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bound, "run", counted)
+        calls = [threading.Thread(target=pipeline.decode, args=(np.zeros((1, 4, 16, 16), np.float32),)) for _ in range(4)]
+        for call in calls:
+            call.start()
+        pipeline("a cat", num_inference_steps=4)
+        for call in calls:
+            call.join()
+    assert most == [1]
 
 
 def test_as_much_company_is_expected_as_there_was_of_late(tiny: Bench) -> None:

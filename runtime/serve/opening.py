@@ -40,7 +40,8 @@ def open_service(settings: Settings) -> tuple[Service, Keys]:
         SafeRedirError: something cannot be used; the message names it.
     """
     bundle, keys, policies, audit = _opened(settings)
-    pipeline = Pipeline(bundle, make_backend(bundle, settings.backend, threads=settings.threads), queue=settings.queue)
+    backend = make_backend(bundle, settings.backend, threads=settings.threads, shared=True)
+    pipeline = Pipeline(bundle, backend, queue=settings.queue)
     tracing = Tracing.to(settings.trace_to)
     own = {"seconds": settings.seconds, "tracing": tracing, "log_prompts": settings.log_prompts}
     return Service(pipeline, policies, audit, **own), keys  # type: ignore[arg-type]
@@ -68,8 +69,8 @@ def check(settings: Settings) -> dict[str, Any]:
 
 def _opened(settings: Settings) -> tuple[Bundle, Keys, Policies, Audit]:
     bundle = open_bundle(settings.bundle, digest=settings.bundle_digest)
-    if settings.queue + bundle.manifest.max_batch < settings.most_pictures:
-        room = f"{bundle.manifest.max_batch} are drawn at once and {settings.queue} may wait (queue)"
+    if settings.queue < settings.most_pictures:
+        room = f"only {settings.queue} may wait (queue)"
         raise RequestError(f"a request may be of {settings.most_pictures} pictures (most_pictures), but {room}")
     keys, policies = Keys(settings.keys), Policies(bundle.manifest.safety, settings.policy)
     audit = Audit(settings.audit, key=settings.audit_key.get_secret_value().encode(), keep_prompts=settings.keep_prompts)
