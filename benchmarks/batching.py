@@ -1,4 +1,4 @@
-"""One trace of requests, drawn one at a time, in static batches, by two workers of one thread, and by the batcher.
+"""Traces of requests, drawn one at a time, in static batches, by two workers of one thread, and by the batcher.
 
 Requests arrive by an open loop: a Poisson process at stated shares of what is drawn one at a time. Their numbers of steps are
 mixed. `python -m benchmarks.batching` prints, for each way, throughput when everything waits already, and latency at
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from saferedir.runtime.batcher import Batcher
 from saferedir.runtime.job import Denoised, Drawing, Job
 from saferedir.runtime.rows import Rows
 from saferedir.runtime.schedulers import make_schedule
+from saferedir.runtime.serve.opening import CPU_ROWS
 
 #: Shares of the capacity of drawing one at a time.
 LOADS = (0.5, 0.7, 0.9, 1.2)
@@ -100,13 +101,20 @@ class Ours:
     """The batcher."""
 
     def __init__(self, pipeline: Pipeline) -> None:
-        self._batcher = Batcher(pipeline.backend, pipeline.manifest)
-        self._batcher.prepare(["step"])
+        self._batcher = _batcher(pipeline)
 
     def submit(self, drawing: Drawing) -> Future[Denoised]:
         tickets = self._batcher.reserve(drawing.engine, drawing.steps)
         self._batcher.submit(tickets, [drawing])
         return tickets[0].future
+
+
+def _batcher(pipeline: Pipeline) -> Batcher:
+    """As a service has it."""
+    rows = CPU_ROWS if pipeline.backend.name == "ort-cpu" else None
+    batcher = Batcher(pipeline.backend, pipeline.manifest, capacity=rows)
+    batcher.prepare(["step"])
+    return batcher
 
 
 def _run(rows: Rows, batch: Sequence[tuple[Drawing, Future[Denoised]]]) -> None:
@@ -164,8 +172,28 @@ def seconds_a_step(pipeline: Pipeline, drawing: Drawing, times: int = 5) -> floa
     return float(np.median(taken))
 
 
-def play(server: Server, trace: Sequence[Arrival], title: str) -> list[float]:
-    """Seconds from each request's arrival to its end, whatever the server is doing when it arrives."""
+@dataclass
+class Tally:
+    """What one way took, over all rounds of a load."""
+
+    seconds: list[float] = field(default_factory=list)
+    in_time: list[bool] = field(default_factory=list)
+    whole: float = 0.0
+
+    def add(self, trace: Sequence[Arrival], seconds: Sequence[float], whole: float) -> None:
+        self.seconds += seconds
+        self.in_time += [own <= IN_TIME * arrival.alone for own, arrival in zip(seconds, trace, strict=True)]
+        self.whole += whole
+
+    def figures(self) -> dict[str, float]:
+        return {
+            "a_second": len(self.seconds) / self.whole, "p50": float(np.quantile(self.seconds, 0.5)),
+            "p95": float(np.quantile(self.seconds, 0.95)), "in_time": float(np.mean(self.in_time)),
+        }  # fmt: skip
+
+
+def play(server: Server, trace: Sequence[Arrival], title: str) -> tuple[list[float], float]:
+    """Seconds from each request's arrival to its end, whatever the server is doing when it arrives; and those of the whole."""
     started, ends = time.perf_counter(), [0.0] * len(trace)
     futures = []
     for index, arrival in enumerate(track(trace, description=title)):
@@ -179,7 +207,7 @@ def play(server: Server, trace: Sequence[Arrival], title: str) -> list[float]:
         futures.append(future)
     for future in futures:
         future.result()
-    return [end - arrival.at for end, arrival in zip(ends, trace, strict=True)]
+    return [end - arrival.at for end, arrival in zip(ends, trace, strict=True)], max(ends)
 
 
 def lone_seconds(pipeline: Pipeline, drawing: Drawing, times: int = 9) -> dict[str, float]:
@@ -194,11 +222,10 @@ def lone_seconds(pipeline: Pipeline, drawing: Drawing, times: int = 9) -> dict[s
     return {name: float(np.median(own)) for name, own in taken.items()}
 
 
-def admission(pipeline: Pipeline, drawings: Sequence[Drawing], a_second: float, seed: int) -> dict[str, Any]:
+def admission(pipeline: Pipeline, requests: int, a_second: float, seed: int) -> dict[str, Any]:
     """`OVERLOAD` times what the batcher draws: how soon a request is refused, and how right predictions are."""
-    batcher = Batcher(pipeline.backend, pipeline.manifest)
-    batcher.prepare(["step"])
-    gaps = np.random.default_rng([seed, 2]).exponential(1 / (OVERLOAD * a_second), len(drawings))
+    batcher, rng = _batcher(pipeline), np.random.default_rng([seed, 2])
+    drawings, gaps = make_drawings(pipeline, requests, rng), rng.exponential(1 / (OVERLOAD * a_second), requests)
     started, refused, admitted = time.monotonic(), list[float](), list[tuple[float, Any, list[float]]]()
     for at, drawing in zip(track(np.cumsum(gaps), description="more than can be drawn"), drawings, strict=True):
         time.sleep(max(0.0, started + float(at) - time.monotonic()))
@@ -226,50 +253,48 @@ def admission(pipeline: Pipeline, drawings: Sequence[Drawing], a_second: float, 
     }  # fmt: skip
 
 
-def measure(requests: int, seed: int) -> dict[str, Any]:
-    """By way: what is drawn in a second when all wait from the start, and latency at each load."""
+def measure(requests: int, rounds: int, seed: int) -> dict[str, Any]:
+    """By way: what is drawn in a second when all wait from the start, and latency at each load.
+
+    Ways take turns, and every round of a load measures anew what a request takes alone: other users of a machine change that.
+    """
     pipeline = Pipeline.from_bundle()
-    drawings = make_drawings(pipeline, requests, np.random.default_rng(seed))
-    step = seconds_a_step(pipeline, drawings[0])
-    alone = [drawing.steps * step for drawing in drawings]
     lone = [Pipeline.from_bundle(threads=1) for _ in range(2)]
-    ways: dict[str, Callable[[], Server]] = {
-        "one at a time": lambda: OneAtATime(pipeline),
-        f"static batches of {STATIC}": lambda: StaticBatches(pipeline, STATIC),
-        "two workers of one thread": lambda: TwoWorkers(lone),
-        "batcher": lambda: Ours(pipeline),
+    ways: dict[str, Server] = {
+        "one at a time": OneAtATime(pipeline),
+        f"static batches of {STATIC}": StaticBatches(pipeline, STATIC),
+        "two workers of one thread": TwoWorkers(lone),
+        "batcher": Ours(pipeline),
     }
-    waiting = [Arrival(0.0, drawing, own) for drawing, own in zip(drawings, alone, strict=True)]
-    rows: list[dict[str, Any]] = []
-    for load in (None, *LOADS):
-        gaps = np.random.default_rng([seed, 1]).exponential(float(np.mean(alone)) / (load or 1), requests)
-        trace = waiting if load is None else [
-            Arrival(float(at), own.drawing, own.alone) for at, own in zip(np.cumsum(gaps), waiting, strict=True)
-        ]  # fmt: skip
-        for way, serve in ways.items():
-            started = time.perf_counter()
-            seconds = play(serve(), trace, f"{way}, {'all at once' if load is None else f'{load:g} of capacity'}")
-            taken = time.perf_counter() - started
-            in_time = [own <= IN_TIME * arrival.alone for own, arrival in zip(seconds, trace, strict=True)]
-            rows.append({
-                "way": way, "load": load, "a_second": requests / taken,
-                "p50": float(np.quantile(seconds, 0.5)), "p95": float(np.quantile(seconds, 0.95)),
-                "in_time": float(np.mean(in_time)),
-            })  # fmt: skip
+    tallies = {(load, way): Tally() for load in (None, *LOADS) for way in ways}
+    steps: list[float] = []
+    for turn in range(rounds):
+        for load in (None, *LOADS):
+            rng = np.random.default_rng([seed, turn, round(10 * (load or 0))])
+            drawings = make_drawings(pipeline, requests, rng)
+            steps.append(seconds_a_step(pipeline, drawings[0]))
+            alone = [drawing.steps * steps[-1] for drawing in drawings]
+            gaps = rng.exponential(float(np.mean(alone)) / load, requests) if load else np.zeros(requests)
+            trace = [Arrival(*own) for own in zip(map(float, np.cumsum(gaps)), drawings, alone, strict=True)]
+            for way in sorted(ways, key=lambda way: (list(ways).index(way) + turn) % len(ways)):
+                said = f"round {turn + 1} of {rounds}, {'all at once' if load is None else f'{load:g} of capacity'}, {way}"
+                tallies[load, way].add(trace, *play(ways[way], trace, said))
+    rows: list[dict[str, Any]] = [{"way": way, "load": load, **tally.figures()} for (load, way), tally in tallies.items()]
     (ours,) = (row for row in rows if row["way"] == "batcher" and row["load"] is None)
     return {
-        "requests": requests, "seed": seed, "seconds_a_step_alone": step, "rows": rows,
+        "requests": requests, "rounds": rounds, "seed": seed, "seconds_a_step_alone": steps, "rows": rows,
         "lone_seconds": lone_seconds(pipeline, drawings[0]),
-        "admission": admission(pipeline, drawings, ours["a_second"], seed),
+        "admission": admission(pipeline, rounds * requests, ours["a_second"], seed),
     }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=150, help="of each trace")
+    parser.add_argument("--requests", type=int, default=50, help="of each trace")
+    parser.add_argument("--rounds", type=int, default=3, help="traces of each load and way")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    figures = measure(options.requests, options.seed)
+    figures = measure(options.requests, options.rounds, options.seed)
     table = Table("load", "way", "a second", "median s", "95 % s", f"within {IN_TIME:g}x alone")
     for row in figures["rows"]:
         load = "all at once" if row["load"] is None else f"{row['load']:g}"

@@ -34,7 +34,7 @@ def batching() -> str:
     alone, own = result["lone_seconds"]["one at a time"], result["lone_seconds"]["batcher"]
     admission = result["admission"]
     refused = admission["refused_after_ms"]
-    return f"""**What does batching by the step bring?** One trace of {result["requests"]} requests of 4 to 50 steps, which arrive by a Poisson process at
+    return f"""**What does batching by the step bring?** {result["rounds"]} traces of {result["requests"]} requests of 4 to 50 steps, which arrive by a Poisson process at
 shares of what is drawn one at a time; {result["environment"]["machine"]}. A request that comes when nobody else is there takes
 {own / alone:.2f} times what it takes without a batcher. (`python -m benchmarks.batching`)
 

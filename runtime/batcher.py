@@ -3,7 +3,6 @@
 One thread owns the engines' steps. Pictures of one step graph, which is of one size, guided or not, form a group, and the group
 whose first picture is due takes the next step. So none waits for another group to end, and none starves: what is due only comes
 nearer. Free rows go to whoever came first: so what was predicted of a picture those that come later do not change much.
-Only as many rows are taken as pay: where a step of more rows takes nearly as much longer, pictures would only slow each other.
 """
 
 from __future__ import annotations
@@ -42,8 +41,6 @@ log = logging.getLogger("saferedir")
 USUAL_SLACK = 3.0
 #: Seconds by which a step of priority brings a picture forward: who has waited longer than that goes first all the same.
 PRIORITY_SECONDS = 5.0
-#: More rows than pay are taken once this many pictures there are for each, so that a long queue is drawn at the best rate.
-QUEUE_A_ROW = 3
 #: How long closing waits for the step that is under way.
 CLOSE_SECONDS = 60.0
 
@@ -62,8 +59,6 @@ class Batcher:
         self.backend, self.manifest, self.queue = backend, manifest, queue
         self.capacity = min(capacity or manifest.max_batch, manifest.max_batch)
         self.times = StepTimes()
-        #: By step graph: how many rows are taken whatever the queue; all of them where steps were not measured beforehand.
-        self._paying: dict[str, int] = {}
         #: Called after each step of a group with (rows, seconds), on the batcher's thread.
         self.on_turn: Callable[[int, float], None] | None = None
         self._counter = itertools.count()
@@ -81,7 +76,6 @@ class Batcher:
                 try:
                     for size, seconds in self._group(engine).rows.prepare():
                         self.times.measured(engine, size, seconds)
-                    self._paying[engine] = self.times.paying(engine, self.capacity)
                 except SafeRedirError:
                     raise
                 except Exception as error:  # a backend raises types of its own
@@ -172,17 +166,14 @@ class Batcher:
 
     def _without_a_row(self, tickets: Sequence[Ticket]) -> int:
         """How many of these find no free row when they come."""
-        everyone = Counter(ticket.engine for ticket in (*tickets, *self._under_way()))
-        return sum(max(0, count - self._limit(engine, count)) for engine, count in everyone.items())
-
-    def _limit(self, engine: str, pictures: int) -> int:
-        """How many rows are taken where there are so many pictures of a step graph, in rows and waiting."""
-        return min(self.capacity, max(self._paying.get(engine, self.capacity), pictures // QUEUE_A_ROW))
+        taken = {engine: len(group.tickets) for engine, group in self._groups.items()}
+        wanted = Counter(ticket.engine for ticket in tickets)
+        return sum(max(0, count - self.capacity + taken.get(engine, 0)) for engine, count in wanted.items())
 
     def _seconds_until_drawn(self, waiting: Sequence[Ticket], last: Ticket) -> float:
         ahead = {id(ticket): ticket.ahead for ticket in waiting}
         under_way = [ticket.ahead for ticket in self._under_way()]
-        return seconds_until_drawn(ahead[id(last)], under_way, [*ahead.values()], self._limit, self.times.expected)
+        return seconds_until_drawn(ahead[id(last)], under_way, [*ahead.values()], self.capacity, self.times.expected)
 
     def _seconds_until_one_is_drawn(self) -> float:
         """Until the first of those under way is drawn, or of those that wait where none is."""
@@ -190,7 +181,7 @@ class Batcher:
         if not everyone:
             return FIRST_GUESS
         groups = {own.engine: sum(other.engine == own.engine for other in everyone) for own in everyone}
-        turn = sum(self.times.of(engine, self._limit(engine, count)) for engine, count in groups.items())
+        turn = sum(self.times.of(engine, min(count, self.capacity)) for engine, count in groups.items())
         return turn * min(own.steps for own in everyone)
 
     def _start(self) -> None:
@@ -242,7 +233,6 @@ class Batcher:
         Those that wait no longer, and why.
         """
         kept, refused = [], []
-        everyone = Counter(ticket.engine for ticket in (*self._waiting, *self._under_way()))
         while self._waiting:
             ticket = heapq.heappop(self._waiting)
             if ticket.cancelled or _late(ticket):
@@ -250,7 +240,7 @@ class Batcher:
                 continue
             try:
                 group = self._group(ticket.engine)
-                if len(group.tickets) < self._limit(ticket.engine, everyone[ticket.engine]):
+                if group.rows.free:
                     group.enter(ticket)
                 else:
                     kept.append(ticket)

@@ -74,9 +74,16 @@ class Pipeline:
     model: ModelInfo
 
     def __init__(
-        self, bundle: Bundle, backend: Backend, policy: SafetyPolicy | None = None, *, queue: int | None = None
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        policy: SafetyPolicy | None = None,
+        *,
+        rows: int | None = None,
+        queue: int | None = None,
     ) -> None:
-        """Of pictures that cannot be drawn yet `queue` may wait, any number where it is None."""
+        """`rows` pictures are drawn at once at most, by default what the engines are made for; of others `queue` may wait, any
+        number where it is None."""
         self.bundle = bundle
         self.backend = backend
         self.manifest = bundle.manifest
@@ -86,7 +93,7 @@ class Pipeline:
         self._scheduler = self.manifest.scheduler
         self._policy = resolve(policy or SafetyPolicy(), self.manifest.safety)
         #: Draws the pictures of all calls.
-        self.batcher = Batcher(backend, self.manifest, queue=queue)
+        self.batcher = Batcher(backend, self.manifest, capacity=rows, queue=queue)
         self._encode = Gathering(self._text_encoder, self.manifest.max_batch)
         self._decode = Gathering(self._vae_decoder, self.manifest.max_batch)
         source = str(bundle.folder / TOKENIZER_FILE)

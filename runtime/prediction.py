@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,8 +13,6 @@ FIRST_GUESS = 0.05
 LATEST, LATEST_ROWS = 0.2, 0.05
 #: A step that took more than so many times what is known, since the machine paused, counts as that.
 MOST_AT_ONCE = 2.0
-#: Share of the best rate of drawing that few rows should reach.
-NEARLY = 0.85
 
 
 class StepTimes:
@@ -48,13 +45,8 @@ class StepTimes:
         return self.of(engine, max(rows, self._rows.get(engine, 0.0)))
 
     def of(self, engine: str, rows: float) -> float:
-        """On the line between two numbers of rows that were measured; beyond them on that through the fewest and the most."""
+        """Between two numbers of rows that were measured on the line between them; beyond them, in proportion to the rows."""
         return self._between(self._seconds.get(engine), rows)
-
-    def paying(self, engine: str, capacity: int) -> int:
-        """The fewest rows at which steps draw nearly as much a second as at any number up to `capacity`."""
-        rates = [rows / self.of(engine, rows) for rows in range(1, capacity + 1)]
-        return next(rows for rows, rate in enumerate(rates, 1) if rate >= NEARLY * max(rates))
 
     def at_best(self, engine: str, rows: float) -> float:
         """The same by the fastest steps there were."""
@@ -65,13 +57,8 @@ class StepTimes:
         if not known:
             return FIRST_GUESS * rows
         sizes = sorted(known)
-        few, many = sizes[0], sizes[-1]
-        if few <= rows <= many:
-            return float(np.interp(rows, sizes, [known[size] for size in sizes]))
-        if few == many:
-            return known[few] * max(1.0, rows / few)
-        slope = max(0.0, known[many] - known[few]) / (many - few)
-        return known[many] + slope * (rows - many) if rows > many else known[few]
+        inside = min(max(rows, sizes[0]), sizes[-1])
+        return float(np.interp(inside, sizes, [known[size] for size in sizes])) * max(1.0, rows / sizes[-1])
 
 
 @dataclass
@@ -87,10 +74,9 @@ class Ahead:
 
 
 def seconds_until_drawn(
-    last: Ahead, under_way: Sequence[Ahead], waiting: Sequence[Ahead], limit: Callable[[str, int], int],
-    seconds: Callable[[str, int], float],
-) -> float:  # fmt: skip
-    """Until `last`, one of those that wait, is drawn. Of so many pictures of a step graph `limit` are in rows at most."""
+    last: Ahead, under_way: Sequence[Ahead], waiting: Sequence[Ahead], capacity: int, seconds: Callable[[str, int], float]
+) -> float:
+    """Until `last`, one of those that wait, is drawn. `capacity` is of the rows of each step graph."""
     queue = sorted(waiting, key=lambda own: own.urgency)
     left = {id(own): own.steps for own in (*under_way, *queue)}
     rows: dict[str, list[Ahead]] = {}
@@ -98,12 +84,10 @@ def seconds_until_drawn(
         rows.setdefault(own.engine, []).append(own)
     now = 0.0
     while left[id(last)] > 0:
-        kept, everyone = [], Counter(own.engine for own in queue)
-        for engine, group in rows.items():
-            everyone[engine] += len(group)
+        kept = []
         for own in queue:
             group = rows.setdefault(own.engine, [])
-            if len(group) < limit(own.engine, everyone[own.engine]):
+            if len(group) < capacity:
                 group.append(own)
             else:
                 kept.append(own)

@@ -21,8 +21,6 @@ from saferedir.runtime.job import Denoised, Job
 Array = npt.NDArray[Any]
 #: Nothing, until a step has given something.
 BLANK = {"float32": np.nan, "int32": -1, "bool": False}
-#: A number of rows that is measured beside one, where any number can be stepped: the times of others are on a line.
-FEW = 4
 
 
 def ladder(capacity: int) -> tuple[int, ...]:
@@ -67,13 +65,17 @@ class Rows:
         #: Whether the last step was the first of its kind, which loads, binds or captures: its time says nothing.
         self.first_of_its_kind = False
 
+    @property
+    def free(self) -> int:
+        return self.capacity - len(self.jobs)
+
     def prepare(self) -> Iterator[tuple[int, float]]:
         """Call the engine on a few numbers of rows before anyone is there: each, and the seconds that it took then.
 
         Raises:
             whatever the engine raises.
         """
-        sizes = self._sizes if self.backend.captures else sorted({1, min(FEW, self.capacity)})
+        sizes = self._sizes if self.backend.captures else sorted({1, self.capacity})  # between them times are on a line
         for size in sizes:
             # The first calls load, capture and allocate.
             for side in (0, 1, 0, 1) if self.backend.captures else (0, 1) if size == 1 else (0,):

@@ -308,14 +308,10 @@ time.sleep(0.5)
     assert ended.returncode == 0, ended.stderr
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 12), st.sampled_from(["step", "step_unguided"])), min_size=1, max_size=20),
-    st.integers(1, 4),
-)
+@given(st.lists(st.tuples(st.integers(1, 12), st.sampled_from(["step", "step_unguided"])), min_size=1, max_size=20))
 @settings(max_examples=30, deadline=None)
-def test_when_a_picture_is_drawn_is_predicted_to_the_turn(tiny: Bench, wanted: list[tuple[int, str]], paying: int) -> None:
+def test_when_a_picture_is_drawn_is_predicted_to_the_turn(tiny: Bench, wanted: list[tuple[int, str]]) -> None:
     batcher, turns = tiny.batcher(), 0
-    batcher._paying = dict.fromkeys(("step", "step_unguided"), paying)
     for engine in ("step", "step_unguided"):
         for rows in (1, tiny.manifest.max_batch):
             batcher.times.measured(engine, rows, 100.0)  # a step takes as long whatever it holds
@@ -331,28 +327,6 @@ def test_when_a_picture_is_drawn_is_predicted_to_the_turn(tiny: Bench, wanted: l
         batcher.turn()
         turns += 1
     assert round(predicted / 100) == turns
-
-
-def test_times_of_other_numbers_of_rows_are_on_a_line(tiny: Bench) -> None:
-    times = tiny.batcher().times
-    times.measured("step", 1, 3.0)
-    assert times.of("step", 4) == 12.0
-    times.measured("step", 4, 9.0)
-    assert [times.of("step", rows) for rows in (1, 2, 4, 16)] == [3.0, 5.0, 9.0, 33.0]
-    assert times.paying("step", 16) == 3  # 3 in 7 s, of 16 in 33 s at best
-
-
-def test_more_rows_than_pay_are_taken_for_a_long_queue_alone(tiny: Bench) -> None:
-    batcher = tiny.batcher()
-    batcher._paying["step"] = 2
-    for seed in range(5):
-        batcher.draw(tiny.drawing(seed, 9, "ddim", 5.0, 0))
-    batcher.turn()
-    assert batcher.running == 2
-    for seed in range(5):
-        batcher.draw(tiny.drawing(seed, 9, "ddim", 5.0, 0))
-    batcher.turn()
-    assert (batcher.running, batcher.waiting) == (3, 7)
 
 
 def test_engines_that_several_threads_call_compute_one_at_a_time() -> None:

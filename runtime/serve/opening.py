@@ -27,6 +27,8 @@ from saferedir.runtime.serve.settings import Settings, read_settings
 from saferedir.runtime.serve.state import State
 from saferedir.runtime.serve.tracing import Tracing
 
+#: Pictures drawn at once on a CPU: more draw little more a second, and slow each other.
+CPU_ROWS = 4
 #: Seconds of a client that sends its headers slowly.
 HEADER_SECONDS = 30
 #: Connections that may be open, most of which say nothing for a while; and such that wait to be accepted.
@@ -41,7 +43,8 @@ def open_service(settings: Settings) -> tuple[Service, Keys]:
     """
     bundle, keys, policies, audit = _opened(settings)
     backend = make_backend(bundle, settings.backend, threads=settings.threads, shared=True)
-    pipeline = Pipeline(bundle, backend, queue=settings.queue)
+    rows = settings.rows or (CPU_ROWS if backend.name == "ort-cpu" else None)
+    pipeline = Pipeline(bundle, backend, queue=settings.queue, rows=rows)
     tracing = Tracing.to(settings.trace_to)
     own = {"seconds": settings.seconds, "tracing": tracing, "log_prompts": settings.log_prompts}
     return Service(pipeline, policies, audit, **own), keys  # type: ignore[arg-type]
@@ -69,8 +72,9 @@ def check(settings: Settings) -> dict[str, Any]:
 
 def _opened(settings: Settings) -> tuple[Bundle, Keys, Policies, Audit]:
     bundle = open_bundle(settings.bundle, digest=settings.bundle_digest)
-    if settings.queue < settings.most_pictures:
-        room = f"only {settings.queue} may wait (queue)"
+    rows = min(settings.rows or CPU_ROWS, bundle.manifest.max_batch)
+    if settings.queue + rows < settings.most_pictures:
+        room = f"{rows} are drawn at once (rows) and {settings.queue} may wait (queue)"
         raise RequestError(f"a request may be of {settings.most_pictures} pictures (most_pictures), but {room}")
     keys, policies = Keys(settings.keys), Policies(bundle.manifest.safety, settings.policy)
     audit = Audit(settings.audit, key=settings.audit_key.get_secret_value().encode(), keep_prompts=settings.keep_prompts)

@@ -29,6 +29,9 @@ class Settings(BaseSettings):
     threads: Positive | None = Field(None, description="Threads of an engine on the CPU; one for each core by default.")
     host: str = Field("127.0.0.1", description="Address to listen at.")
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    rows: Positive | None = Field(
+        None, description="Pictures drawn at once; 4 on a CPU by default, on a card what the engines are made for."
+    )
     queue: Positive = Field(64, description="Pictures that may wait for a row; more are refused with 429.")
     most_pictures: Annotated[int, Field(ge=1, le=10)] = Field(10, description="Pictures of one request at most.")
     most_steps: Annotated[int, Field(ge=1, le=999)] = Field(50, description="Denoising steps at most.")
