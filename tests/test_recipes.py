@@ -16,7 +16,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "stable-diffusion-1.5"
 #: What is added to a command so that it takes a minute.
 SMALL = {
     "train": "--runs 24 --pair-count 24 --steps 8 --batch-scale 1",
-    "calibrate": "--count 59 --centre-count 60 --rate 0.05",
+    "calibrate": "--steps 4-6 --count 299 --centre-count 120 --rate 0.01",
     "verify": "--steps 2",
     "evaluate": "--steps 4 --count 1",
 }
