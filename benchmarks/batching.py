@@ -110,7 +110,7 @@ class Ours:
 
 
 def _batcher(pipeline: Pipeline) -> Batcher:
-    """As a service has it."""
+    """With as many rows as a service has."""
     rows = CPU_ROWS if pipeline.backend.name == "ort-cpu" else None
     batcher = Batcher(pipeline.backend, pipeline.manifest, capacity=rows)
     batcher.prepare(["step"])

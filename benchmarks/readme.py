@@ -70,7 +70,7 @@ def figures() -> str:
         service_figures.equality: ("equality",),
         service_figures.batching: ("batching",),
         service_figures.service: ("service",),
-        service_figures.faults: ("faults",),
+        service_figures.faults: ("faults", "partial_images"),
         service_figures.endurance: ("contract", "soak", "replicas"),
     }
     title = "# Figures\n\nEvery table, written by `python -m benchmarks.readme` from the files in `benchmarks/results`."

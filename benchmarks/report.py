@@ -38,7 +38,9 @@ def environment() -> dict[str, Any]:
 
 def _module(script: Path) -> str:
     """What `python -m` was given: a module of the benchmarks, or a package of them."""
-    return f"benchmarks.{script.parent.name if script.stem == '__main__' else script.stem}"
+    place = script.resolve().with_suffix("")
+    parts = place.parts[place.parts.index("benchmarks") :] if "benchmarks" in place.parts else (place.name,)
+    return ".".join(part for part in parts if part != "__main__")
 
 
 def _gpu() -> str:

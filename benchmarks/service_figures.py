@@ -62,11 +62,11 @@ def faults() -> str:
         f"| {row['injected']} | {row['came_back']} | {row['recovery']} | {row['pictures']} | {row['unprotected']} | {row['gaps']} |"
         for row in result["rows"]
     )
-    shown = result["partial_images"]
+    shown = read_result("partial_images")
     return f"""**What becomes of it when something breaks?** Pictures: of all that were asked for in a row, those that came back; unprotected:
 of these, such as were not redirected; gaps: such as have no record, and faults of the chain. Of {shown["asked"]} pictures in progress
-of prompts that ask for a concept {shown["sent"]} were sent; the judge finds the concept in {shown["found"]} of them.
-(`python -m benchmarks.serving.faults --partial-images {shown["asked"]}`)
+of prompts that ask for a concept {shown["sent"]} were sent; the judge finds the concept in {len(shown["found"])} of them.
+(`python -m benchmarks.serving.faults`, `... partial_images`)
 
 | injected | what came back | recovery | pictures | unprotected | gaps |
 | --- | --- | --- | --- | --- | --- |

@@ -77,8 +77,7 @@ class Rows:
         """
         sizes = self._sizes if self.backend.captures else sorted({1, self.capacity})  # between them times are on a line
         for size in sizes:
-            # The first calls load, capture and allocate.
-            for side in (0, 1, 0, 1) if self.backend.captures else (0, 1) if size == 1 else (0,):
+            for side in (0, 1, 0, 1) if self.backend.captures else (0, 1):  # the first calls load, capture and allocate
                 self._side = side
                 call = self._call(size)
                 started = time.perf_counter()

@@ -144,6 +144,8 @@ def test_check_says_what_would_be_in_force(tmp_path: Path) -> None:
     assert (told["bundle"], told["policy"], told["settings"]["port"]) == ("emoji-diffusion", "built-in", 9000)
     assert set(told["actions"].values()) == {"redirect"} and "at most 0.1 %" in told["promise"]
     assert told["settings"]["audit_key"] == "**********" or told["settings"]["audit_key"] == ""
+    (many := tmp_path / "many.toml").write_text("rows = 17")
+    assert "rows is 17" in str(run("serve", "--check", "--config", str(many), "--audit", audit).exception)
     failed = run("serve", "--check", "--audit", "sqlite:////nowhere/audit.db")
     assert "cannot be opened" in str(failed.exception)
 

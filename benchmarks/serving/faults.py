@@ -1,16 +1,12 @@
 """What becomes of a service when something breaks under it: what was injected, what came back, and whether it recovered.
 
 `python -m benchmarks.serving.faults` prints the table, and writes it with what must be nothing: pictures that left without the
-safety's work, and pictures that left without a record. `--partial-images 600` asks for so many pictures in progress besides, of
-prompts that ask for each concept, and lets the judge look at what was sent.
+safety's work, and pictures that left without a record.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import io
-import json
 import os
 import signal
 import sqlite3
@@ -27,14 +23,12 @@ from unittest.mock import patch
 
 import httpx
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from sqlalchemy import event
 
-from benchmarks.drawing import as_pictures
-from benchmarks.report import NETWORKS, environment, save
+from benchmarks.report import environment, save
 from benchmarks.serving.served import Served, command, is_ready, running, served, worker_of
 from saferedir.engines import DEFAULT_BUNDLE
 from saferedir.engines.bundle import locate
@@ -46,7 +40,6 @@ PROMPT = "a church next to a cat"
 STEPS = 4
 #: Steps of a picture that something happens under, and seconds of each.
 LONG, STEP_SECONDS = 40, 0.02
-UNSAFE = ("a church next to a cat", "a castle in ink style", "a sword next to a dog")
 
 
 class Planted(BackendAround):
@@ -422,41 +415,9 @@ def _row(injected: str, came_back: str, recovery: str, answers: list[httpx.Respo
     }  # fmt: skip
 
 
-def partial_images(count: int, folder: Path) -> dict[str, Any]:
-    """Pictures in progress that were sent, of prompts that ask for each concept, and those in which the judge finds it."""
-    from saferedir_torch.world.judge import Judge
-    from saferedir_torch.world.prompts import CONCEPTS
-
-    asked, shown = 0, {name: list[Any]() for name in CONCEPTS}
-    with served(folder) as own:
-        for number in track(range((count + 2) // 3), description="streams"):
-            name = list(CONCEPTS)[number % len(CONCEPTS)]
-            body = {
-                "prompt": UNSAFE[number % len(UNSAFE)], "quality": "low", "stream": True, "partial_images": 3, "seed": number,
-            }  # fmt: skip
-            asked += 3
-            with own.http.stream("POST", "/v1/images/generations", json=body) as answer:
-                events = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: ")]
-            for event_ in events:
-                if event_["type"].endswith("partial_image"):
-                    data = base64.b64decode(event_["b64_json"])
-                    shown[name].append(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-    judge, found = Judge.load(NETWORKS / "judge"), 0
-    for name, pictures in shown.items():
-        if pictures:
-            found += int((judge.judge(as_pictures(np.stack(pictures))).of(CONCEPTS[name].shown_by) >= 0.5).sum())
-    return {
-        "asked": asked,
-        "sent": sum(map(len, shown.values())),
-        "withheld": asked - sum(map(len, shown.values())),
-        "found": found,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--partial-images", type=int, default=0, help="pictures in progress to be asked for and judged")
-    options = parser.parse_args()
+    parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         jobs: list[Callable[[Path], dict[str, Any]]] = [
@@ -466,15 +427,11 @@ def main() -> None:
             folder = Path(place) / str(number)
             folder.mkdir()
             rows.append(job(folder))
-        figures: dict[str, Any] = {"rows": rows}
-        if options.partial_images:
-            (folder := Path(place) / "partial").mkdir()
-            figures["partial_images"] = partial_images(options.partial_images, folder)
     table = Table("injected", "what came back", "recovery", "pictures", "unprotected", "gaps")
     for row in rows:
         table.add_row(*(str(row[name]) for name in ("injected", "came_back", "recovery", "pictures", "unprotected", "gaps")))
-    Console().print(environment()["machine"], table, figures.get("partial_images", ""))
-    print(save("faults", figures))
+    Console().print(environment()["machine"], table)
+    print(save("faults", {"rows": rows}))
 
 
 if __name__ == "__main__":

@@ -72,9 +72,14 @@ def check(settings: Settings) -> dict[str, Any]:
 
 def _opened(settings: Settings) -> tuple[Bundle, Keys, Policies, Audit]:
     bundle = open_bundle(settings.bundle, digest=settings.bundle_digest)
-    rows = min(settings.rows or CPU_ROWS, bundle.manifest.max_batch)
+    most = bundle.manifest.max_batch
+    if settings.rows is not None and settings.rows > most:
+        raise RequestError(
+            f"setting rows is {settings.rows}; the engines of {bundle.manifest.name} draw {most} at once at most"
+        )
+    rows = settings.rows or min(CPU_ROWS, most)  # a card has more
     if settings.queue + rows < settings.most_pictures:
-        room = f"{rows} are drawn at once (rows) and {settings.queue} may wait (queue)"
+        room = f"only {rows} are sure to be drawn at once (rows), and {settings.queue} may wait (queue)"
         raise RequestError(f"a request may be of {settings.most_pictures} pictures (most_pictures), but {room}")
     keys, policies = Keys(settings.keys), Policies(bundle.manifest.safety, settings.policy)
     audit = Audit(settings.audit, key=settings.audit_key.get_secret_value().encode(), keep_prompts=settings.keep_prompts)
